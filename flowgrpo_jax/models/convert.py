@@ -1,0 +1,228 @@
+"""Checkpoints in diffusers layout, in and out, without torch.
+
+A parameter's path tells where it comes from (`layers.py` says how paths are formed), so the table
+of names is derived from the abstract model and cannot miss a row: whatever is missing, left over or
+misshapen is one error that lists it all.
+
+Tensors are read one by one and put on the device in their final dtype; a stacked parameter is
+allocated there once and filled layer by layer. Host memory holds one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from flowgrpo_jax.models.layers import Params
+
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+Place = Callable[[str, jax.ShapeDtypeStruct], Any]  # path, shape -> sharding or device
+
+
+def torch_names(path: str) -> list[str]:
+    """The checkpoint's names of a parameter: one, or one per layer of a stack `a:b`."""
+    parts = path.split("/")
+    parts[-1] = LEAVES.get(parts[-1], parts[-1])
+    names = [""]
+    for part in parts:
+        start, colon, end = part.partition(":")
+        steps = [str(i) for i in range(int(start), int(end))] if colon else [part]
+        names = [f"{head}.{step}" if head else step for head in names for step in steps]
+    return names
+
+
+def _is_stack(path: str) -> bool:
+    return ":" in path
+
+
+def _torch_shape(path: str, layer: tuple[int, ...], patch: int | None) -> tuple[int, ...]:
+    """The shape in the checkpoint of one layer's parameter of shape `layer`."""
+    if not path.endswith("kernel"):
+        return layer
+    if len(layer) == 4:  # HWIO -> OIHW
+        return (layer[3], layer[2], layer[0], layer[1])
+    if patch:
+        return (layer[1], layer[0] // patch**2, patch, patch)
+    return layer[::-1]
+
+
+def _from_torch(path: str, x: np.ndarray) -> np.ndarray:
+    if not path.endswith("kernel"):
+        return x
+    if x.ndim == 4 and path == "pos_embed/proj/kernel":  # a strided convolution, kept as a matrix
+        return x.reshape(x.shape[0], -1).T
+    return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+
+
+def _to_torch(path: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if not path.endswith("kernel"):
+        return x
+    if x.ndim == 4:
+        return x.transpose(3, 2, 0, 1)
+    return x.T.reshape(shape)
+
+
+def _expected(
+    shapes: Params, patch_size: int
+) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+    """{checkpoint name: (path, index in the stack or None, shape in the checkpoint)}."""
+    table = {}
+    for path, leaf in shapes.items():
+        names, stacked = torch_names(path), _is_stack(path)
+        layer = tuple(leaf.shape[1:] if stacked else leaf.shape)
+        shape = _torch_shape(path, layer, patch_size if path == "pos_embed/proj/kernel" else None)
+        for i, torch_name in enumerate(names):
+            table[torch_name] = (path, i if stacked else None, shape)
+    return table
+
+
+def _check(
+    found: Mapping[str, tuple[int, ...]], table: Mapping[str, Any], ignore: Iterable[str], where: str
+) -> None:
+    missing = sorted(set(table) - set(found))
+    extra = sorted(set(found) - set(table) - set(ignore))
+    bad = [
+        f"{name}: file {tuple(found[name])}, model {table[name][2]}"
+        for name in sorted(set(found) & set(table))
+        if tuple(found[name]) != tuple(table[name][2])
+    ]
+    if missing or extra or bad:
+        lines = [f"{where}: the weights do not fit the model that its config describes."]
+        for title, rows in (("missing", missing), ("not in the model", extra), ("misshapen", bad)):
+            if rows:
+                lines.append(f"  {title} ({len(rows)}): " + ", ".join(rows))
+        raise ValueError("\n".join(lines))
+
+
+def _fill(buffer: jax.Array, layer: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(buffer, layer, index, 0)
+
+
+_fill_donating = jax.jit(_fill, donate_argnums=0)
+
+
+def assemble(
+    tensors: Iterable[tuple[str, Callable[[], np.ndarray]]],
+    shapes: Params,
+    *,
+    dtype: Any = jnp.float32,
+    patch_size: int = 2,
+    place: Place | None = None,
+) -> Params:
+    """Our parameters from the checkpoint's tensors, read one by one through the given callables."""
+    table = _expected(shapes, patch_size)
+    params: Params = {}
+    for torch_name, read in tensors:
+        if torch_name not in table:
+            continue
+        path, index, _ = table[torch_name]
+        sharding = place(path, shapes[path]) if place else None
+        tensor = _from_torch(path, read())
+        if index is None:
+            params[path] = jax.device_put(np.asarray(tensor).astype(dtype), sharding)
+            continue
+        if path not in params:
+            empty = jax.jit(
+                lambda s=shapes[path].shape: jnp.zeros(s, dtype), out_shardings=sharding
+            )
+            params[path] = empty()
+        params[path] = _fill_donating(params[path], np.asarray(tensor).astype(dtype), index)
+    return params
+
+
+def from_torch_names(
+    tensors: Mapping[str, np.ndarray],
+    shapes: Params,
+    *,
+    dtype: Any = jnp.float32,
+    patch_size: int = 2,
+    ignore: Iterable[str] = (),
+) -> Params:
+    """Our parameters from a state dict of numpy arrays. Raises ValueError on any mismatch."""
+    found = {k: tuple(v.shape) for k, v in tensors.items()}
+    _check(found, _expected(shapes, patch_size), ignore, "state dict")
+    readers = [(k, lambda v=v: np.asarray(v)) for k, v in tensors.items()]
+    return assemble(readers, shapes, dtype=dtype, patch_size=patch_size)
+
+
+def shards(directory: Path) -> list[Path]:
+    """The safetensors files of a component, by its index where there is one."""
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} does not exist: a model directory in diffusers layout has one folder per"
+            " component; point config.model.path at a complete download"
+        )
+    indices = sorted(directory.glob("*.safetensors.index.json"))
+    if indices:
+        names = set(json.loads(indices[0].read_text())["weight_map"].values())
+        files = [directory / n for n in sorted(names)]
+    else:
+        plain = [f for f in sorted(directory.glob("*.safetensors")) if ".fp16." not in f.name]
+        files = plain or sorted(directory.glob("*.fp16.safetensors"))
+    absent = [f.name for f in files if not f.exists()]
+    if absent or not files:
+        raise FileNotFoundError(
+            f"{directory} lacks {', '.join(absent) or 'any .safetensors file'}:"
+            " download the component again"
+        )
+    return files
+
+
+def load(
+    directory: str | Path,
+    shapes: Params,
+    *,
+    dtype: Any = jnp.float32,
+    patch_size: int = 2,
+    ignore: Iterable[str] = (),
+    place: Place | None = None,
+) -> Params:
+    """A component's weights from its folder, checked whole before the first tensor is read.
+
+    Args:
+      directory: folder with one or more safetensors files (and an index when sharded).
+      shapes: {path: ShapeDtypeStruct} from `layers.functional` on the abstract model.
+      dtype: dtype on the device, whatever the file holds.
+      patch_size: of the MMDiT, whose patch projection is a convolution in the file.
+      ignore: names that may be in the file and are not wanted (tied duplicates).
+      place: where each parameter lives; default device without it.
+    Raises:
+      FileNotFoundError: no such folder, or a shard is missing.
+      ValueError: lists every missing, extra or misshapen tensor.
+    """
+    handles = [safe_open(f, framework="flax") for f in shards(Path(directory))]
+    found = {
+        name: tuple(handle.get_slice(name).get_shape())
+        for handle in handles
+        for name in handle.keys()
+    }
+    _check(found, _expected(shapes, patch_size), ignore, str(directory))
+    readers = (
+        (name, lambda h=handle, n=name: np.asarray(h.get_tensor(n)))
+        for handle in handles
+        for name in handle.keys()
+    )
+    return assemble(readers, shapes, dtype=dtype, patch_size=patch_size, place=place)
+
+
+def to_torch_names(params: Params, *, patch_size: int = 2) -> dict[str, np.ndarray]:
+    """The inverse of `from_torch_names`: a state dict of contiguous numpy arrays."""
+    tensors = {}
+    for torch_name, (path, index, shape) in _expected(params, patch_size).items():
+        x = np.asarray(params[path] if index is None else params[path][index])
+        tensors[torch_name] = np.ascontiguousarray(_to_torch(path, x, shape))
+    return tensors
+
+
+def save(params: Params, file: str | Path, *, dtype: Any = np.float32, patch_size: int = 2) -> None:
+    """Write a component as one safetensors file under the checkpoint's names."""
+    tensors = {k: v.astype(dtype) for k, v in to_torch_names(params, patch_size=patch_size).items()}
+    save_file(tensors, str(file), metadata={"format": "pt"})

@@ -1,0 +1,118 @@
+"""The few layers that every model here is made of, and the bridge from Flax NNX to plain functions.
+
+NNX is used as a definition language only: a module says which parameters exist and how they
+combine. `functional` turns an (abstract) module into a pure `apply(params, ...)` over a flat dict
+`{"a/b/kernel": array}`, and everything outside this folder sees only that.
+
+Parameter paths follow the PyTorch checkpoints' names, so that `convert.py` needs no table per
+model: `/` for `.`, `kernel` for a transposed `weight`, `scale` for a norm's `weight`, and `3:7` for
+layers 3 to 6 stacked along a new first axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = dict[str, Any]  # flat: path -> array, or ShapeDtypeStruct for an abstract model
+
+
+class LoRAParam(nnx.Param):
+    """A trainable low-rank factor; every other parameter is frozen."""
+
+
+class Linear(nnx.Module):
+    """y = x W + b, plus `scale` (x A) B once `lora.add` has given it the factors A and B."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (n_in, n_out)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((n_out,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype)
+        if hasattr(self, "bias"):
+            y = y + self.bias[...].astype(self.dtype)
+        if hasattr(self, "lora_a"):
+            low = x @ self.lora_a[...].astype(self.dtype)
+            y = y + self.lora_scale * (low @ self.lora_b[...].astype(self.dtype))
+        return y
+
+
+def stack(n: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """n equal modules as one, with every parameter stacked along a new first axis."""
+    keys = jax.random.split(rngs.params(), n)
+    return nnx.vmap(lambda key: create(nnx.Rngs(key)))(keys)
+
+
+def scan(
+    stacked: nnx.Module,
+    call: Callable[[Any, Any], Any],
+    carry: Any,
+    *,
+    unroll: bool = False,
+    remat: bool = False,
+) -> Any:
+    """Apply the modules of a stack one after another: carry = call(module, carry).
+
+    A raw `lax.scan`: the compiler sees one block, not n. `unroll` is the same computation laid out
+    in full (compiles longer, runs the same); `remat` recomputes a block's activations in the
+    backward pass instead of keeping them.
+    """
+    graphdef, state = nnx.split(stacked)
+
+    def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        return call(nnx.merge(graphdef, layer), carry), None
+
+    length = jax.tree.leaves(state)[0].shape[0]
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    return jax.lax.scan(body, carry, state, unroll=length if unroll else 1)[0]
+
+
+def name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(part) for part in path)
+
+
+def functional(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
+    """A module as a pure function and the shapes of its parameters.
+
+    Args:
+      model: a module, usually abstract (from `nnx.eval_shape`), so nothing is allocated.
+    Returns:
+      apply(params, *args, method="__call__", **kwargs), and {path: ShapeDtypeStruct | array}.
+    """
+    graphdef, state = nnx.split(model)
+    variables = dict(nnx.to_flat_state(state))
+
+    def apply(params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        filled = [(path, v.replace(params[name(path)])) for path, v in variables.items()]
+        module = nnx.merge(graphdef, nnx.from_flat_state(filled))
+        return getattr(module, method)(*args, **kwargs)
+
+    return apply, {name(path): v.get_value() for path, v in variables.items()}
+
+
+def initialise(create: Callable[[nnx.Rngs], nnx.Module], seed: int) -> Params:
+    """Random parameters for a model that is trained from nothing (the model in the box)."""
+    return jax.jit(lambda: functional(create(nnx.Rngs(seed)))[1])()
+
+
+def timestep_embedding(t: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoidal features [B, width] of t [B], cosine first, no frequency shift (SD3)."""
+    half = width // 2
+    freqs = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * freqs
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Softmax attention over [B, tokens, heads, head_dim]; `bias` [.., heads, q, k] is added."""
+    if bias is not None:
+        bias = jnp.asarray(bias, q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias)

@@ -1,0 +1,100 @@
+"""The three tokenizers of the SD3 family, called as `StableDiffusion3Pipeline` calls them.
+
+Reads the folders `tokenizer`, `tokenizer_2` and `tokenizer_3` of a checkpoint, in the form of the
+hub (`vocab.json` and `merges.txt`; `tokenizer.json` or `spiece.model` for T5) or as
+`save_pretrained` writes them (`tokenizer.json`). Needs transformers, not torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CLIP_LENGTH = 77  # positions of both CLIP text models; a tokenizer's own limit may be lower
+PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # where no settings file says
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Prompts to the token ids that the three text encoders read."""
+
+    clip_l: Any
+    clip_g: Any
+    t5: Any | None
+    t5_length: int
+
+    @classmethod
+    def load(cls, directory: str | Path, t5_length: int = 256) -> Tokenizers:
+        """From a checkpoint's root; `tokenizer_3` may be missing.
+
+        Raises:
+          FileNotFoundError: no checkpoint, no tokenizer folder, or a folder without vocabulary.
+          ImportError: T5's vocabulary is only there as `spiece.model`, and sentencepiece is not.
+        """
+        if t5_length < 1:
+            raise ValueError(f"t5_length is {t5_length}, it must be at least 1 token")
+        root = Path(directory)
+        t5 = load_t5(root / "tokenizer_3") if (root / "tokenizer_3").is_dir() else None
+        return cls(load_clip(root / "tokenizer"), load_clip(root / "tokenizer_2"), t5, t5_length)
+
+    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Texts -> ids of CLIP-L and bigG, i32 [B, 77], and of T5, i32 [B, t5_length] or None."""
+        # The pipeline cuts both CLIP inputs to the first tokenizer's limit.
+        length = min(self.clip_l.model_max_length, CLIP_LENGTH)
+        ids_t5 = None if self.t5 is None else padded(self.t5, texts, self.t5_length)
+        return padded(self.clip_l, texts, length), padded(self.clip_g, texts, length), ids_t5
+
+
+def padded(tokenizer: Any, texts: list[str], length: int) -> np.ndarray:
+    """Ids i32 [B, length]: start and end tokens added, cut before the end token, padded."""
+    if isinstance(texts, str):
+        raise TypeError(f"texts must be a list of strings, not the string {texts!r}: write [text]")
+    rows = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
+    return np.asarray(rows["input_ids"], np.int32).reshape(len(texts), length)
+
+
+def load_clip(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    require(folder, {"tokenizer.json"}, {"vocab.json", "merges.txt"})
+    settings = ("tokenizer_config.json", "special_tokens_map.json")
+    described = any((folder / file).exists() for file in settings)
+    options = {} if described else {"pad_token": PADS[folder.name]}
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **options)
+
+
+def load_t5(folder: Path) -> Any:
+    from transformers import T5TokenizerFast
+
+    found = require(folder, {"tokenizer.json"}, {"spiece.model"})
+    missing = [p for p in ("sentencepiece", "google.protobuf") if not importable(p)]
+    if found == {"spiece.model"} and missing:
+        raise ImportError(
+            f"{folder} has no tokenizer.json, and reading its spiece.model needs {missing}: "
+            "`pip install sentencepiece protobuf`, or add the tokenizer.json of the repository"
+        )
+    return T5TokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False
+
+
+def require(folder: Path, *choices: set[str]) -> set[str]:
+    """The first set of files that is complete; transformers would go on without a vocabulary."""
+    for files in choices:
+        if all((folder / file).is_file() for file in files):
+            return files
+    names = ", or ".join(" and ".join(sorted(files)) for files in choices)
+    problem = f"holds neither {names}" if folder.is_dir() else "does not exist"
+    raise FileNotFoundError(
+        f"{folder} {problem}: pass the root of a checkpoint in diffusers layout, downloaded with "
+        f"its {folder.name} folder ({names})"
+    )

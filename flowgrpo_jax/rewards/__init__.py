@@ -1,0 +1,1 @@
+"""Reward functions: images in, scores out."""

@@ -1,0 +1,158 @@
+"""From noise to latents: the guided velocity, the stochastic rollout, and the ODE.
+
+The rollout is one `lax.scan`. Steps inside the SDE window are drawn from a transition kernel and
+stored with their log-prob; steps outside are Euler steps of the ODE and leave nothing behind
+(MixGRPO, arXiv 2507.21802; Flow-GRPO-Fast).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgrpo_jax import sde
+from flowgrpo_jax.types import Trajectory
+
+ODE_KEY, SDE_KEY = 0, 1  # what an image's key is folded with for its first noise and its steps
+
+
+@dataclass(frozen=True)
+class Process:
+    """The stochastic process of a recipe: its schedule, kernel and window. Static under jit."""
+
+    sigmas: tuple[float, ...]  # T + 1 of them
+    kernel: str = "flow_sde"
+    noise_level: float = 0.7
+    window: int = 0  # number of stochastic steps, W
+    density: str = "gaussian"
+    reduction: str = "mean"
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def transition(self, x: jax.Array, v: jax.Array, step: jax.Array, **drawn: jax.Array):
+        """Draw (`noise=`) or score (`x_next=`) the transition of a step."""
+        sigmas = jnp.asarray(self.sigmas, jnp.float32)
+        return sde.transition(
+            self.kernel,
+            x,
+            v,
+            sigmas[step],
+            sigmas[step + 1],
+            noise_level=self.noise_level,
+            sigma_max=self.sigmas[1],
+            density=self.density,
+            reduction=self.reduction,
+            **drawn,
+        )
+
+
+def guided(velocity: Callable[..., jax.Array], scale: float) -> Callable[..., jax.Array]:
+    """Classifier-free guidance: v = v_null + scale (v_prompt - v_null), both in one batch.
+
+    Returns f(lora, base, x [M, H, W, C], sigma, cond, null, prompt i32 [M]) -> f32 [M, H, W, C],
+    where `cond` holds P prompts, `null` the empty one, and `prompt` each image's row in `cond`.
+    At scale 1 the null branch cancels and is never computed.
+    """
+
+    def single(lora, base, x, sigma, cond, null, prompt):
+        del null
+        sigmas = jnp.broadcast_to(sigma, x.shape[:1])
+        return velocity(lora, base, x, sigmas, cond.tokens[prompt], cond.pooled[prompt])
+
+    def double(lora, base, x, sigma, cond, null, prompt):
+        def both(n: jax.Array, c: jax.Array) -> jax.Array:
+            return jnp.concatenate([jnp.broadcast_to(n, c.shape), c])
+
+        sigmas = jnp.broadcast_to(sigma, (2 * x.shape[0],))
+        tokens = both(null.tokens, cond.tokens[prompt])
+        pooled = both(null.pooled, cond.pooled[prompt])
+        v = velocity(lora, base, jnp.concatenate([x, x]), sigmas, tokens, pooled)
+        v_null, v_prompt = jnp.split(v, 2)
+        return v_null + scale * (v_prompt - v_null)
+
+    return single if scale == 1.0 else double
+
+
+def image_keys(key: jax.Array, epoch: int, prompt_ids: jax.Array, images: jax.Array) -> jax.Array:
+    """A key per image, folded from (run key, epoch, prompt, image): independent of any layout.
+
+    Args:
+      prompt_ids: i32 [M], each image's prompt; images: i32 [M], its place in the group.
+    """
+    key = jax.random.fold_in(key, epoch)
+    fold = jax.vmap(lambda p, i: jax.random.fold_in(jax.random.fold_in(key, p), i))
+    return fold(prompt_ids, images)
+
+
+def normal(keys: jax.Array, fold: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal f32 [M, *shape], one draw per image key, folded with `fold`."""
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, fold), shape))(keys)
+
+
+def rollout(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    process: Process,
+    x: jax.Array,
+    keys: jax.Array,
+    start: jax.Array,
+    prompt: jax.Array,
+) -> Trajectory:
+    """Sample M images and record the window's transitions.
+
+    Args:
+      velocity: v(x [M, H, W, C], sigma) -> f32 [M, H, W, C].
+      x: initial noise f32 [M, H, W, C].
+      keys: [M] image keys; step t draws from fold_in(key, SDE_KEY + t).
+      start: i32, first stochastic step; the window is [start, start + process.window).
+      prompt: i32 [M], kept with the trajectory.
+    """
+    sigmas = jnp.asarray(process.sigmas, jnp.float32)
+
+    def step(x: jax.Array, t: jax.Array):
+        v = velocity(x, sigmas[t])
+        noise = normal(keys, SDE_KEY + t, x.shape[1:])
+        drawn = process.transition(x, v, t, noise=noise)
+        inside = (t >= start) & (t < start + process.window)
+        x_next = jnp.where(inside, drawn.x_next, sde.euler(x, v, sigmas[t], sigmas[t + 1]))
+        return x_next, (x_next, drawn.log_prob)
+
+    last, (xs, log_probs) = jax.lax.scan(step, x, jnp.arange(process.steps))
+    xs = jnp.concatenate([x[None], xs])
+    return Trajectory(
+        x=jax.lax.dynamic_slice_in_dim(xs, start, process.window + 1),
+        log_prob=jax.lax.dynamic_slice_in_dim(log_probs, start, process.window),
+        latents=last,
+        prompt=prompt,
+    )
+
+
+def ode(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array], sigmas: np.ndarray, x: jax.Array
+) -> jax.Array:
+    """Deterministic Euler sampling: noise [M, H, W, C] -> latents [M, H, W, C]."""
+
+    def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]):
+        sigma, sigma_next = pair
+        return sde.euler(x, velocity(x, sigma), sigma, sigma_next), None
+
+    sigmas = jnp.asarray(sigmas, jnp.float32)
+    return jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:]))[0]
+
+
+def window_start(
+    key: jax.Array, epoch: int, window: int, window_range: tuple[int, int]
+) -> jax.Array:
+    """First step of this epoch's window, uniform in [range[0], range[1] - window].
+
+    A function of (run key, epoch) alone, so every host and every group agrees.
+    """
+    low, high = window_range
+    key = jax.random.fold_in(jax.random.fold_in(key, epoch), 2**31 - 1)
+    return jax.random.randint(key, (), low, high - window + 1)
+

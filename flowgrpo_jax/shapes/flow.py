@@ -1,0 +1,145 @@
+"""Pretraining, part two: the transformer and its text encoders, by flow matching on latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from flowgrpo_jax.models import layers
+from flowgrpo_jax.models.layers import Params
+from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig, sine_grid
+from flowgrpo_jax.models.text import CLIPConfig, CLIPText, T5Config, T5Encoder, encode_prompt
+
+WIDTH = 128
+TOKENS = 10  # of each tokenizer
+TRANSFORMER = MMDiTConfig(
+    sample_size=8,
+    num_layers=6,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=WIDTH,
+    caption_projection_dim=WIDTH,
+    pooled_projection_dim=128,
+    pos_embed_max_size=16,
+    dual_attention_layers=(0, 1, 2),
+    qk_norm="rms_norm",
+)
+EMPTY_CAPTION = 0.1  # share of captions replaced by "", which guidance needs
+EMA_DECAY = 0.999
+
+
+def clip_config(vocabulary: int, activation: str, eos: int) -> CLIPConfig:
+    return CLIPConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        hidden_act=activation,
+        projection_dim=64,
+        eos_token_id=eos,
+    )
+
+
+def t5_config(vocabulary: int) -> T5Config:
+    return T5Config(
+        vocab_size=vocabulary, d_model=WIDTH, d_kv=32, d_ff=256, num_layers=2, num_heads=4
+    )
+
+
+Makers = dict[str, Callable[[nnx.Rngs], nnx.Module]]
+
+
+def makers(clip_l: CLIPConfig, clip_g: CLIPConfig, t5: T5Config) -> Makers:
+    """The four modules that are trained together, by the name of their folder."""
+    return {
+        "transformer": lambda rngs: MMDiT(TRANSFORMER, remat=True, rngs=rngs),
+        "text_encoder": lambda rngs: CLIPText(clip_l, rngs=rngs),
+        "text_encoder_2": lambda rngs: CLIPText(clip_g, rngs=rngs),
+        "text_encoder_3": lambda rngs: T5Encoder(t5, rngs=rngs),
+    }
+
+
+def init_params(modules: Makers, seed: int) -> dict[str, Params]:
+    """Random weights, with the modulations and the output at zero (adaLN-Zero, as DiT and SD3)."""
+    params = {k: layers.initialise(create, seed + i) for i, (k, create) in enumerate(modules.items())}
+    transformer = params["transformer"]
+    for path, value in transformer.items():
+        if "norm1" in path or "norm_out" in path or path.startswith("proj_out"):
+            transformer[path] = jnp.zeros_like(value)
+    grid = sine_grid(WIDTH, TRANSFORMER.pos_embed_max_size, TRANSFORMER.sample_size // 2)
+    transformer["pos_embed/pos_embed"] = grid
+    return params
+
+
+def optimiser(steps: int, learning_rate: float) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 300, steps, learning_rate / 50)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
+    )
+
+
+def init(modules: Makers, steps: int, learning_rate: float, seed: int) -> dict[str, Any]:
+    params = init_params(modules, seed)
+    opt_state = optimiser(steps, learning_rate).init(params)
+    ema = jax.tree.map(jnp.copy, params)
+    return {"params": params, "ema": ema, "opt_state": opt_state, "step": jnp.int32(0)}
+
+
+def loss(
+    apply: dict[str, Callable[..., Any]],
+    params: dict[str, Params],
+    latents: jax.Array,
+    ids: tuple[jax.Array, jax.Array, jax.Array],
+    key: jax.Array,
+) -> jax.Array:
+    """Flow matching: |v(x_sigma) - (noise - latents)|^2, sigma logit-normal (SD3, section 3.1).
+
+    Args:
+      latents: [B, 8, 8, 16], scaled; ids: the three tokenizers' ids, i32 [B, 10] each.
+    """
+    key_noise, key_sigma = jax.random.split(key)
+    noise = jax.random.normal(key_noise, latents.shape)
+    sigma = jax.nn.sigmoid(jax.random.normal(key_sigma, latents.shape[:1]))
+    mixing = sigma[:, None, None, None]
+    x = (1 - mixing) * latents + mixing * noise
+    tokens, pooled = encode_prompt(
+        apply["text_encoder"](params["text_encoder"], ids[0]),
+        apply["text_encoder_2"](params["text_encoder_2"], ids[1]),
+        apply["text_encoder_3"](params["text_encoder_3"], ids[2]),
+    )
+    velocity = apply["transformer"](params["transformer"], x, 1000 * sigma, tokens, pooled)
+    return jnp.square(velocity - (noise - latents)).mean()
+
+
+def train_step(modules: Makers, steps: int, learning_rate: float) -> Callable[..., Any]:
+    """step(state, latents, ids, key) -> state, (loss, gradient norm)."""
+    apply = {
+        name: layers.functional(nnx.eval_shape(lambda c=create: c(nnx.Rngs(0))))[0]
+        for name, create in modules.items()
+    }
+    tx = optimiser(steps, learning_rate)
+
+    def step(state: dict[str, Any], latents: Any, ids: Any, key: jax.Array):
+        key = jax.random.fold_in(key, state["step"])
+        value, grads = jax.value_and_grad(lambda p: loss(apply, p, latents, ids, key))(
+            state["params"]
+        )
+        # The position grid is a constant that checkpoints store, not a parameter.
+        grid = grads["transformer"]["pos_embed/pos_embed"]
+        grads["transformer"]["pos_embed/pos_embed"] = jnp.zeros_like(grid)
+        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+        updates["transformer"]["pos_embed/pos_embed"] = jnp.zeros_like(grid)
+        params = optax.apply_updates(state["params"], updates)
+        decay = jnp.minimum(EMA_DECAY, (1 + state["step"]) / (10 + state["step"]))
+        ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state["ema"], params)
+        state = {"params": params, "ema": ema, "opt_state": opt_state, "step": state["step"] + 1}
+        return state, (value, optax.global_norm(grads))
+
+    return jax.jit(step, donate_argnums=0)

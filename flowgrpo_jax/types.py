@@ -1,0 +1,86 @@
+"""Axis letters and records: the vocabulary of the whole package.
+
+    letter   meaning                                                       SD3.5-M at 512 px
+    P G B    prompts, images per prompt (group), images: B = P x G,        48 24 1152 an epoch
+             group-contiguous
+    M        images of a micro-batch: what one device program handles      set by memory
+    T        transitions of a rollout                                      10
+    H W C    latent height, width, channels, channels last                 64 64 16
+    S L      image tokens (H/2)(W/2), text tokens (77 CLIP + T5)           1024 205
+    E V      text width, pooled text width                                 4096 2048
+    D N      model width, heads                                            1536 24
+    R        LoRA rank                                                     32
+
+Time comes first and is never transposed. Groups are positions, not strings: reshape to [P, G].
+Shapes stay static: a failed reward or a dead group gets weight 0, it is not filtered out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+import numpy as np
+
+Params = dict[str, Any]  # flat: path -> array
+Metadata = dict[str, Any]
+
+
+class PromptBatch(NamedTuple):
+    """The P prompts of an epoch, on the host."""
+
+    prompts: list[str]
+    metadata: list[Metadata]
+    ids: np.ndarray  # i32 [P], each prompt's place in its source
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """Text, encoded once per prompt and never per image."""
+
+    tokens: jax.Array  # [P, L, E]
+    pooled: jax.Array  # [P, V]
+
+
+@flax.struct.dataclass
+class Trajectory:
+    """What a rollout leaves behind, stored exactly as the sampler carried it."""
+
+    x: jax.Array  # f32 [T + 1, M, H, W, C]: the stored window of latents
+    log_prob: jax.Array  # f32 [T, M], of each stored transition
+    latents: jax.Array  # f32 [M, H, W, C]: the end of the rollout, to be decoded
+    prompt: jax.Array  # i32 [M], row of the epoch's Conditioning
+
+
+@flax.struct.dataclass
+class Rewards:
+    total: Any  # f32 [B], what the policy is trained on
+    valid: Any  # bool [B], false where a reward failed
+    parts: dict[str, Any]  # {name: f32 [B]}, each reward unweighted
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes in training. The frozen base is not state."""
+
+    step: jax.Array  # i32, optimiser steps taken
+    lora: Params
+    ema: Params
+    opt_state: Any
+    key: jax.Array  # the run's root key: every other key is folded from it
+
+
+class Reward(Protocol):
+    """A reward scores images. Higher is better; `valid` is false where it failed."""
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [B, H, W, 3], B prompts, B metadata -> (scores f32 [B], valid bool [B])."""
+        ...
+
+
+# velocity(lora, x f32 [M, H, W, C], sigma f32 [M], prompt i32 [M]) -> f32 [M, H, W, C]
+Velocity = Callable[..., jax.Array]
