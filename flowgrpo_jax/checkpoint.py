@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from flowgrpo_jax.models import lora
+from flowgrpo_jax.models.sd3 import SD3
+from flowgrpo_jax.types import Params, TrainState
+
+log = logging.getLogger(__name__)
+BASE = "base"  # the name of the policy before training
 
 
 class Checkpoints:
-    """The checkpoints of one run: a pytree of arrays and a JSON record each, named by step."""
+    """The checkpoints of one run by step: named trees of arrays and a JSON record each."""
 
     def __init__(self, directory: str | Path, keep: int | None = None):
         self.directory = Path(directory).resolve()
@@ -20,20 +29,85 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+    def write(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> None:
         """Write in the background; `close` waits for the last one."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        self._manager.save(step, args=items, force=True)
-
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The state at `step` with the structure, dtypes and shardings of `like`, and its record."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        self._manager.save(
+            step, args=ocp.args.Composite(**items, record=ocp.args.JsonSave(record)), force=True
         )
-        restored = self._manager.restore(step, args=items)
-        return restored["state"], restored["record"]
+
+    def read(self, step: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The named trees with the shapes, dtypes and shardings of `like`, and the record."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(**items, record=ocp.args.JsonRestore())
+        )
+        return {name: restored[name] for name in like}, restored["record"]
+
+    def newest(self, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The newest checkpoint that can be read; damaged ones are passed over with a warning.
+
+        Raises FileNotFoundError when there is none, ValueError when none can be read.
+        """
+        steps = self.steps()
+        if not steps:
+            raise FileNotFoundError(f"no checkpoint in {self.directory}: start without --resume")
+        problem: Exception | None = None
+        for step in reversed(steps):
+            try:
+                return self.read(step, like)
+            except Exception as error:
+                log.warning("checkpoint %s/%d cannot be read: %s", self.directory, step, error)
+                problem = problem or error
+        raise ValueError(
+            f"none of the checkpoints {steps} in {self.directory} can be read. Either they are"
+            " damaged (restore them from a copy) or they belong to another model or LoRA (set"
+            f" lora.rank, lora.targets and model.path to the run's config.json): {problem}"
+        ) from problem
+
+    def save(self, epoch: int, state: TrainState, record: dict[str, Any]) -> None:
+        """A training state after `epoch` epochs. The EMA is apart: evaluation reads it alone."""
+        self.write(epoch, {"state": state.replace(ema=None), "ema": state.ema}, record)
+
+    def resume(self, like: TrainState) -> tuple[TrainState, int]:
+        """The newest readable training state, and the epoch to go on with."""
+        trees, record = self.newest({"state": like.replace(ema=None), "ema": like.ema})
+        return trees["state"].replace(ema=trees["ema"]), int(record["epoch"])
 
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def load_lora(source: str | Path, model: SD3) -> Params:
+    """A policy's adapter: "base", a run's EMA weights, or an exported LoRA.
+
+    Args:
+      source: "base"; a work directory or its `checkpoints` (newest) or `checkpoints/STEP`; an
+        export directory or .safetensors file.
+    """
+    if str(source) == BASE:
+        return lora.reference(model.init_lora(jax.random.key(0)))
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"checkpoint {source!r} does not exist: give base, a work directory or an exported LoRA"
+        )
+    like = {"ema": {k: jnp.zeros(v.shape, v.dtype) for k, v in model.lora_shapes.items()}}
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    step = int(folder.name) if folder.name.isdigit() else None
+    if step is not None:
+        folder = folder.parent
+    if folder.name == "checkpoints":
+        checkpoints = Checkpoints(folder)
+        trees, _ = checkpoints.newest(like) if step is None else checkpoints.read(step, like)
+        checkpoints.close()
+        return trees["ema"]
+    file, spec = lora.read_spec(path)
+    if spec.scale != model.lora_spec.scale:
+        raise ValueError(
+            f"{file} has alpha / rank = {spec.scale}, the config {model.lora_spec.scale}: set"
+            f" lora.rank={spec.rank} and lora.alpha={spec.alpha}"
+        )
+    return lora.read(file, model.lora_shapes)

@@ -46,8 +46,11 @@ def advantages(
 
 
 def _mean(x: jax.Array, weight: jax.Array, axis: int | None) -> jax.Array:
+    """Weighted mean. The second pass removes the rounding of the first: equal rewards have exactly
+    their own value as mean, and so exactly no advantage."""
     total = jnp.maximum(weight.sum(axis, keepdims=True), 1.0)
-    return (x * weight).sum(axis, keepdims=True) / total
+    mean = (x * weight).sum(axis, keepdims=True) / total
+    return mean + ((x - mean) * weight).sum(axis, keepdims=True) / total
 
 
 def policy_loss(

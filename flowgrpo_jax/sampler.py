@@ -155,4 +155,3 @@ def window_start(
     low, high = window_range
     key = jax.random.fold_in(jax.random.fold_in(key, epoch), 2**31 - 1)
     return jax.random.randint(key, (), low, high - window + 1)
-

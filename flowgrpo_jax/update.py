@@ -16,7 +16,7 @@ import optax
 
 from flowgrpo_jax import grpo, sde
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Params, Trajectory, TrainState
+from flowgrpo_jax.types import Params, TrainState, Trajectory
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ def transition_loss(
     sigmas = jnp.asarray(process.sigmas, jnp.float32)
     sigma, dt = sigmas[step], sigmas[step + 1] - sigmas[step]
     new = process.transition(x, velocity(lora, x, sigma), step, x_next=x_next)
-    loss, ratio = grpo.policy_loss(
-        new.log_prob, old_log_prob, advantage, objective.clip_range
-    )
+    loss, ratio = grpo.policy_loss(new.log_prob, old_log_prob, advantage, objective.clip_range)
     kl = jnp.zeros_like(loss)
     if objective.kl_beta:
         v_ref = jax.lax.stop_gradient(velocity(reference, x, sigma))
@@ -166,13 +164,15 @@ def apply_gradient(
     EMA decay is min((1 + n) / (10 + n), ema_decay) at optimiser step n, once per optimiser step;
     upstream steps it per micro-batch, so that its horizon depends on the batch layout.
     """
+
+    def step(state: TrainState) -> TrainState:
+        updates, opt_state = tx.update(gradient, state.opt_state, state.lora)
+        lora = optax.apply_updates(state.lora, updates)
+        decay = jnp.minimum((1 + state.step) / (10 + state.step), ema_decay)
+        ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, lora)
+        return TrainState(state.step + 1, lora, ema, opt_state, state.key)
+
     norm = optax.global_norm(gradient)
     finite = jnp.isfinite(norm)
-    updates, opt_state = tx.update(gradient, state.opt_state, state.lora)
-    lora = optax.apply_updates(state.lora, updates)
-    decay = jnp.minimum((1 + state.step) / (10 + state.step), ema_decay)
-    ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, lora)
-    new = TrainState(state.step + 1, lora, ema, opt_state, state.key)
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new.replace(key=0), state.replace(key=0))
-    skipped = 1.0 - finite.astype(jnp.float32)
-    return kept.replace(key=state.key), {"grad_norm": norm, "skipped": skipped}
+    state = jax.lax.cond(finite, step, lambda unchanged: unchanged, state)
+    return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}

@@ -85,7 +85,10 @@ def _expected(
 
 
 def _check(
-    found: Mapping[str, tuple[int, ...]], table: Mapping[str, Any], ignore: Iterable[str], where: str
+    found: Mapping[str, tuple[int, ...]],
+    table: Mapping[str, Any],
+    ignore: Iterable[str],
+    where: str,
 ) -> None:
     missing = sorted(set(table) - set(found))
     extra = sorted(set(found) - set(table) - set(ignore))
@@ -130,10 +133,7 @@ def assemble(
             params[path] = jax.device_put(np.asarray(tensor).astype(dtype), sharding)
             continue
         if path not in params:
-            empty = jax.jit(
-                lambda s=shapes[path].shape: jnp.zeros(s, dtype), out_shardings=sharding
-            )
-            params[path] = empty()
+            params[path] = jnp.zeros(shapes[path].shape, dtype, device=sharding)
         params[path] = _fill_donating(params[path], np.asarray(tensor).astype(dtype), index)
     return params
 
@@ -198,7 +198,7 @@ def load(
       FileNotFoundError: no such folder, or a shard is missing.
       ValueError: lists every missing, extra or misshapen tensor.
     """
-    handles = [safe_open(f, framework="flax") for f in shards(Path(directory))]
+    handles = [safe_open(f, framework="numpy") for f in shards(Path(directory))]
     found = {
         name: tuple(handle.get_slice(name).get_shape())
         for handle in handles
@@ -206,7 +206,7 @@ def load(
     }
     _check(found, _expected(shapes, patch_size), ignore, str(directory))
     readers = (
-        (name, lambda h=handle, n=name: np.asarray(h.get_tensor(n)))
+        (name, lambda h=handle, n=name: h.get_tensor(n))
         for handle in handles
         for name in handle.keys()
     )

@@ -123,7 +123,9 @@ class TimeTextEmbed(nnx.Module):
         self.text_embedder = Projection(make.config.pooled_projection_dim, make)
 
     def __call__(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:
-        return self.timestep_embedder(timestep_embedding(timestep, 256)) + self.text_embedder(pooled)
+        return self.timestep_embedder(timestep_embedding(timestep, 256)) + self.text_embedder(
+            pooled
+        )
 
 
 class Gelu(nnx.Module):
@@ -137,9 +139,7 @@ class Gelu(nnx.Module):
 class FeedForward(nnx.Module):
     def __init__(self, make: Maker):
         width = make.config.width
-        self.net = nnx.Dict(
-            {"0": Gelu(width, 4 * width, make), "2": make.linear(4 * width, width)}
-        )
+        self.net = nnx.Dict({"0": Gelu(width, 4 * width, make), "2": make.linear(4 * width, width)})
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.net["2"](self.net["0"](x))
@@ -201,9 +201,7 @@ class Block(nnx.Module):
         if not last:
             self.ff_context = FeedForward(make)
 
-    def __call__(
-        self, x: jax.Array, c: jax.Array, temb: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, c: jax.Array, temb: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Image tokens x [B, S, D], text tokens c [B, L, D], conditioning temb [B, D]."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self.norm1(temb)
         normed = layer_norm(x)

@@ -114,7 +114,9 @@ def _config(directory: Path, component: str, kind: type) -> Any:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
 
-def _component(directory: Path, name: str, module: nnx.Module, dtype: Any, place: Any, **kwargs: Any):
+def _component(
+    directory: Path, name: str, module: nnx.Module, dtype: Any, place: Any, **kwargs: Any
+):
     """(apply, frozen params, lora shapes) of a component that is described but not yet loaded."""
     apply, shapes = layers.functional(module)
     lora_shapes, base_shapes = lora.split(shapes)
@@ -220,4 +222,3 @@ def _text(directory: Path, dtype: Any, t5_length: int, config: MMDiTConfig, plac
 def _shift(directory: Path) -> float:
     file = directory / "scheduler" / "scheduler_config.json"
     return float(json.loads(file.read_text()).get("shift", 1.0)) if file.exists() else 3.0
-

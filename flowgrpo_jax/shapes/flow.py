@@ -68,7 +68,9 @@ def makers(clip_l: CLIPConfig, clip_g: CLIPConfig, t5: T5Config) -> Makers:
 
 def init_params(modules: Makers, seed: int) -> dict[str, Params]:
     """Random weights, with the modulations and the output at zero (adaLN-Zero, as DiT and SD3)."""
-    params = {k: layers.initialise(create, seed + i) for i, (k, create) in enumerate(modules.items())}
+    params = {
+        k: layers.initialise(create, seed + i) for i, (k, create) in enumerate(modules.items())
+    }
     transformer = params["transformer"]
     for path, value in transformer.items():
         if "norm1" in path or "norm_out" in path or path.startswith("proj_out"):
@@ -79,7 +81,9 @@ def init_params(modules: Makers, seed: int) -> dict[str, Params]:
 
 
 def optimiser(steps: int, learning_rate: float) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 300, steps, learning_rate / 50)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, 300, steps, learning_rate / 50
+    )
     return optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.01)
     )

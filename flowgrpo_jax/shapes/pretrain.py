@@ -37,7 +37,8 @@ def loop(
     """Train `state` for `steps` steps from where its last checkpoint stands."""
     checkpoints = Checkpoints(workdir / f"{name}-checkpoints", keep=1)
     if checkpoints.steps():
-        state, _ = checkpoints.restore(checkpoints.steps()[-1], state)
+        trees, _ = checkpoints.newest({"state": state})
+        state = trees["state"]
     key = jax.random.key(seed)
     start = int(state["step"])
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
@@ -47,7 +48,7 @@ def loop(
         if i % 20 == 0:
             bar.set_postfix_str(" ".join(f"{float(m):.4g}" for m in metrics))
         if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps:
-            checkpoints.save(i + 1, state, {"step": i + 1})
+            checkpoints.write(i + 1, {"state": state}, {"step": i + 1})
     checkpoints.close()
     return state
 
@@ -84,7 +85,9 @@ def train_flow(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints and caches")
-    parser.add_argument("--out", type=Path, help="model directory to write; WORKDIR/model without it")
+    parser.add_argument(
+        "--out", type=Path, help="model directory to write; WORKDIR/model without it"
+    )
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--vae_steps", type=int, default=1_000)
     parser.add_argument("--flow_steps", type=int, default=6_000)

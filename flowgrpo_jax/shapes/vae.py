@@ -63,9 +63,7 @@ def train_step(steps: int) -> Callable[..., Any]:
     @jax.jit
     def step(state: dict[str, Any], images: jax.Array, key: jax.Array):
         key = jax.random.fold_in(key, state["step"])
-        grad = jax.value_and_grad(
-            lambda p: loss(apply, p, to_float(images), key), has_aux=True
-        )
+        grad = jax.value_and_grad(lambda p: loss(apply, p, to_float(images), key), has_aux=True)
         (_, (mse, kl)), grads = grad(state["params"])
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)

@@ -19,11 +19,20 @@ UNKNOWN = "unknown"
 MIN_AREA = 20  # px; smaller specks are ignored (the smallest star the grammar draws has 79)
 MIN_CONTRAST = 55.0  # RGB distance from the background that is never foreground (pink has 135)
 BLURS = (0.0, 0.13)  # of the templates, in radii: corners and notches wear off first
-MIN_IOU = 0.85  # with the best template; below, the shape is unknown
+# IoU with the best template below which a shape is unknown. Compact shapes overlap everything:
+# to a circle, a hexagon has 0.93 and a real circle after heavy blur still 0.95.
+MIN_IOU = {
+    "circle": 0.92,
+    "square": 0.88,
+    "triangle": 0.85,
+    "diamond": 0.88,
+    "cross": 0.86,
+    "star": 0.82,
+}
 MIN_LEAD = 0.02  # of the best IoU over the second best
 FINE = 3  # samples a pixel to measure an object with
-COLOR_TOLERANCE = 75.0  # RGB distance of a pixel to its palette entry
-COLOR_SHARE = 0.6  # of an object's inner pixels that must agree on its colour
+COLOR_TOLERANCE = 90.0  # RGB distance of a pixel to its palette entry
+COLOR_SHARE = 0.55  # of an object's inner pixels that must agree on its colour
 
 _BACKGROUND = np.array(BACKGROUND, np.float32)
 _PALETTE = np.array([PALETTE[name] for name in COLORS], np.float32)
@@ -129,7 +138,7 @@ def _shape(level, labels, k, rows, cols) -> tuple[str, float]:
     iou = (overlap / (2 - overlap)).reshape(len(BLURS), -1).max(0)
     best = iou.argmax()
     second = np.partition(iou, -2)[-2]
-    clear = iou[best] >= MIN_IOU and iou[best] - second >= MIN_LEAD
+    clear = iou[best] >= MIN_IOU[SHAPES[best]] and iou[best] - second >= MIN_LEAD
     return SHAPES[best] if clear else UNKNOWN, float(iou[best])
 
 

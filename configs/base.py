@@ -1,0 +1,109 @@
+"""Every knob, with one sentence each. Recipes start from here and change a few lines.
+
+Any knob can be set on the command line: `--config.train.learning_rate=1e-4`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "base"  # shown in logs
+    c.seed = 0  # root of every random choice of the run
+    c.epochs = 1_000  # epochs to train, counted from 0 and across resumes
+
+    c.model = ConfigDict()
+    c.model.path = "stabilityai/stable-diffusion-3.5-medium"  # directory, hub id, or "shapes"
+    c.model.dtype = (
+        "bfloat16"  # compute and storage dtype of the frozen transformer and text encoders
+    )
+    c.model.height, c.model.width = 512, 512  # image size in pixels
+    c.model.t5_length = 128  # T5 tokens of a prompt
+    c.model.remat = True  # recompute activations in the backward pass, block by block
+
+    c.lora = ConfigDict()
+    c.lora.rank = 32  # rank of the adapter
+    c.lora.alpha = 64.0  # its scale is alpha / rank
+    c.lora.targets = (  # linears with an adapter, by the end of their dotted name
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    c.prompts = ConfigDict()
+    c.prompts.train = ""  # source of training prompts: .txt, .jsonl, or shapes:train
+    c.prompts.test = ""  # source of evaluation prompts
+    c.prompts.tag_weights = ConfigDict(
+        allow_dotted_keys=True
+    )  # relative frequency by tag; empty: equal
+
+    c.sample = ConfigDict()
+    c.sample.groups = 48  # prompts an epoch (P)
+    c.sample.group_size = 24  # images of each prompt (G)
+    c.sample.micro_batch = 0  # images a device program handles at once (M); 0: the whole update
+    c.sample.steps = 10  # transitions of a rollout (T)
+    c.sample.guidance_scale = 4.5  # classifier-free guidance; 1 means a single forward
+    c.sample.kernel = "flow_sde"  # transition kernel: flow_sde or cps
+    c.sample.noise_level = 0.7  # strength of the SDE's noise, unitless
+    c.sample.window = 0  # stochastic steps, the rest is ODE; 0: all but the last step
+    c.sample.window_range = (
+        0,
+        0,
+    )  # steps among which the window's place is drawn each epoch; (0, 0): fixed at 0
+    c.sample.same_noise = False  # start all images of a group from the same noise
+    c.sample.density = "gaussian"  # log-prob: gaussian, or squared_error (upstream's for cps)
+    c.sample.reduction = "mean"  # of log-prob and KL over latent dimensions: mean or sum
+
+    c.reward = ConfigDict()
+    c.reward.weights = ConfigDict()  # {name: weight}; weight 0 is logged and never trained on
+    c.reward.host_call = (
+        "overlap"  # overlap (threads between programs) or callback (inside the program)
+    )
+    c.reward.threads = 1  # threads that score images in overlap mode
+    c.reward.max_failed = (
+        0.5  # share of an epoch's images whose reward may fail before the run stops
+    )
+
+    c.train = ConfigDict()
+    c.train.updates_per_epoch = 2  # optimiser steps an epoch, each on its own groups
+    c.train.learning_rate = 3e-4  # of AdamW
+    c.train.warmup_steps = 0  # optimiser steps of linear warm-up
+    c.train.b1, c.train.b2, c.train.eps = 0.9, 0.999, 1e-8  # AdamW
+    c.train.weight_decay = 1e-4  # AdamW
+    c.train.max_grad_norm = 1.0  # clip of the global gradient norm
+    c.train.clip_range = (
+        1e-4  # of the ratio, which is a mean over latent dimensions (see reduction)
+    )
+    c.train.advantage_std = (
+        "group"  # divide by the std of the group, of all images (global), or none
+    )
+    c.train.advantage_clip = 5.0  # largest advantage
+    c.train.kl_beta = 0.0  # weight of the KL to the reference policy; 0: no reference forward
+    c.train.kl_weighting = "exact"  # exact, or no_dt (upstream: wants a beta ten times larger)
+    c.train.steps = 0  # how many of the window's steps to train each epoch; 0: all
+    c.train.step_choice = "random"  # which: random (drawn each epoch) or first
+    c.train.ema_decay = 0.9  # of the evaluated weights, per optimiser step
+
+    c.eval = ConfigDict()
+    c.eval.every = 20  # epochs between evaluations, the first before training; 0: never
+    c.eval.images = 288  # images, spread evenly over the tags of the test prompts
+    c.eval.micro_batch = 0  # images at once; 0: sample's
+    c.eval.steps = 40  # ODE steps
+    c.eval.guidance_scale = 4.5  # guidance in evaluation
+    c.eval.rewards = ()  # names to average; empty: the training rewards
+    c.eval.seed = 1234  # of the evaluation's noise, the same every time
+    c.eval.grid = 36  # images in the sample grid
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 20  # epochs between checkpoints; the last epoch always gets one
+    c.checkpoint.keep = 5  # checkpoints kept
+
+    c.log = ConfigDict()
+    c.log.tensorboard = True  # write TensorBoard events to the work directory
+    c.log.wandb = False  # log to Weights & Biases, if installed
+    return c.lock()

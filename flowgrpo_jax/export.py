@@ -1,0 +1,54 @@
+"""A run's LoRA (EMA weights) for diffusers, ComfyUI and PEFT.
+
+    python -m flowgrpo_jax.export --workdir runs/shapes --out lora
+
+Writes OUT/diffusers/pytorch_lora_weights.safetensors (`pipe.load_lora_weights`) and OUT/peft/
+(`PeftModel.from_pretrained`), and reads both back before it reports success.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from flowgrpo_jax import checkpoint
+from flowgrpo_jax.cli import CONFIG_FILE
+from flowgrpo_jax.models import lora, sd3
+from flowgrpo_jax.models.lora import LoRASpec
+
+
+def export(workdir: Path, out: Path, step: int | None = None) -> list[Path]:
+    """Write the EMA weights of a run's newest checkpoint (or of `step`) under `out`."""
+    file = workdir / CONFIG_FILE
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: {workdir} is no work directory of train")
+    config = json.loads(file.read_text())
+    c = config["lora"]
+    spec = LoRASpec(c["rank"], c["alpha"], tuple(c["targets"]))
+    model = sd3.load(
+        config["model"]["path"], lora_spec=spec, t5_length=config["model"]["t5_length"]
+    )
+    source = workdir / "checkpoints" / str(step) if step is not None else workdir
+    adapter = checkpoint.load_lora(source, model)
+    files = lora.write(adapter, spec, out, str(config["model"]["path"]))
+    for written in files:
+        again = lora.read(written, model.lora_shapes)
+        if not all(np.array_equal(again[k], adapter[k]) for k in adapter):
+            raise OSError(f"{written} does not read back as it was written: the disk may be full")
+    return files
+
+
+def main(_: list[str]) -> None:
+    args = flags.FLAGS
+    for file in export(Path(args.workdir), Path(args.out), args.step):
+        print(file)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Work directory of a training run.", required=True)
+    flags.DEFINE_string("out", None, "Directory to write.", required=True)
+    flags.DEFINE_integer("step", None, "Epoch of the checkpoint; the newest without it.")
+    app.run(main)

@@ -1,0 +1,116 @@
+"""What a run leaves to look at: metrics, TensorBoard events, captioned picture grids."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+class Metrics:
+    """One JSON object an epoch in `metrics.jsonl`, and the same to TensorBoard and wandb.
+
+    Args:
+      first_epoch: rows of this epoch and later are dropped: a resumed run writes them again.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        first_epoch: int = 0,
+        *,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.file = workdir / "metrics.jsonl"
+        kept = [row for row in read(self.file) if row["epoch"] < first_epoch]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        self.file.write_text(text)
+        self.events = None
+        self.wandb = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_epoch)
+        if wandb:
+            self.wandb = _start_wandb(workdir, config)
+
+    def write(self, epoch: int, values: Mapping[str, float]) -> None:
+        row = {"epoch": epoch, **{k: _plain(v) for k, v in values.items()}}
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.events:
+            for key, value in values.items():
+                self.events.add_scalar(key, float(value), epoch)
+            self.events.flush()
+        if self.wandb:
+            self.wandb.log(row, step=epoch)
+
+    def close(self) -> None:
+        if self.events:
+            self.events.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut short by a crash is passed over."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _plain(value: Any) -> float | int | None:
+    """A number as JSON knows it: what is not finite becomes null."""
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _start_wandb(workdir: Path, config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "log.wandb=True, but wandb is not installed: pip install wandb, or set it to False"
+        ) from error
+    return wandb.init(
+        project="flowgrpo_jax", dir=str(workdir), config=dict(config or {}), resume="allow"
+    )
+
+
+def grid(
+    images: np.ndarray, captions: Sequence[str], columns: int = 6, side: int = 128
+) -> Image.Image:
+    """Pictures uint8 [B, H, W, 3] in rows, each `side` px wide with its caption below."""
+    line, rows = 14, math.ceil(len(images) / columns)
+    cell = (side + 6, side + 2 * line + 6)
+    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * rows), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = i % columns * cell[0] + 3, i // columns * cell[1] + 3
+        picture = Image.fromarray(np.asarray(image))
+        height = round(side * picture.height / picture.width)
+        filter_ = Image.Resampling.LANCZOS if picture.width > side else Image.Resampling.BICUBIC
+        sheet.paste(picture.resize((side, min(height, side)), filter_), (x, y))
+        draw.multiline_text((x, y + side + 1), _wrap(caption, side // 6), fill="black", spacing=1)
+    return sheet
+
+
+def _wrap(text: str, width: int) -> str:
+    """Two lines of at most `width` letters."""
+    first, rest = "", text.split()
+    while rest and len(first) + len(rest[0]) < width:
+        first = f"{first} {rest.pop(0)}".strip()
+    return f"{first}\n{' '.join(rest)[:width]}"

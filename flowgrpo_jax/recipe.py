@@ -1,0 +1,342 @@
+"""From a config to the parts that an entry point runs: checked, derived, built.
+
+The only file below the entry points that sees a config; everything it calls takes plain arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from flowgrpo_jax import grpo, prompts, rewards, sampler, sde, sharding, update
+from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.rewards import host
+from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.types import Conditioning, Metadata, Params, Trajectory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The batch arithmetic that follows from the config, whatever the number of devices."""
+
+    groups: int
+    group_size: int
+    updates: int
+    micro_batch: int
+
+    @property
+    def images(self) -> int:
+        return self.groups * self.group_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one update."""
+        return self.images // self.updates // self.micro_batch
+
+    def __str__(self) -> str:
+        return (
+            f"{self.groups} groups x {self.group_size} images = {self.images} images an epoch,"
+            f" {self.updates} updates of {self.micro_batches} micro-batches of {self.micro_batch}"
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _choice(config: ConfigDict, section: str, key: str, options: Any) -> None:
+    value = config[section][key]
+    names = ", ".join(map(repr, options))
+    _require(value in tuple(options), f"{section}.{key}={value!r}: choose from {names}")
+
+
+def make_plan(config: ConfigDict, devices: int) -> Plan:
+    """Raises ValueError that names the value, the constraint and the fix."""
+    s, updates = config.sample, config.train.updates_per_epoch
+    _require(
+        s.group_size >= 2,
+        f"sample.group_size={s.group_size}: advantages are relative to the group, so at least 2",
+    )
+    _require(
+        updates >= 1 and s.groups >= 1 and s.groups % updates == 0,
+        f"sample.groups={s.groups} is not a multiple of train.updates_per_epoch={updates}: every"
+        " update needs the same number of whole groups",
+    )
+    per_update = s.groups * s.group_size // updates
+    micro = s.micro_batch or per_update
+    _require(
+        micro > 0 and per_update % micro == 0,
+        f"sample.micro_batch={micro} does not divide the {per_update} images of an update"
+        f" ({s.groups} groups x {s.group_size} / {updates} updates): choose a divisor of {per_update}",
+    )
+    _require(
+        micro % devices == 0,
+        f"sample.micro_batch={micro} is not a multiple of the {devices} devices it is spread over:"
+        f" choose a multiple of {devices} that divides {per_update}",
+    )
+    return Plan(s.groups, s.group_size, updates, micro)
+
+
+def check(config: ConfigDict) -> None:
+    """Everything about the values that can be judged before anything is loaded."""
+    s, t = config.sample, config.train
+    _choice(config, "sample", "kernel", sde.KERNELS)
+    _choice(config, "sample", "density", sde.DENSITIES)
+    _choice(config, "sample", "reduction", sde.REDUCTIONS)
+    _choice(config, "train", "advantage_std", grpo.STD_MODES)
+    _choice(config, "train", "kl_weighting", sde.KL_WEIGHTINGS)
+    _choice(config, "train", "step_choice", ("random", "first"))
+    _choice(config, "reward", "host_call", ("overlap", "callback"))
+    _choice(config, "model", "dtype", ("float32", "bfloat16", "float16"))
+    _require(
+        s.noise_level > 0,
+        f"sample.noise_level={s.noise_level}: without noise a rollout has no log-prob to train on;"
+        " typical are 0.7 (flow_sde) and 0.8 (cps)",
+    )
+    _require(
+        s.kernel != "cps" or s.noise_level <= 1,
+        f"sample.noise_level={s.noise_level}: cps takes a share of the noise, at most 1",
+    )
+    _require(s.steps >= 2, f"sample.steps={s.steps}: a rollout that trains has at least 2 steps")
+    low, high = window_range(config)
+    size = window(config)
+    _require(
+        low >= 0 and high <= s.steps - 1 and 1 <= size <= high - low,
+        f"sample.window={size} in sample.window_range={(low, high)} does not fit into the first"
+        f" {s.steps - 1} of {s.steps} steps (the last one has almost no noise)",
+    )
+    _require(0 <= t.steps <= size, f"train.steps={t.steps}: the window has {size} steps to train")
+    _require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
+    _require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
+    _require(bool(config.reward.weights), "reward.weights is empty: name at least one reward")
+    _require(
+        any(config.reward.weights.values()),
+        f"reward.weights={config.reward.weights.to_dict()}: at least one weight must not be 0",
+    )
+
+
+def window(config: ConfigDict) -> int:
+    return config.sample.window or config.sample.steps - 1
+
+
+def window_range(config: ConfigDict) -> tuple[int, int]:
+    """Where the window may lie; (0, window) is a fixed one."""
+    low, high = config.sample.window_range
+    return (low, high) if (low, high) != (0, 0) else (0, window(config))
+
+
+# ------------------------------------------------------------------------------- what is built
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The jitted programs of a run. Their first arguments are (lora, frozen weights)."""
+
+    sample: Callable[..., tuple[Trajectory, jax.Array, Any]]
+    accumulate: Callable[..., Any]
+    apply: Callable[..., Any]
+    generate: Callable[..., jax.Array]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    config: ConfigDict
+    model: sd3.SD3
+    mesh: Mesh
+    plan: Plan
+    process: Process
+    optimiser: Any
+    programs: Programs
+    train_prompts: list[Metadata]
+    test_prompts: list[Metadata]
+    score: host.Score
+    score_test: host.Score
+
+    @property
+    def weights(self) -> dict[str, Params]:
+        """Frozen weights that sampling takes."""
+        return {"transformer": self.model.base, "vae": self.model.params["vae"]}
+
+    def encode(self, texts: list[str]) -> Conditioning:
+        return sharding.replicate(self.mesh, self.model.encode(texts))
+
+
+def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None) -> sd3.SD3:
+    spec = lora_spec or LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    replicated = sharding.replicated(mesh)
+    return sd3.load(
+        config.model.path,
+        lora_spec=spec,
+        dtype=jnp.dtype(config.model.dtype),
+        t5_length=config.model.t5_length,
+        remat=config.model.remat,
+        place=lambda path, shape: replicated,
+    )
+
+
+def build(config: ConfigDict, *, training: bool = True) -> Recipe:
+    """Check the config and build all that a run needs; nothing random happens here.
+
+    Raises ValueError or FileNotFoundError that names the value, the constraint and the fix.
+    """
+    check(config)
+    mesh = sharding.make_mesh()
+    plan = make_plan(config, mesh.size)
+    model = load_model(config, mesh)
+    sigmas = sde.sigma_schedule(config.sample.steps, model.shift)
+    s = config.sample
+    process = Process(
+        sigmas=tuple(map(float, sigmas)),
+        kernel=s.kernel,
+        noise_level=s.noise_level,
+        window=window(config),
+        density=s.density,
+        reduction=s.reduction,
+    )
+    weights = config.reward.weights.to_dict()
+    train_prompts = prompts.load(config.prompts.train) if training else []
+    test_prompts = prompts.load(config.prompts.test) if config.prompts.test else []
+    score = _score(weights, train_prompts)
+    names = tuple(config.eval.rewards) or tuple(weights)
+    score_test = _score({name: weights.get(name, 0.0) for name in names}, test_prompts)
+    optimiser = update.optimiser(
+        config.train.learning_rate,
+        warmup_steps=config.train.warmup_steps,
+        **{k: config.train[k] for k in ("b1", "b2", "eps", "weight_decay", "max_grad_norm")},
+    )
+    programs = _programs(config, model, mesh, plan, process, optimiser, score, tuple(weights))
+    return Recipe(
+        config,
+        model,
+        mesh,
+        plan,
+        process,
+        optimiser,
+        programs,
+        train_prompts,
+        test_prompts,
+        score,
+        score_test,
+    )
+
+
+def _score(weights: dict[str, float], records: list[Metadata]) -> host.Score:
+    def lookup(ids: np.ndarray) -> tuple[list[str], list[Metadata]]:
+        chosen = [records[i] for i in ids]
+        return [r["prompt"] for r in chosen], chosen
+
+    return host.composite(rewards.load(weights), weights, lookup)
+
+
+def _programs(
+    config: ConfigDict,
+    model: sd3.SD3,
+    mesh: Mesh,
+    plan: Plan,
+    process: Process,
+    optimiser: Any,
+    score: host.Score,
+    reward_names: tuple[str, ...],
+) -> Programs:
+    latent = model.latent_shape(config.model.height, config.model.width)
+    guided = sampler.guided(model.velocity, config.sample.guidance_scale)
+    eval_guided = sampler.guided(model.velocity, config.eval.guidance_scale)
+    eval_sigmas = sde.sigma_schedule(config.eval.steps, model.shift)
+    same_noise, callback = config.sample.same_noise, config.reward.host_call == "callback"
+    score_in_graph = host.callback(score, reward_names, mesh, sharding.ROWS)
+
+    @jax.jit
+    def sample(lora, weights, cond, null, key, epoch, start, ids, prompt, image):
+        """Trajectory, images uint8 [M, ...] and, in callback mode, Rewards of M images.
+
+        ids, prompt, image: i32 [M]: the prompt's id, its row in `cond`, the place in the group.
+        """
+        keys = sampler.image_keys(key, epoch, ids, image)
+        shared = sampler.image_keys(key, epoch, ids, jnp.zeros_like(image))
+        x = sampler.normal(shared if same_noise else keys, sampler.ODE_KEY, latent)
+        x = sharding.constrain_rows(mesh, x)
+        velocity = lambda x, sigma: guided(  # noqa: E731
+            lora, weights["transformer"], x, sigma, cond, null, prompt
+        )
+        trajectory = sampler.rollout(velocity, process, x, keys, start, prompt)
+        images = sharding.constrain_rows(mesh, model.decode(weights["vae"], trajectory.latents))
+        return trajectory, images, score_in_graph(images, ids) if callback else None
+
+    t = config.train
+    objective = update.Objective(t.clip_range, t.kl_beta, t.kl_weighting)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def accumulate(gradient, figures, lora, reference, base, cond, null, trajectory, advantage,
+                   start, trained):  # fmt: skip
+        def velocity(lora: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return guided(lora, base, x, sigma, cond, null, trajectory.prompt)
+
+        return update.accumulate(
+            velocity,
+            process,
+            objective,
+            lora,
+            reference,
+            trajectory,
+            advantage,
+            start,
+            trained,
+            plan.images // plan.updates,
+            gradient,
+            figures,
+        )
+
+    @jax.jit
+    def apply(state, gradient):
+        return update.apply_gradient(state, gradient, optimiser, t.ema_decay)
+
+    @jax.jit
+    def generate(lora, weights, cond, null, prompt, keys):
+        """Deterministic images uint8 [M, ...] from image keys [M]."""
+        x = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.ODE_KEY, latent))
+        velocity = lambda x, sigma: eval_guided(  # noqa: E731
+            lora, weights["transformer"], x, sigma, cond, null, prompt
+        )
+        return model.decode(weights["vae"], sampler.ode(velocity, eval_sigmas, x))
+
+    return Programs(sample, accumulate, apply, generate)
+
+
+def trained_steps(config: ConfigDict, key: jax.Array, epoch: int) -> jax.Array:
+    """Which of the window's steps this epoch trains: i32 [K], in order."""
+    size, k = window(config), config.train.steps or window(config)
+    if k == size or config.train.step_choice == "first":
+        return jnp.arange(k)
+    key = jax.random.fold_in(jax.random.fold_in(key, epoch), 2**31 - 2)
+    return jnp.sort(jax.random.permutation(key, size)[:k])
+
+
+def describe(recipe: Recipe) -> str:
+    """What a run prints first: the derived numbers."""
+    model, config = recipe.model, recipe.config
+    frozen = sum(x.size for part in model.params.values() for x in part.values())
+    trained = sum(np.prod(x.shape) for x in model.lora_shapes.values())
+    low, high = window_range(config)
+    return "\n".join(
+        [
+            f"model       {config.model.path}, {frozen / 1e6:.1f} M frozen, {trained / 1e3:.0f} k"
+            f" trained, {config.model.height} x {config.model.width} px, {config.model.dtype}",
+            f"batch       {recipe.plan} on {recipe.mesh.size} {jax.default_backend()} device(s)",
+            f"rollout     {config.sample.steps} steps, {config.sample.kernel} noise"
+            f" {config.sample.noise_level} on {window(config)} steps within [{low}, {high}),"
+            f" guidance {config.sample.guidance_scale}",
+            f"update      {config.train.steps or window(config)} steps trained, clip"
+            f" {config.train.clip_range:g}, KL {config.train.kl_beta:g},"
+            f" learning rate {config.train.learning_rate:g}",
+        ]
+    )

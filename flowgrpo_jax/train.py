@@ -1,0 +1,251 @@
+"""Flow-GRPO training: read this file first.
+
+    python -m flowgrpo_jax.train --config configs/shapes.py --workdir runs/shapes [--resume]
+
+An epoch: prompts -> a group of images for each, by the stochastic sampler -> rewards -> advantages
+relative to the group -> clipped policy updates of the LoRA weights. Now and then: evaluation by the
+deterministic ODE, and a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from flowgrpo_jax import cli, grpo, prompts, recipe, sampler, sharding, update
+from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.evaluate import evaluate, save_grid
+from flowgrpo_jax.logs import Metrics
+from flowgrpo_jax.models import lora
+from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.rewards import host
+from flowgrpo_jax.types import Conditioning, PromptBatch, Rewards, TrainState, Trajectory
+
+log = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainState:
+    """Train until `config.epochs`. Ctrl-C and SIGTERM save the last whole epoch and return."""
+    run = recipe.build(config)
+    print(recipe.describe(run))
+    cli.prepare(workdir, config, resume)
+
+    key = jax.random.key(config.seed)
+    adapter = sharding.replicate(run.mesh, run.model.init_lora(key))
+    state = update.init(adapter, run.optimiser, key)
+    state = sharding.replicate(run.mesh, state)
+    null = run.encode([""])
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    first = 0
+    if resume:
+        state, first = checkpoints.resume(state)
+    metrics = Metrics(
+        workdir,
+        first,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        config=config.to_dict(),
+    )
+    bar = tqdm(total=config.epochs, initial=first, desc=config.name, unit="epoch", smoothing=0.1)
+    saved, epoch = first if resume else -1, first
+    with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
+        while epoch < config.epochs:
+            report: dict[str, Any] = {}
+            if run.test_prompts and config.eval.every and epoch % config.eval.every == 0:
+                report |= evaluate_into(workdir, run, state, null, epoch)
+            begun = time.perf_counter()
+            result = one_epoch(run, state, null, epoch, pool, stop)
+            if result is None:  # asked to stop while sampling: this epoch never happened
+                break
+            state, figures = result
+            figures["seconds"] = time.perf_counter() - begun
+            figures["images_per_second"] = run.plan.images / figures["seconds"]
+            metrics.write(epoch, figures | report)
+            show(bar, figures, report)
+            epoch += 1
+            if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+                checkpoints.save(epoch, state, {"epoch": epoch, "config": config.to_dict()})
+                saved = epoch
+            if stop.requested:
+                break
+        if saved != epoch:
+            checkpoints.save(epoch, state, {"epoch": epoch, "config": config.to_dict()})
+    bar.close()
+    if epoch == config.epochs and run.test_prompts and config.eval.every:
+        report = evaluate_into(workdir, run, state, null, epoch)
+        metrics.write(epoch, report)
+        print(json.dumps({k: round(v, 4) for k, v in report.items()}))
+    checkpoints.close()
+    metrics.close()
+    if stop.requested:
+        print(f"stopped after epoch {epoch}; go on with --resume")
+    return state
+
+
+def one_epoch(
+    run: Recipe,
+    state: TrainState,
+    null: Conditioning,
+    epoch: int,
+    pool: ThreadPoolExecutor,
+    stop: cli.Stop,
+) -> tuple[TrainState, dict[str, float]] | None:
+    """One epoch of Flow-GRPO: the new state and its figures, or None when asked to stop."""
+    config, plan = run.config, run.plan
+
+    # Prompts, encoded once each.
+    batch = prompts.sample(
+        run.train_prompts,
+        plan.groups,
+        seed=config.seed,
+        epoch=epoch,
+        tag_weights=config.prompts.tag_weights.to_dict(),
+    )
+    cond = run.encode(batch.prompts)
+
+    # Rollouts, micro-batch by micro-batch; in overlap mode each is scored while the next is drawn.
+    start = sampler.window_start(state.key, epoch, run.process.window, recipe.window_range(config))
+    trajectories: list[Trajectory] = []
+    scored: list[Any] = []
+    for ids, rows, images_of in micro_batches(run, batch):
+        if stop.requested:
+            return None
+        trajectory, images, in_graph = run.programs.sample(
+            state.lora, run.weights, cond, null, state.key, epoch, start, ids, rows, images_of
+        )
+        trajectories.append(trajectory)
+        scored.append(in_graph or host.overlap(pool, run.score, images, ids))
+
+    # Rewards and advantages.
+    rewards = gather(scored)
+    failed = 1.0 - float(np.mean(rewards.valid))
+    if failed > config.reward.max_failed:
+        raise RuntimeError(
+            f"the reward failed on {failed:.0%} of epoch {epoch}'s images, more than"
+            f" reward.max_failed={config.reward.max_failed:.0%}: see the warnings above"
+        )
+    advantages = grpo.advantages(
+        jnp.asarray(rewards.total),
+        jnp.asarray(rewards.valid),
+        group_size=plan.group_size,
+        std=config.train.advantage_std,
+        clip=config.train.advantage_clip,
+    )
+
+    # Policy updates, each on its own groups; the first one is on policy.
+    trained = recipe.trained_steps(config, state.key, epoch)
+    reference = lora.reference(state.lora)
+    per_micro = np.split(np.asarray(advantages), plan.updates * plan.micro_batches)
+    figures: dict[str, float] = {}
+    for u in range(plan.updates):
+        gradient, sums = update.empty(state.lora)
+        for m in range(u * plan.micro_batches, (u + 1) * plan.micro_batches):
+            gradient, sums = run.programs.accumulate(
+                gradient,
+                sums,
+                state.lora,
+                reference,
+                run.model.base,
+                cond,
+                null,
+                trajectories[m],
+                sharding.split_rows(run.mesh, per_micro[m]),
+                start,
+                trained,
+            )
+        state, applied = run.programs.apply(state, gradient)
+        for name, value in (sums | applied).items():
+            # The ratio is 1 only before the first update; later ones are off policy by intent.
+            if name != "ratio_gap":
+                figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
+            elif u == 0:
+                figures[name] = float(value)
+    if figures["ratio_gap"] > config.train.clip_range:
+        log.warning(
+            "epoch %d: ratio_gap %.2g exceeds train.clip_range %.2g: update and sampler disagree"
+            " on the same policy; use a higher precision or train earlier steps",
+            epoch,
+            figures["ratio_gap"],
+            config.train.clip_range,
+        )
+    return state, figures | reward_figures(rewards, plan.group_size) | {"window_start": int(start)}
+
+
+def micro_batches(run: Recipe, batch: PromptBatch):
+    """(prompt ids, rows of the conditioning, places in the group) of each micro-batch, i32 [M]."""
+    plan = run.plan
+    rows = np.repeat(np.arange(plan.groups, dtype=np.int32), plan.group_size)
+    places = np.tile(np.arange(plan.group_size, dtype=np.int32), plan.groups)
+    for i in range(0, plan.images, plan.micro_batch):
+        part = slice(i, i + plan.micro_batch)
+        yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
+
+
+def gather(scored: list[Any]) -> Rewards:
+    """The epoch's Rewards [B] from those of its micro-batches, waiting for the last."""
+    parts = [jax.device_get(s.result() if hasattr(s, "result") else s) for s in scored]
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def reward_figures(rewards: Rewards, group_size: int) -> dict[str, float]:
+    total = np.where(rewards.valid, rewards.total, np.nan).reshape(-1, group_size)
+    with np.errstate(all="ignore"):
+        spread = np.nan_to_num(np.nanstd(total, axis=1))
+    parts = {f"reward/{name}": float(score.mean()) for name, score in rewards.parts.items()}
+    return {
+        "reward": float(np.nanmean(total)),
+        "reward_std": float(spread.mean()),
+        "dead_groups": float((spread < 1e-6).mean()),  # share of groups without any signal
+        "failed": float(1 - rewards.valid.mean()),
+        **parts,
+    }
+
+
+def evaluate_into(
+    workdir: Path, run: Recipe, state: TrainState, null: Conditioning, epoch: int
+) -> dict[str, float]:
+    """Evaluate the EMA weights and leave a grid of the same prompts and seeds as always."""
+    result, images, batch = evaluate(run, state.ema, null)
+    save_grid(workdir / "samples" / f"epoch-{epoch:05d}.png", images, batch, run.config.eval.grid)
+    tags = {
+        f"eval/{tag}/{name}": value
+        for tag, values in result["per_tag"].items()
+        for name, value in values.items()
+    }
+    return {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
+
+
+def show(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None:
+    scores = {k.removeprefix("eval/"): v for k, v in report.items() if k.count("/") == 1}
+    if scores:
+        bar.write(
+            f"epoch {bar.n}: held out  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
+        )
+    bar.set_postfix_str(
+        f"reward {figures['reward']:.3f}, {figures['images_per_second']:.0f} img/s", refresh=False
+    )
+    bar.update()
+
+
+def main(_: list[str]) -> None:
+    config = cli.config()
+    workdir = flags.FLAGS.workdir or Path("runs") / config.name
+    train(config, Path(workdir), resume=flags.FLAGS.resume)
+
+
+if __name__ == "__main__":
+    cli.define_flags(config=True)
+    flags.DEFINE_string("workdir", None, "Where the run is written; runs/NAME without it.")
+    flags.DEFINE_bool("resume", False, "Go on from the last checkpoint in the work directory.")
+    app.run(main)

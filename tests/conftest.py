@@ -1,0 +1,23 @@
+"""The tiny torch pipeline that the parity tests share. Tests of it are skipped without torch."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny StableDiffusion3Pipeline on disk, in diffusers layout. Not to be written to."""
+    from torch_models import write_pipeline
+
+    root = tmp_path_factory.mktemp("checkpoint")
+    write_pipeline(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pipeline(checkpoint):
+    """The same in torch. Not to be changed."""
+    from torch_models import diffusers
+
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

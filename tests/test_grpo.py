@@ -1,0 +1,126 @@
+"""Advantages against scipy and hand computation, the clipped loss in each of its regimes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import zscore
+
+from flowgrpo_jax.grpo import STD_MODES, advantages, policy_loss
+
+REWARDS = np.random.default_rng(0).normal(20, 3, size=(4, 6)).astype(np.float32)
+
+
+def score(rewards, valid=None, **kwargs):
+    """Advantages [P, G] of rewards [P, G]."""
+    rewards = jnp.asarray(rewards, jnp.float32)
+    valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid)
+    out = advantages(rewards.ravel(), valid.ravel(), group_size=rewards.shape[1], **kwargs)
+    return np.asarray(out).reshape(rewards.shape)
+
+
+def test_by_hand():
+    """Group means 3 and 0; population variances 14 / 4 and 4 / 4, and 9 / 2 over all eight."""
+    rewards = [[1, 2, 3, 6], [-1, -1, 1, 1]]
+    centred = np.array([[-2, -1, 0, 3], [-1, -1, 1, 1]])
+    spread = {"group": np.sqrt([[14 / 4], [1.0]]), "global": np.sqrt(9 / 2), "none": 1}
+    for std, scale in spread.items():
+        np.testing.assert_allclose(score(rewards, std=std, epsilon=0), centred / scale, rtol=1e-6)
+    np.testing.assert_allclose(score([[0, 2]], epsilon=1.0), [[-0.5, 0.5]])
+
+
+def test_group_std_is_the_z_score():
+    np.testing.assert_allclose(score(REWARDS), zscore(REWARDS, axis=1), rtol=1e-3)
+
+
+def test_clip():
+    """One success among n has z-score sqrt(n - 1)."""
+    rewards = np.eye(1, 30)
+    np.testing.assert_allclose(score(rewards, epsilon=0, clip=9)[0, 0], np.sqrt(29), rtol=1e-5)
+    assert score(rewards)[0, 0] == 5
+    assert score(-rewards)[0, 0] == -5
+
+
+@pytest.mark.parametrize("std", STD_MODES)
+@pytest.mark.parametrize("junk", [np.nan, -1e6])
+def test_an_invalid_image_is_as_if_it_had_never_been(std, junk):
+    valid = np.arange(6) != 2
+    rewards = np.where(valid, REWARDS, junk)
+    ours = score(rewards, np.broadcast_to(valid, rewards.shape), std=std)
+    np.testing.assert_allclose(ours[:, valid], score(REWARDS[:, valid], std=std), rtol=1e-5)
+    assert not ours[:, ~valid].any()
+
+
+@pytest.mark.parametrize("std", STD_MODES)
+def test_groups_may_lose_different_images_or_all(std):
+    valid = np.ones(REWARDS.shape, bool)
+    valid[0], valid[1, :3] = False, False
+    ours = score(REWARDS, valid, std=std)
+    mean = np.array([np.mean(row[ok]) if ok.any() else 0 for row, ok in zip(REWARDS, valid)])
+    scale = {"group": REWARDS[1, 3:].std(), "global": REWARDS[valid].std(), "none": 1}[std]
+    np.testing.assert_allclose(ours[1, 3:], (REWARDS[1, 3:] - mean[1]) / scale, rtol=1e-3)
+    assert not ours[~valid].any()
+
+
+@pytest.mark.parametrize("std", STD_MODES)
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 23.4, -7.7])
+@pytest.mark.parametrize("group_size", [3, 24])
+def test_a_constant_reward_gives_exactly_nothing(std, reward, group_size):
+    """Not rounding error over epsilon: in f32 the plain mean of 24 x -7.7 is not -7.7."""
+    rewards = np.full((2, group_size), reward)
+    valid = np.arange(group_size) > 0
+    assert not score(rewards, std=std).any()
+    assert not score(rewards, np.broadcast_to(valid, rewards.shape), std=std).any()
+
+
+@pytest.mark.parametrize("std", STD_MODES)
+def test_symmetries(std):
+    ours = score(REWARDS, std=std)
+    order = np.random.default_rng(1).permutation(REWARDS.shape[1])
+    np.testing.assert_allclose(score(REWARDS[:, order], std=std), ours[:, order], atol=1e-5)
+    np.testing.assert_allclose(score(REWARDS[::-1], std=std), ours[::-1], atol=1e-5)
+    np.testing.assert_allclose(score(REWARDS + 16, std=std), ours, atol=1e-5)
+    np.testing.assert_allclose(score(-REWARDS, std=std), -ours, atol=1e-5)
+    np.testing.assert_allclose(ours.sum(axis=1), 0, atol=1e-4)
+
+
+def test_only_group_std_forgets_a_groups_own_scale():
+    ratio = np.array([[1], [2], [4], [8]])
+    np.testing.assert_allclose(score(ratio * REWARDS), score(REWARDS), atol=1e-3)
+    plain = score(REWARDS, std="none", clip=99)
+    np.testing.assert_allclose(
+        score(ratio * REWARDS, std="none", clip=99), ratio * plain, atol=1e-4
+    )
+
+
+# ------------------------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, loss, slope",  # slope = d loss / d log_prob, 0 where the clip holds
+    [
+        (2, 1.5, -2.4, 0.0),  # better and already likelier: clipped
+        (2, 0.5, -1.0, -1.0),  # better but less likely: pulled back, unclipped
+        (-2, 1.5, 3.0, 3.0),  # worse but likelier: pushed back, unclipped
+        (-2, 0.5, 1.6, 0.0),  # worse and already less likely: clipped
+        (2, 1.1, -2.2, -2.2),  # within the range
+        (-2, 0.9, 1.8, 1.8),
+        (2, 1.0, -2.0, -2.0),  # on policy the slope is -A
+        (-2, 1.0, 2.0, 2.0),
+        (0, 1.5, 0.0, 0.0),
+    ],
+)
+def test_clipped_loss(advantage, ratio, loss, slope):
+    old = jnp.float32(-0.7)
+
+    def value(log_prob):
+        return policy_loss(log_prob, old, jnp.float32(advantage), 0.2)
+
+    (ours, its_ratio), gradient = jax.value_and_grad(value, has_aux=True)(old + np.log(ratio))
+    np.testing.assert_allclose([ours, its_ratio, gradient], [loss, ratio, slope], atol=1e-6)
+
+
+def test_on_policy_the_gradient_is_the_policy_gradient():
+    log_prob, advantage = jnp.linspace(-3, 3, 7), jnp.linspace(-5, 5, 7)
+    gradient = jax.grad(lambda p: policy_loss(p, log_prob, advantage, 1e-5)[0].sum())(log_prob)
+    np.testing.assert_allclose(gradient, -advantage)

@@ -1,0 +1,431 @@
+"""The policy step, against scipy, finite differences, invariances and a problem with a known end."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from scipy.optimize import approx_fprime
+from scipy.stats import norm
+
+from flowgrpo_jax import grpo, sampler, sde, sharding, update
+from flowgrpo_jax.models import lora
+from flowgrpo_jax.models.layers import functional
+from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from flowgrpo_jax.sampler import ODE_KEY, Process
+from flowgrpo_jax.types import Conditioning
+from flowgrpo_jax.update import Objective
+
+KEY = jax.random.key(0)
+SIGMAS = tuple(sde.sigma_schedule(5).tolist())
+IMAGES, SHAPE = 8, (2, 2, 3)
+PLACES = jnp.arange(IMAGES, dtype=jnp.int32)
+ADVANTAGE = jnp.linspace(-2, 1, IMAGES)
+
+
+def linear(params, x, sigma):
+    """A velocity with a 3 x 3 matrix and a bias."""
+    return x @ params["w"] + sigma * params["b"]
+
+
+def weights(seed, scale=0.3):
+    w, b = np.split(np.random.default_rng(seed).normal(scale=scale, size=(4, 3)), [3])
+    return {"w": jnp.asarray(w, jnp.float32), "b": jnp.asarray(b[0], jnp.float32)}
+
+
+def draw(velocity, process, key=KEY, count=IMAGES, shape=SHAPE):
+    places = jnp.arange(count)
+    keys = sampler.image_keys(key, 0, jnp.zeros_like(places), places)
+    x = sampler.normal(keys, ODE_KEY, shape)
+    return sampler.rollout(velocity, process, x, keys, 0, places)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def share(process, objective, params, reference, trajectory, advantage, trained, carry):
+    """One micro-batch's gradient and figures of an update of IMAGES images, added to `carry`."""
+    return update.accumulate(
+        linear,
+        process,
+        objective,
+        params,
+        reference,
+        trajectory,
+        advantage,
+        0,
+        trained,
+        IMAGES,
+        *carry,
+    )
+
+
+CPS = Process(SIGMAS, "cps", 0.8, window=3)
+KL = Objective(clip_range=0.2, kl_beta=0.5)
+
+
+def linear_share(params, trajectory, advantage=ADVANTAGE, trained=(0, 1, 2), carry=None):
+    carry = carry or update.empty(params)
+    trained = jnp.array(trained)
+    return share(CPS, KL, params, weights(1), trajectory, advantage, trained, carry)
+
+
+@pytest.fixture(scope="module")
+def rolled():
+    """A rollout of weights(0), to be replayed with others."""
+    return jax.jit(partial(draw, process=CPS))(partial(linear, weights(0)))
+
+
+def close(a, b, **tolerance):
+    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), a, b)
+
+
+# ---------------------------------------------------------------------------- gradient
+
+
+@pytest.mark.parametrize(
+    "kernel, weighting", [("flow_sde", "exact"), ("flow_sde", "no_dt"), ("cps", "exact")]
+)
+@pytest.mark.parametrize("reduction", sde.REDUCTIONS)
+def test_gradient_by_finite_differences_of_scipys_densities(kernel, weighting, reduction):
+    """The loss is written anew on scipy's normal density; float64, off policy, nothing clipped."""
+    rng = np.random.default_rng(0)
+    process = Process(SIGMAS, kernel, 0.7, window=1, reduction=reduction)
+    objective = Objective(1e3, kl_beta=0.3, kl_weighting=weighting)
+    step, dt = 2, SIGMAS[3] - SIGMAS[2]
+    with jax.enable_x64(True):
+        theta, theta_ref = rng.normal(scale=0.3, size=(2, 12))
+        x, noise = rng.normal(size=(2, 2, 1, 2, 3))
+        advantage = np.array([1.5, -0.5])
+
+        def params(t):
+            return {"w": jnp.asarray(t[:9].reshape(3, 3)), "b": jnp.asarray(t[9:])}
+
+        def gaussian(t):
+            v = linear(params(t), x, np.float32(SIGMAS[step]))
+            mean, std = sde.KERNELS[kernel](
+                x, v, *np.float32(SIGMAS[step : step + 2]), noise_level=0.7, sigma_max=SIGMAS[1]
+            )
+            return np.asarray(mean), float(std)
+
+        def over(value):
+            return getattr(value, reduction)(axis=(1, 2, 3))
+
+        mean, std = gaussian(theta)
+        x_next = mean + std * noise
+        old = over(norm.logpdf(x_next, mean, std)) + [0.1, -0.2]
+
+        def loss(t):
+            mean, _ = gaussian(t)
+            mean_ref, _ = gaussian(theta_ref)
+            log_ratio = over(norm.logpdf(x_next, mean, std)) - old
+            # KL = E_p[log p - log q], and log q is quadratic: its mean under p is exact at +-std.
+            kl = over(
+                norm.logpdf(mean + std, mean, std)
+                - (norm.logpdf(mean + std, mean_ref, std) + norm.logpdf(mean - std, mean_ref, std))
+                / 2
+            )
+            kl = kl * (-dt if weighting == "no_dt" else 1)
+            return np.sum(-advantage * np.exp(log_ratio) + 0.3 * kl)
+
+        (value, figures), gradient = jax.value_and_grad(
+            update.transition_loss, argnums=3, has_aux=True
+        )(
+            linear,
+            process,
+            objective,
+            params(theta),
+            params(theta_ref),
+            x,
+            x_next,
+            old,
+            advantage,
+            step,
+        )
+        ours = np.concatenate([np.ravel(gradient["w"]), gradient["b"]])
+        np.testing.assert_allclose(value, loss(theta), rtol=1e-5)
+        np.testing.assert_allclose(ours, approx_fprime(theta, loss), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(figures["ratio_gap"], np.exp(0.2) - 1, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------- on policy
+
+
+@pytest.fixture(scope="module")
+def mmdit():
+    """(velocity(lora, base, x, sigma, tokens, pooled), adapter with random B, base)."""
+    config = MMDiTConfig(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=10,
+        pos_embed_max_size=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    module = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    lora.add(module, lora.LoRASpec(rank=2, alpha=4))
+    apply, shapes = functional(module)
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(scale=0.3, size=s.shape).astype(np.float32) for k, s in shapes.items()}
+    adapter = {k: jnp.asarray(v) for k, v in params.items() if "lora_" in k}
+    base = {k: jnp.asarray(v) for k, v in params.items() if k not in adapter}
+
+    @jax.jit
+    def velocity(adapter, base, x, sigma, tokens, pooled):
+        return apply({**base, **adapter}, x, 1000 * sigma, tokens, pooled)
+
+    return velocity, adapter, base
+
+
+@pytest.mark.parametrize("kernel", sde.KERNELS)
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_the_update_replays_what_the_sampler_recorded(mmdit, kernel, guidance):
+    """Right after a rollout the ratio is 1, with a real transformer, guidance and adapter."""
+    velocity, adapter, base = mmdit
+    rng = np.random.default_rng(1)
+    tokens, pooled = rng.normal(size=(3, 5, 12)), rng.normal(size=(3, 10))
+    cond, null = (
+        Conditioning(jnp.asarray(tokens[s], jnp.float32), jnp.asarray(pooled[s], jnp.float32))
+        for s in (slice(2), slice(2, 3))
+    )
+    process = Process(SIGMAS, kernel, 0.7, window=3)
+    prompt = jnp.array([0, 0, 1, 1])
+    advantage = jnp.array([1.0, -1, 2, -0.5])
+    guided = sampler.guided(velocity, guidance)
+
+    def v(adapter, x, sigma):
+        return guided(adapter, base, x, sigma, cond, null, prompt)
+
+    @jax.jit
+    def rollout(adapter):
+        return draw(partial(v, adapter), process, count=4, shape=(4, 4, 4))
+
+    @jax.jit
+    def replay(adapter, reference, trajectory):
+        objective = Objective(1e-4, kl_beta=0.01)
+        trained, empty = jnp.arange(3), update.empty(adapter)
+        return update.accumulate(
+            v, process, objective, adapter, reference, trajectory, advantage, 0, trained, 4, *empty
+        )
+
+    trajectory = rollout(adapter)
+    gradient, figures = replay(adapter, lora.reference(adapter), trajectory)
+    assert figures["ratio_gap"] < 1e-6
+    assert figures["clip_fraction"] == 0 and figures["approx_kl"] < 1e-12
+    np.testing.assert_allclose(figures["policy_loss"], -advantage.mean(), rtol=1e-5)
+    assert figures["kl"] > 1e-3  # the adapter has moved away from the reference
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+
+    moved = jax.tree.map(lambda a: 1.05 * a, adapter)
+    assert replay(moved, adapter, trajectory)[1]["ratio_gap"] > 1e-4
+    assert replay(adapter, adapter, trajectory)[1]["kl"] == 0
+
+
+def test_ratio_gap_and_clip_fraction_off_policy(rolled):
+    """Recorded log-probs shifted by hand: image 2 by log 1.5 at one of three steps, 5 by log 1.1."""
+    shift = jnp.zeros((3, IMAGES)).at[1, 2].set(-jnp.log(1.5)).at[0, 5].set(-jnp.log(1.1))
+    shifted = rolled.replace(log_prob=rolled.log_prob + shift)
+    _, figures = linear_share(weights(0), shifted)
+    np.testing.assert_allclose(figures["ratio_gap"], 0.5, rtol=1e-4)
+    np.testing.assert_allclose(figures["clip_fraction"], 1 / (3 * IMAGES), rtol=1e-6)
+    squares = np.log(1.5) ** 2 + np.log(1.1) ** 2
+    np.testing.assert_allclose(figures["approx_kl"], squares / 2 / (3 * IMAGES), rtol=1e-4)
+
+
+def test_a_constant_reward_changes_nothing(rolled):
+    valid = jnp.ones(IMAGES, bool)
+    advantage = grpo.advantages(jnp.full(IMAGES, -7.7), valid, group_size=IMAGES)
+    objective = Objective(clip_range=0.2)
+    args = (weights(2), weights(1), rolled, advantage, jnp.arange(3), update.empty(weights(2)))
+    gradient, figures = share(CPS, objective, *args)
+    assert figures["ratio_gap"] > 0.01  # off policy, and yet
+    assert figures["policy_loss"] == 0
+    close(gradient, jax.tree.map(jnp.zeros_like, gradient), atol=0)
+
+
+def test_kl_alone_pulls_towards_the_reference(rolled):
+    nothing = jnp.zeros(IMAGES)
+    at, here = linear_share(weights(1), rolled, nothing)
+    assert here["kl"] == 0 and optax.global_norm(at) == 0
+    away, there = linear_share(weights(0), rolled, nothing)
+    assert there["kl"] > 0
+    closer = jax.tree.map(lambda p, g: p - 0.1 * g, weights(0), away)
+    assert 0 < linear_share(closer, rolled, nothing)[1]["kl"] < there["kl"]
+
+
+# -------------------------------------------------------------------------- invariances
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_cut_into_micro_batches_does_not_matter(rolled, size):
+    whole = linear_share(weights(2), rolled)
+    carry = None
+    for i in range(0, IMAGES, size):
+        part = slice(i, i + size)
+        piece = rolled.replace(x=rolled.x[:, part], log_prob=rolled.log_prob[:, part])
+        piece = piece.replace(latents=rolled.latents[part], prompt=rolled.prompt[part])
+        carry = linear_share(weights(2), piece, ADVANTAGE[part], carry=carry)
+    close(carry, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_training_some_of_the_steps(rolled):
+    """Steps 0 and 2 together are the mean of each alone, and step 1 is never looked at."""
+    blind = rolled.replace(log_prob=rolled.log_prob.at[1].set(jnp.nan))
+    both = linear_share(weights(2), blind, trained=(0, 2))[0]
+    first, last = (linear_share(weights(2), rolled, trained=(i,))[0] for i in (0, 2))
+    close(both, jax.tree.map(lambda a, b: (a + b) / 2, first, last), rtol=1e-4, atol=1e-6)
+    assert not np.allclose(first["w"], last["w"], rtol=0.1)
+
+
+def test_a_window_is_replayed_at_its_own_sigmas():
+    """A window that starts late, replayed from `start`, is on policy too."""
+
+    @jax.jit
+    def gap(start):
+        keys = sampler.image_keys(KEY, 0, PLACES, PLACES)
+        velocity, x = partial(linear, weights(0)), sampler.normal(keys, ODE_KEY, SHAPE)
+        trajectory = sampler.rollout(velocity, CPS, x, keys, 1, PLACES)
+        args = (linear, CPS, KL, weights(0), weights(1), trajectory, ADVANTAGE, start)
+        args = (*args, jnp.arange(3), IMAGES, *update.empty(weights(0)))
+        return update.accumulate(*args)[1]["ratio_gap"]
+
+    assert gap(1) < 1e-6 and gap(0) > 0.1
+
+
+def one_update(split):
+    """A rollout and an update, with the images placed by `split`: (parameters, figures)."""
+    tx = update.optimiser(0.1, eps=1.0)
+
+    @jax.jit
+    def run(state, places, advantage):
+        keys = sampler.image_keys(state.key, 0, places, places)
+        velocity, x = partial(linear, state.lora), sampler.normal(keys, ODE_KEY, SHAPE)
+        trajectory = sampler.rollout(velocity, CPS, x, keys, 0, places)
+        args = (linear, CPS, KL, state.lora, weights(1), trajectory, advantage, 0, jnp.arange(3))
+        gradient, figures = update.accumulate(*args, IMAGES, *update.empty(state.lora))
+        state, applied = update.apply_gradient(state, gradient, tx, 0.9)
+        return (state.lora, state.ema, figures | applied), trajectory.latents
+
+    return run(update.init(weights(0), tx, KEY), split(PLACES), split(ADVANTAGE))
+
+
+def compare_devices(count):
+    mesh = sharding.make_mesh()
+    assert mesh.size == count
+    (sharded, latents), (single, _) = (
+        one_update(partial(sharding.split_rows, mesh)),
+        one_update(jnp.asarray),
+    )
+    assert len(latents.sharding.device_set) == count and not latents.is_fully_replicated
+    close(sharded, single, rtol=1e-5, atol=1e-6)
+
+
+def test_eight_devices_make_the_same_update_as_one():
+    here = Path(__file__).parent
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.run(
+        [sys.executable, "-c", "import test_update; test_update.compare_devices(8)"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+
+
+# ------------------------------------------------------------------------- known optimum
+
+
+@pytest.mark.parametrize("kernel", sde.KERNELS)
+def test_it_finds_a_known_optimum(kernel):
+    """The policy is one vector, the reward -|end - target|^2: the mean end must become target."""
+    target = jnp.array([1.0, -0.6])
+    process = Process((1.0, 0.75, 0.5, 0.25, 0.0), kernel, 0.5, window=3)
+    tx = update.optimiser(0.03)
+
+    def velocity(params, x, sigma):
+        return jnp.broadcast_to(params["v"], x.shape)
+
+    def epoch(state, number):
+        trajectory = draw(partial(velocity, state.lora), process, state_key(number), 64, (1, 1, 2))
+        reward = -jnp.square(trajectory.latents - target).sum((1, 2, 3))
+        advantage = grpo.advantages(reward, jnp.ones(64, bool), group_size=16)
+        args = (velocity, process, Objective(0.2), state.lora, state.lora, trajectory, advantage)
+        gradient, _ = update.accumulate(*args, 0, jnp.arange(3), 64, *update.empty(state.lora))
+        state, _ = update.apply_gradient(state, gradient, tx, 0.9)
+        return state, trajectory.latents.mean((0, 1, 2))
+
+    def state_key(number):
+        return jax.random.fold_in(KEY, number)
+
+    state = update.init({"v": jnp.zeros(2)}, tx, KEY)
+    _, ends = jax.jit(lambda s: jax.lax.scan(epoch, s, jnp.arange(150)))(state)
+    assert np.abs(ends[:10].mean(0) - target).min() > 0.4
+    np.testing.assert_allclose(ends[-50:].mean(0), target, atol=0.1)
+
+
+# ------------------------------------------------------------------------ optimiser step
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    tx = update.optimiser(0.1)
+    apply = jax.jit(lambda s, g: update.apply_gradient(s, g, tx, 0.9))
+    good = weights(1)
+    bad = {**good, "b": good["b"].at[1].set(jnp.nan)}
+    first, figures = apply(update.init(weights(0), tx, KEY), good)
+    assert first.step == 1 and figures["skipped"] == 0
+    np.testing.assert_allclose(
+        figures["grad_norm"],
+        np.linalg.norm(np.concatenate([np.ravel(v) for v in good.values()])),
+        rtol=1e-5,
+    )
+    after, figures = apply(first, bad)
+    assert figures["skipped"] == 1 and np.isnan(figures["grad_norm"])
+    assert after.key == first.key
+    close(after.replace(key=0), first.replace(key=0), rtol=0)
+    assert apply(after, good)[0].step == 2
+
+
+def test_ema_by_hand():
+    """Plain descent from 0 by 1 a step; decays 1/10, 2/11, then the cap of 0.2."""
+    tx = optax.sgd(1.0)
+    state = update.init({"v": jnp.zeros(1)}, tx, KEY)
+    expected = 0.0
+    for step, decay in enumerate([1 / 10, 2 / 11, 0.2, 0.2], start=1):
+        state, _ = update.apply_gradient(state, {"v": -jnp.ones(1)}, tx, ema_decay=0.2)
+        expected = decay * expected + (1 - decay) * step
+        np.testing.assert_allclose(state.lora["v"], [step])
+        np.testing.assert_allclose(state.ema["v"], [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "size, limit, kept", [(100.0, 1.0, 1.0), (100.0, 3.0, 3.0), (0.5, 1.0, 0.5)]
+)
+def test_the_global_norm_is_clipped(size, limit, kept):
+    """Adam's first step is lr g / (|g| + eps): with eps = 1 it shows the size of what came in."""
+    direction = {"a": jnp.array([0.36, 0.48]), "b": jnp.array([0.8])}  # of norm 1, over both
+    tx = update.optimiser(0.1, eps=1.0, weight_decay=0.0, max_grad_norm=limit)
+    gradient = jax.tree.map(lambda d: size * d, direction)
+    step, _ = tx.update(gradient, tx.init(direction), direction)
+    close(step, jax.tree.map(lambda d: -0.1 * kept * d / (kept * d + 1), direction), rtol=1e-4)
+
+
+def test_warm_up_and_weight_decay():
+    """Adam steps by the learning rate; it warms up from 0 and decays the weights by its share."""
+    tx = update.optimiser(0.1, warmup_steps=2, weight_decay=0.5)
+    params, gradient = {"v": jnp.array([3.0])}, {"v": jnp.array([1.0])}
+    state, steps = tx.init(params), []
+    for _ in range(4):
+        step, state = tx.update(gradient, state, params)
+        steps.append(float(step["v"][0]))
+    np.testing.assert_allclose(steps, -np.array([0, 0.05, 0.1, 0.1]) * (1 + 0.5 * 3), rtol=1e-5)
