@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -19,6 +21,17 @@ def define_flags(*, config: bool) -> None:
     if config:
         config_flags.DEFINE_config_file("config", None, "A Python file with get_config().")
         flags.mark_flag_as_required("config")
+
+
+def restart_with_huge_pages() -> None:
+    """On Linux, run this command again in place with malloc asking for huge pages.
+
+    XLA on the CPU allocates its large temporaries anew at every call; with 4 kB pages the page
+    faults take a third of the time (docs/performance.md). glibc reads the setting only at start.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def config() -> ConfigDict:

@@ -49,12 +49,25 @@ def evaluate(
     rewards = run.score_test(pictures, batch.ids)
     tags = np.array([m.get("tag", "") for m in batch.metadata])
     per_tag = {
-        tag: {name: float(s[tags == tag].mean()) for name, s in rewards.parts.items()}
+        tag: {name: _mean(scores[tags == tag]) for name, scores in rewards.parts.items()}
         for tag in sorted(set(tags))
         if tag
     }
-    metrics = {name: float(score.mean()) for name, score in rewards.parts.items()}
-    return {"metrics": metrics, "per_tag": per_tag, "images": config.images}, pictures, batch
+    metrics = {name: _mean(scores) for name, scores in rewards.parts.items()}
+    failed = np.isnan(np.stack(list(rewards.parts.values()))).any(0)
+    result = {
+        "metrics": metrics,
+        "per_tag": per_tag,
+        "images": config.images,
+        "failed": float(failed.mean()),
+    }
+    return result, pictures, batch
+
+
+def _mean(scores: np.ndarray) -> float:
+    """Of the images whose reward did not fail; NaN when there is none."""
+    scores = scores[~np.isnan(scores)]
+    return float(scores.mean()) if scores.size else float("nan")
 
 
 def save_grid(file: Path, images: np.ndarray, batch: PromptBatch, n: int) -> None:
@@ -86,6 +99,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    cli.restart_with_huge_pages()
     cli.define_flags(config=True)
     flags.DEFINE_string("checkpoint", "base", "base, a work directory, or an exported LoRA.")
     flags.DEFINE_string("out", "evaluation.json", "JSON file to write; a .png goes beside it.")

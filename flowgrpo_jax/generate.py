@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jax
@@ -51,12 +52,18 @@ def generate(
     return np.asarray(run(adapter, weights, model.encode(prompts), model.encode([""]), keys))
 
 
+def t5_limit(directory: Path) -> int:
+    """T5 tokens of a prompt: what the model's tokenizer says, at most the paper's 128."""
+    file = directory / "tokenizer_3" / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    return int(min(settings.get("model_max_length", 128), 128))
+
+
 def main(_: list[str]) -> None:
     args = flags.FLAGS
     spec = lora.read_spec(args.lora)[1] if args.lora else LoRASpec()
-    model = sd3.load(
-        args.model, lora_spec=spec, dtype=jnp.dtype(args.dtype), t5_length=args.t5_length
-    )
+    t5_length = args.t5_length or t5_limit(sd3.resolve(args.model))
+    model = sd3.load(args.model, lora_spec=spec, dtype=jnp.dtype(args.dtype), t5_length=t5_length)
     adapter = checkpoint.load_lora(args.lora or checkpoint.BASE, model)
     images = generate(
         model,
@@ -85,7 +92,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_integer("height", None, "Pixels; the model's own size without it.")
     flags.DEFINE_integer("width", None, "Pixels; the model's own size without it.")
-    flags.DEFINE_integer("t5_length", 128, "T5 tokens of a prompt.", lower_bound=1)
+    flags.DEFINE_integer("t5_length", None, "T5 tokens of a prompt; the model's own without it.")
     flags.DEFINE_string("dtype", "float32", "Compute dtype: float32 or bfloat16.")
     flags.DEFINE_string("out", "image.png", "PNG file to write.")
     app.run(main)

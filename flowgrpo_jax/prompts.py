@@ -9,6 +9,7 @@ Sources by name:
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,18 +32,12 @@ def load(source: str) -> list[Metadata]:
         raise FileNotFoundError(
             f"prompt source {source!r} is no file: give a .txt, a .jsonl or shapes:train"
         )
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8")
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix == ".jsonl":
-        records = [json.loads(line) for line in lines]
-        lacking = [
-            i + 1 for i, r in enumerate(records) if not isinstance(r, dict) or "prompt" not in r
-        ]
-        if lacking:
-            raise ValueError(
-                f'{path}: no "prompt" in line {lacking[0]} ({len(lacking)} such lines)'
-            )
+        records = [_record(path, n, line) for n, line in lines]
     elif path.suffix == ".txt":
-        records = [{"prompt": line.strip()} for line in lines]
+        records = [{"prompt": line.strip()} for _, line in lines]
     else:
         raise ValueError(f"prompt source {source!r}: the suffix must be .txt or .jsonl")
     if not records:
@@ -51,6 +46,16 @@ def load(source: str) -> list[Metadata]:
     for record in records:
         unique.setdefault(record["prompt"], record)
     return list(unique.values())
+
+
+def _record(path: Path, number: int, line: str) -> Metadata:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
+    if not isinstance(record, dict) or "prompt" not in record:
+        raise ValueError(f'{path}: line {number} is no object with a "prompt"')
+    return record
 
 
 def _batch(records: Sequence[Metadata], rows: np.ndarray) -> PromptBatch:
@@ -73,8 +78,13 @@ def sample(
     """
     weights = np.ones(len(records))
     if tag_weights:
-        tags = [r.get("tag") for r in records]
-        counts = {tag: tags.count(tag) for tag in set(tags)}
+        tags = [r.get("tag", "") for r in records]
+        counts = Counter(tags)
+        if absent := sorted(set(tag_weights) - set(counts)):
+            raise ValueError(
+                f"prompts.tag_weights names {absent}, but the source's tags are {sorted(counts)}:"
+                " correct the names, or leave it empty"
+            )
         weights = np.array([tag_weights.get(t, 0.0) / counts[t] for t in tags])
     available = int((weights > 0).sum())
     if available < n:
@@ -93,6 +103,8 @@ def balanced(records: Sequence[Metadata], n: int) -> tuple[PromptBatch, np.ndarr
     Every tag goes through its prompts in a fixed shuffled order and starts again when it runs out;
     a repetition gets other noise. Always the same for the same source.
     """
+    if not records:
+        raise ValueError("no prompts to evaluate: set prompts.test to a source")
     by_tag: dict[str, list[int]] = {}
     for i in np.random.default_rng(0).permutation(len(records)):
         by_tag.setdefault(records[i].get("tag", ""), []).append(int(i))

@@ -84,6 +84,11 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
         f"sample.micro_batch={micro} is not a multiple of the {devices} devices it is spread over:"
         f" choose a multiple of {devices} that divides {per_update}",
     )
+    _require(
+        config.eval.micro_batch % devices == 0,
+        f"eval.micro_batch={config.eval.micro_batch} is not a multiple of the {devices} devices it"
+        f" is spread over: choose a multiple of {devices}, or 0",
+    )
     return Plan(s.groups, s.group_size, updates, micro)
 
 
@@ -116,6 +121,9 @@ def check(config: ConfigDict) -> None:
         f" {s.steps - 1} of {s.steps} steps (the last one has almost no noise)",
     )
     _require(0 <= t.steps <= size, f"train.steps={t.steps}: the window has {size} steps to train")
+    _require(config.lora.rank >= 1, f"lora.rank={config.lora.rank}: must be at least 1")
+    every = config.checkpoint.every
+    _require(every >= 1, f"checkpoint.every={every}: must be at least 1 epoch")
     _require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
     _require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
     _require(bool(config.reward.weights), "reward.weights is empty: name at least one reward")
@@ -190,8 +198,19 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     Raises ValueError or FileNotFoundError that names the value, the constraint and the fix.
     """
     check(config)
+    _require(
+        jax.process_count() == 1,
+        f"{jax.process_count()} processes: training runs in one process for now, over all of its"
+        " devices; start it on one host",
+    )
     mesh = sharding.make_mesh()
     plan = make_plan(config, mesh.size)
+    weights = config.reward.weights.to_dict()
+    train_prompts = prompts.load(config.prompts.train) if training else []
+    test_prompts = prompts.load(config.prompts.test) if config.prompts.test else []
+    score = _score(weights, train_prompts)
+    names = tuple(config.eval.rewards) or tuple(weights)
+    score_test = _score({name: weights.get(name, 0.0) for name in names}, test_prompts, np.nan)
     model = load_model(config, mesh)
     sigmas = sde.sigma_schedule(config.sample.steps, model.shift)
     s = config.sample
@@ -203,12 +222,6 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         density=s.density,
         reduction=s.reduction,
     )
-    weights = config.reward.weights.to_dict()
-    train_prompts = prompts.load(config.prompts.train) if training else []
-    test_prompts = prompts.load(config.prompts.test) if config.prompts.test else []
-    score = _score(weights, train_prompts)
-    names = tuple(config.eval.rewards) or tuple(weights)
-    score_test = _score({name: weights.get(name, 0.0) for name in names}, test_prompts)
     optimiser = update.optimiser(
         config.train.learning_rate,
         warmup_steps=config.train.warmup_steps,
@@ -230,12 +243,14 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     )
 
 
-def _score(weights: dict[str, float], records: list[Metadata]) -> host.Score:
+def _score(
+    weights: dict[str, float], records: list[Metadata], failed: float = 0.0
+) -> host.Score:
     def lookup(ids: np.ndarray) -> tuple[list[str], list[Metadata]]:
         chosen = [records[i] for i in ids]
         return [r["prompt"] for r in chosen], chosen
 
-    return host.composite(rewards.load(weights), weights, lookup)
+    return host.composite(rewards.load(weights), weights, lookup, failed)
 
 
 def _programs(

@@ -245,6 +245,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    cli.restart_with_huge_pages()
     cli.define_flags(config=True)
     flags.DEFINE_string("workdir", None, "Where the run is written; runs/NAME without it.")
     flags.DEFINE_bool("resume", False, "Go on from the last checkpoint in the work directory.")

@@ -172,7 +172,7 @@ def apply_gradient(
         ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, lora)
         return TrainState(state.step + 1, lora, ema, opt_state, state.key)
 
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
     state = jax.lax.cond(finite, step, lambda unchanged: unchanged, state)
     return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}

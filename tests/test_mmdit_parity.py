@@ -21,8 +21,7 @@ from torch_models import (
 from flowgrpo_jax.models import convert
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig, sine_grid
 
-# The square of patches that an odd grid of 9 x 9 is cropped to has margins of every parity.
-SIZE = (8, 12)
+SIZE = (8, 12)  # 4 x 6 patches of the 9 x 9 in the position grid: both margins are odd
 CASES = {
     "SD3-medium": dict(num_layers=3),
     "SD3.5-medium": dict(num_layers=4, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
@@ -65,7 +64,7 @@ def test_velocity(case):
 
 
 @pytest.mark.parametrize(
-    "size, length", [((2, 2), 1), ((6, 16), 7), ((18, 2), 30), ((18, 18), 3), ((14, 10), 40)]
+    "size, length", [((2, 2), 1), ((6, 16), 3), ((18, 18), 20), ((14, 10), 40)]
 )
 def test_sizes(size, length):
     """Of the image, whose position grid is cropped around its centre, and of the text."""
@@ -76,37 +75,40 @@ def test_sizes(size, length):
     assert worst(ours(*given), wanted) <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["SD3.5-medium", "SD3.5-large"])
-def test_gradients(case):
-    """Of every weight and of the latents, against torch's autograd."""
+@pytest.mark.parametrize(
+    "case, variant",
+    [
+        ("SD3.5-medium", {}),
+        ("SD3-medium", {"unroll": True}),
+        ("SD3-medium", {"remat": True}),
+    ],
+    ids=str,
+)
+def test_gradients(case, variant):
+    """Of every weight and of the latents, against torch's autograd; so for all ways to lay it out.
+
+    The tolerance is that of the timestep's features: angles of 960 carry 6e-5 in float32.
+    """
     options = {**MMDIT, **CASES[case]}
     theirs = torch_mmdit(options)
     x, *rest = inputs(options)
     weight = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     latents = channels_first(x).requires_grad_()
-    (their_velocity(theirs, latents, *rest) * torch.tensor(weight)).sum().backward()
+    wanted = their_velocity(theirs, latents, *rest)
+    (wanted * torch.tensor(weight)).sum().backward()
 
-    apply, params = port(MMDiT, MMDiTConfig(**options), theirs)
-    loss = jax.jit(jax.grad(lambda p, x: (apply(p, x, *rest) * weight).sum(), argnums=(0, 1)))
-    ours, ours_x = loss(params, x)
+    apply, params = port(MMDiT, MMDiTConfig(**options), theirs, **variant)
+
+    def loss(params, x):
+        v = apply(params, x, *rest)
+        return (v * weight).sum(), v
+
+    (ours, ours_x), velocity = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    assert worst(velocity, wanted) <= TOLERANCE
     assert worst(ours_x, channels_last(latents.grad)) <= TOLERANCE
     ours = convert.to_torch_names(ours)
-    errors = {k: worst(ours[k], v.grad) for k, v in theirs.named_parameters()}
-    assert max(errors.values()) <= TOLERANCE, errors
-
-
-@pytest.mark.parametrize("variant", [dict(unroll=True), dict(remat=True)], ids=str)
-def test_variants_compute_the_same(variant):
-    theirs, given = torch_mmdit(MEDIUM), inputs(MEDIUM)
-    results = []
-    for options in ({}, variant):
-        apply, params = port(MMDiT, MMDiTConfig(**MEDIUM), theirs, **options)
-        loss = lambda p, f=apply: (jnp.square(v := f(p, *given)).mean(), v)  # noqa: E731
-        (_, velocity), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-        results.append({"velocity": velocity, **grads})
-    for name, wanted in results[0].items():
-        scale = np.abs(wanted).max()
-        np.testing.assert_allclose(results[1][name], wanted, rtol=0, atol=1e-5 * scale)
+    errors = {name: worst(ours[name], p.grad) for name, p in theirs.named_parameters()}
+    assert {name: e for name, e in errors.items() if not e <= 1e-4} == {}
 
 
 def test_remat_saves_memory():
@@ -115,22 +117,22 @@ def test_remat_saves_memory():
 
     def temporaries(remat):
         apply, shapes = abstract(MMDiT, MMDiTConfig(**options), remat=remat)
-        grad = jax.jit(jax.grad(lambda p: apply(p, *given).sum()))
-        return grad.lower(shapes).compile().memory_analysis().temp_size_in_bytes
+        grad = jax.jit(jax.grad(lambda x, params: apply(params, x, *given[1:]).sum()))
+        memory = grad.lower(given[0], shapes).compile().memory_analysis()
+        return memory.temp_size_in_bytes
 
     assert temporaries(remat=True) < temporaries(remat=False) / 3
 
 
-def test_scanned_blocks_are_compiled_once():
-    """Twice the layers, the same program; laid out one by one it grows."""
+def test_unroll_lays_the_blocks_out():
+    """Scanned, twice the layers are the same program; laid out, it grows with them."""
 
-    def size(layers, unroll):
-        options = {**MMDIT, "num_layers": layers}
-        apply, shapes = abstract(MMDiT, MMDiTConfig(**options), unroll=unroll)
-        lowered = jax.jit(apply).lower(shapes, *inputs(options))
-        return lowered.compile().as_text().count(" dot(")
+    def work(layers, unroll):
+        apply, shapes = abstract(MMDiT, MMDiTConfig(**MMDIT, num_layers=layers), unroll=unroll)
+        return jax.jit(apply).lower(shapes, *inputs(MMDIT)).cost_analysis()["flops"]
 
-    assert size(4, unroll=False) == size(8, unroll=False) < size(4, unroll=True)
+    assert work(4, unroll=False) == work(8, unroll=False)
+    assert work(8, unroll=True) > 1.5 * work(4, unroll=True) > 1.5 * work(4, unroll=False)
 
 
 def test_bfloat16_stays_close():
@@ -151,7 +153,7 @@ def test_sine_grid(sample_size, patch, side):
 def test_impossible_configs_are_refused():
     with pytest.raises(ValueError, match="qk_norm='layer_norm': this MMDiT knows None and 'rms_n"):
         MMDiTConfig(qk_norm="layer_norm")
-    with pytest.raises(ValueError, match="caption_projection_dim=1536 must equal .* = 2432"):
+    with pytest.raises(ValueError, match=r"caption_projection_dim=1536 must equal .* = 2432"):
         MMDiTConfig(num_attention_heads=38)
 
 

@@ -1,5 +1,6 @@
-"""The policy step, against scipy, finite differences, invariances and a problem with a known end."""
+"""The policy step, against scipy, finite differences, invariances and a known optimum."""
 
+import json
 import os
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def linear_share(params, trajectory, advantage=ADVANTAGE, trained=(0, 1, 2), car
 @pytest.fixture(scope="module")
 def rolled():
     """A rollout of weights(0), to be replayed with others."""
-    return jax.jit(partial(draw, process=CPS))(partial(linear, weights(0)))
+    return jax.jit(lambda: draw(partial(linear, weights(0)), CPS))()
 
 
 def close(a, b, **tolerance):
@@ -118,7 +119,7 @@ def test_gradient_by_finite_differences_of_scipys_densities(kernel, weighting, r
 
         mean, std = gaussian(theta)
         x_next = mean + std * noise
-        old = over(norm.logpdf(x_next, mean, std)) + [0.1, -0.2]
+        old = over(norm.logpdf(x_next, mean, std)) + np.array([0.1, -0.2])
 
         def loss(t):
             mean, _ = gaussian(t)
@@ -187,8 +188,7 @@ def mmdit():
     return velocity, adapter, base
 
 
-@pytest.mark.parametrize("kernel", sde.KERNELS)
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("kernel, guidance", [("flow_sde", 4.5), ("cps", 1.0)])
 def test_the_update_replays_what_the_sampler_recorded(mmdit, kernel, guidance):
     """Right after a rollout the ratio is 1, with a real transformer, guidance and adapter."""
     velocity, adapter, base = mmdit
@@ -211,28 +211,25 @@ def test_the_update_replays_what_the_sampler_recorded(mmdit, kernel, guidance):
         return draw(partial(v, adapter), process, count=4, shape=(4, 4, 4))
 
     @jax.jit
-    def replay(adapter, reference, trajectory):
-        objective = Objective(1e-4, kl_beta=0.01)
-        trained, empty = jnp.arange(3), update.empty(adapter)
-        return update.accumulate(
-            v, process, objective, adapter, reference, trajectory, advantage, 0, trained, 4, *empty
-        )
+    def replay(adapter, trajectory):
+        args = (v, process, Objective(1e-4), adapter, adapter, trajectory, advantage, 0)
+        return update.accumulate(*args, jnp.arange(3), 4, *update.empty(adapter))
 
     trajectory = rollout(adapter)
-    gradient, figures = replay(adapter, lora.reference(adapter), trajectory)
+    gradient, figures = replay(adapter, trajectory)
     assert figures["ratio_gap"] < 1e-6
     assert figures["clip_fraction"] == 0 and figures["approx_kl"] < 1e-12
     np.testing.assert_allclose(figures["policy_loss"], -advantage.mean(), rtol=1e-5)
-    assert figures["kl"] > 1e-3  # the adapter has moved away from the reference
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+    # All of the adapter learns, but for the last block's text queries, whose output is dropped.
+    idle = {path for path, g in gradient.items() if not g.any()}
+    assert idle == {f"transformer_blocks/1:2/attn/add_q_proj/lora_{ab}" for ab in "ab"}
 
     moved = jax.tree.map(lambda a: 1.05 * a, adapter)
-    assert replay(moved, adapter, trajectory)[1]["ratio_gap"] > 1e-4
-    assert replay(adapter, adapter, trajectory)[1]["kl"] == 0
+    assert replay(moved, trajectory)[1]["ratio_gap"] > 1e-4
 
 
 def test_ratio_gap_and_clip_fraction_off_policy(rolled):
-    """Recorded log-probs shifted by hand: image 2 by log 1.5 at one of three steps, 5 by log 1.1."""
+    """Log-probs shifted by hand: image 2 by log 1.5 in one of three steps, image 5 by log 1.1."""
     shift = jnp.zeros((3, IMAGES)).at[1, 2].set(-jnp.log(1.5)).at[0, 5].set(-jnp.log(1.1))
     shifted = rolled.replace(log_prob=rolled.log_prob + shift)
     _, figures = linear_share(weights(0), shifted)
@@ -256,7 +253,7 @@ def test_a_constant_reward_changes_nothing(rolled):
 def test_kl_alone_pulls_towards_the_reference(rolled):
     nothing = jnp.zeros(IMAGES)
     at, here = linear_share(weights(1), rolled, nothing)
-    assert here["kl"] == 0 and optax.global_norm(at) == 0
+    assert here["kl"] == 0 and optax.tree.norm(at) == 0
     away, there = linear_share(weights(0), rolled, nothing)
     assert there["kl"] > 0
     closer = jax.tree.map(lambda p, g: p - 0.1 * g, weights(0), away)
@@ -302,8 +299,8 @@ def test_a_window_is_replayed_at_its_own_sigmas():
     assert gap(1) < 1e-6 and gap(0) > 0.1
 
 
-def one_update(split):
-    """A rollout and an update, with the images placed by `split`: (parameters, figures)."""
+def one_update(place):
+    """A rollout and an update of images that lie where `place` puts them; and the latents."""
     tx = update.optimiser(0.1, eps=1.0)
 
     @jax.jit
@@ -314,33 +311,30 @@ def one_update(split):
         args = (linear, CPS, KL, state.lora, weights(1), trajectory, advantage, 0, jnp.arange(3))
         gradient, figures = update.accumulate(*args, IMAGES, *update.empty(state.lora))
         state, applied = update.apply_gradient(state, gradient, tx, 0.9)
-        return (state.lora, state.ema, figures | applied), trajectory.latents
+        return figures | applied | {"lora": state.lora, "ema": state.ema}, trajectory.latents
 
-    return run(update.init(weights(0), tx, KEY), split(PLACES), split(ADVANTAGE))
+    return run(update.init(weights(0), tx, KEY), place(PLACES), place(ADVANTAGE))
 
 
-def compare_devices(count):
+def print_update_of_eight_devices():
     mesh = sharding.make_mesh()
-    assert mesh.size == count
-    (sharded, latents), (single, _) = (
-        one_update(partial(sharding.split_rows, mesh)),
-        one_update(jnp.asarray),
-    )
-    assert len(latents.sharding.device_set) == count and not latents.is_fully_replicated
-    close(sharded, single, rtol=1e-5, atol=1e-6)
+    result, latents = one_update(partial(sharding.split_rows, mesh))
+    assert [shard.data.shape[0] for shard in latents.addressable_shards] == [1] * 8
+    print(json.dumps(jax.tree.map(np.ndarray.tolist, jax.device_get(result))))
 
 
 def test_eight_devices_make_the_same_update_as_one():
     here = Path(__file__).parent
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    child = subprocess.run(
-        [sys.executable, "-c", "import test_update; test_update.compare_devices(8)"],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    code = "import test_update; test_update.print_update_of_eight_devices()"
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
+    close(one_update(jnp.asarray)[0], json.loads(child.stdout), rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------- known optimum

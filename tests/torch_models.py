@@ -90,10 +90,10 @@ def torch_vae(options):
 
 
 def worst(ours, theirs) -> float:
-    """Largest difference, relative to the largest value."""
+    """Largest difference, relative to the largest value (absolute where all are 0)."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs.detach().double())
     assert ours.shape == theirs.shape
-    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+    return np.abs(ours - theirs).max() / (np.abs(theirs).max() or 1.0)
 
 
 def abstract(model_class, config, dtype=jnp.float32, **options):

@@ -56,11 +56,13 @@ def composite(
     rewards: Mapping[str, Reward],
     weights: Mapping[str, float],
     lookup: Callable[[np.ndarray], tuple[Sequence[str], Sequence[Metadata]]],
+    failed: float = 0.0,
 ) -> Score:
     """The weighted sum of rewards. A reward of weight 0 is logged and never trained on.
 
     Args:
       lookup: prompt ids i32 [M] -> their prompts and metadata.
+      failed: what `parts` holds where a reward failed; NaN keeps it apart from a score.
     """
 
     def score(images: np.ndarray, ids: np.ndarray) -> Rewards:
@@ -69,9 +71,10 @@ def composite(
         valid = np.ones(len(images), bool)
         parts = {}
         for name, reward in rewards.items():
-            parts[name], ok = guarded(name, reward, images, prompts, metadata)
+            scores, ok = guarded(name, reward, images, prompts, metadata)
+            parts[name] = np.where(ok, scores, np.float32(failed))
             if weights[name]:
-                total += np.float32(weights[name]) * parts[name]
+                total += np.float32(weights[name]) * scores
                 valid &= ok
         return Rewards(total, valid, parts)
 

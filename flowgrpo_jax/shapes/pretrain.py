@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from flowgrpo_jax import cli
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models.tokenizers import Tokenizers
 from flowgrpo_jax.shapes import data, flow, grammar, package, vae
@@ -89,8 +90,8 @@ def main() -> None:
         "--out", type=Path, help="model directory to write; WORKDIR/model without it"
     )
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--vae_steps", type=int, default=1_000)
-    parser.add_argument("--flow_steps", type=int, default=6_000)
+    parser.add_argument("--vae_steps", type=int, default=1_500)
+    parser.add_argument("--flow_steps", type=int, default=6_500)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +101,10 @@ def main() -> None:
 
     pictures = data.make(args.pictures, args.seed, cache=args.workdir)
     vae_params = train_vae(args.workdir, pictures, args.vae_steps, args.seed)["params"]
-    latents = vae.encode_all(vae_params, pictures.images)
+    cache = args.workdir / f"latents-{args.seed}-{args.pictures}-{args.vae_steps}.npy"
+    if not cache.exists():
+        np.save(cache, vae.encode_all(vae_params, pictures.images))
+    latents = np.load(cache)
     scaling, shift = vae.statistics(latents)
     latents = (latents - shift) * scaling
 
@@ -120,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    cli.restart_with_huge_pages()
     main()

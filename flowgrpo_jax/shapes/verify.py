@@ -18,7 +18,17 @@ from flowgrpo_jax.shapes.render import BACKGROUND, COLORS, OUTLINES, PALETTE, SH
 UNKNOWN = "unknown"
 MIN_AREA = 20  # px; smaller specks are ignored (the smallest star the grammar draws has 79)
 MIN_CONTRAST = 55.0  # RGB distance from the background that is never foreground (pink has 135)
-BLURS = (0.0, 0.13)  # of the templates, in radii: corners and notches wear off first
+# How far an autoencoder may wear a shape, as the Gaussian blur (in radii) of its most worn
+# template: thin shapes lose notches and corners first. A cross worn further is a diamond.
+WEAR = {
+    "circle": 0.1,
+    "square": 0.2,
+    "triangle": 0.13,
+    "diamond": 0.13,
+    "cross": 0.17,
+    "star": 0.2,
+}
+STAGES = (0.0, 0.65, 1.0)  # of the wear, a template each
 # IoU with the best template below which a shape is unknown. Compact shapes overlap everything:
 # to a circle, a hexagon has 0.93 and a real circle after heavy blur still 0.95.
 MIN_IOU = {
@@ -29,7 +39,7 @@ MIN_IOU = {
     "cross": 0.86,
     "star": 0.82,
 }
-MIN_LEAD = 0.02  # of the best IoU over the second best
+MIN_LEAD = 0.01  # of the best IoU over the second best
 FINE = 3  # samples a pixel to measure an object with
 COLOR_TOLERANCE = 90.0  # RGB distance of a pixel to its palette entry
 COLOR_SHARE = 0.55  # of an object's inner pixels that must agree on its colour
@@ -53,7 +63,7 @@ def _template(outline, blur: float) -> np.ndarray:
     return inside[np.ix_(rows, cols)].astype(np.float32).ravel()
 
 
-_TEMPLATES = np.stack([_template(OUTLINES[name], b) for b in BLURS for name in SHAPES])
+_TEMPLATES = np.stack([_template(OUTLINES[s], stage * WEAR[s]) for stage in STAGES for s in SHAPES])
 
 
 def judge(image: np.ndarray, metadata: dict) -> Score:
@@ -135,7 +145,7 @@ def _shape(level, labels, k, rows, cols) -> tuple[str, float]:
     inside = _inside(own, y + side * _GRID, x + side * _GRID)
     overlap = _TEMPLATES @ inside.ravel() * _CELL**2
     # Both areas are 1, also where the object leaves the grid.
-    iou = (overlap / (2 - overlap)).reshape(len(BLURS), -1).max(0)
+    iou = np.minimum(overlap / (2 - overlap), 1).reshape(len(STAGES), -1).max(0)
     best = iou.argmax()
     second = np.partition(iou, -2)[-2]
     clear = iou[best] >= MIN_IOU[SHAPES[best]] and iou[best] - second >= MIN_LEAD

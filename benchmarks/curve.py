@@ -1,0 +1,46 @@
+"""The learning curve of a run as a picture: `python -m benchmarks.curve --workdir DIR --out FILE`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from flowgrpo_jax import logs  # noqa: E402
+
+
+def curve(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
+    """(minutes of training so far, values) of the epochs that have `key`."""
+    minutes, xs, ys = 0.0, [], []
+    for row in rows:
+        if key in row:
+            xs.append(minutes)
+            ys.append(row[key])
+        minutes += row.get("seconds", 0.0) / 60
+    return xs, ys
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    rows = logs.read(args.workdir / "metrics.jsonl")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.plot(*curve(rows, "reward"), linewidth=0.8)
+    left.set(xlabel="minutes of training", ylabel="reward of the rollouts (graded, 0 to 1)")
+    for key, label in (("shapes_strict", "strict accuracy"), ("shapes_unknown", "unrecognisable")):
+        right.plot(*curve(rows, f"eval/{key}"), marker=".", label=label)
+    right.set(xlabel="minutes of training", ylabel="held-out prompts, 40-step ODE", ylim=(0, 1))
+    right.legend()
+    figure.tight_layout()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

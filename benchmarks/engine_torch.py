@@ -1,0 +1,185 @@
+"""The epoch of the benchmark in PyTorch, as a good user of diffusers and peft writes it.
+
+Inference mode for sampling, no value read back between steps, text gathered once per micro-batch,
+attention by scaled_dot_product_attention, no gradient checkpointing, one backward per stored step
+(keeping all of a rollout's graphs would only take memory), fused AdamW, all cores. Latents are
+channels first, as diffusers has them. "torch-compile" compiles the transformer and the decoder for
+their one shape each.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from benchmarks.epoch import Arrays, serve
+
+
+class TorchEngine:
+    """See `epoch.Engine`."""
+
+    def __init__(self, name: str, config: dict[str, Any], inputs: Arrays):
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        )
+        sample, self.train = config["sample"], config["train"]
+        self.groups, self.group_size = sample["groups"], sample["group_size"]
+        self.micro_batch, self.window = sample["micro_batch"], sample["window"]
+        self.angle = sample["noise_level"] * math.pi / 2
+        self.sigmas = inputs["sigmas"].tolist()  # Python floats: nothing to wait for in a step
+        self.tokens, self.pooled = (torch.from_numpy(inputs[k]) for k in ("tokens", "pooled"))
+        self.advantages = torch.from_numpy(inputs["advantages"]).split(self.micro_batch)
+        rows = torch.arange(self.groups).repeat_interleave(self.group_size)
+        self.rows = rows.split(self.micro_batch)
+
+        directory = Path(config["model"]["path"])
+        self.transformer = load_transformer(directory / "transformer", config["lora"], inputs)
+        self.vae = AutoencoderKL.from_pretrained(directory / "vae").requires_grad_(False)
+        if name == "torch-compile":
+            self.transformer.compile(dynamic=False)
+            self.vae.decoder.compile(dynamic=False)
+        side = config["model"]["height"] // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.latent = (self.vae.config.latent_channels, side, side)
+        self.lora = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.ema = [p.detach().clone() for p in self.lora]
+        t = self.train
+        self.optimiser = torch.optim.AdamW(
+            self.lora,
+            t["learning_rate"],
+            (t["b1"], t["b2"]),
+            t["eps"],
+            t["weight_decay"],
+            fused=True,
+        )
+
+    # ------------------------------------------------------------------- the parts of an epoch
+
+    def velocity(self, x: Tensor, step: int, text: tuple[Tensor, Tensor]) -> Tensor:
+        time = x.new_full((len(x),), 1000 * self.sigmas[step])
+        tokens, pooled = text
+        return self.transformer(x, tokens, pooled, time, return_dict=False)[0]
+
+    def text(self, m: int) -> tuple[Tensor, Tensor]:
+        return self.tokens[self.rows[m]], self.pooled[self.rows[m]]
+
+    def transition(self, x: Tensor, v: Tensor, step: int) -> tuple[Tensor, float]:
+        """Mean and std of a CPS step (arXiv 2509.05952)."""
+        sigma, sigma_next = self.sigmas[step : step + 2]
+        x_0, x_1 = x - sigma * v, x + (1 - sigma) * v
+        mean = (1 - sigma_next) * x_0 + sigma_next * math.cos(self.angle) * x_1
+        return mean, sigma_next * math.sin(self.angle)
+
+    def rollout(self, m: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """(latents, stored window, its log-probs) of micro-batch m."""
+        x, text = torch.randn(len(self.rows[m]), *self.latent), self.text(m)
+        stored, log_probs = [x], []
+        for step in range(len(self.sigmas) - 1):
+            v = self.velocity(x, step, text)
+            if step < self.window:
+                mean, std = self.transition(x, v, step)
+                x = torch.randn_like(mean).mul_(std).add_(mean)
+                stored.append(x)
+                log_probs.append(log_prob(x, mean, std))
+            else:
+                x = x + (self.sigmas[step + 1] - self.sigmas[step]) * v
+        return x, stored, log_probs
+
+    def images(self, latents: Tensor) -> Tensor:
+        """uint8 [M, H, W, 3]"""
+        config = self.vae.config
+        z = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        pixels = self.vae.decode(z, return_dict=False)[0]
+        levels = pixels.div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).contiguous()
+
+    def backward(self, stored: Any, log_probs: Any, m: int) -> None:
+        """Add micro-batch m's share to the gradient."""
+        text, advantage, clip = self.text(m), self.advantages[m], self.train["clip_range"]
+        for step, (x, x_next, old) in enumerate(zip(stored, stored[1:], log_probs)):
+            mean, std = self.transition(x, self.velocity(x, step, text), step)
+            ratio = torch.exp(log_prob(x_next, mean, std) - old)
+            clipped = ratio.clamp(1 - clip, 1 + clip)
+            loss = torch.maximum(-advantage * ratio, -advantage * clipped).sum()
+            (loss / (self.groups * self.group_size * self.window)).backward()
+
+    # ------------------------------------------------------------------- what the driver asks for
+
+    @torch.inference_mode()
+    def draw(self) -> Arrays:
+        _, stored, log_probs = self.rollout(0)
+        x = torch.stack(stored).permute(0, 1, 3, 4, 2)
+        return {"x": x.numpy(), "log_prob": torch.stack(log_probs).numpy()}
+
+    def probe(self, drawn: Arrays) -> Arrays:
+        x = torch.from_numpy(drawn["x"]).permute(0, 1, 4, 2, 3).contiguous()
+        with torch.inference_mode():
+            v = self.velocity(x[0], 0, self.text(0)).permute(0, 2, 3, 1)
+            images = self.images(x[0])
+        self.backward(x, torch.from_numpy(drawn["log_prob"]), 0)
+        gradients = {
+            lora_name(name): p.grad.numpy()
+            for name, p in self.transformer.named_parameters()
+            if p.grad is not None
+        }
+        self.optimiser.zero_grad()
+        return {"velocity": v.numpy(), "images": images.numpy(), **gradients}
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        self.rollouts = []
+        for m in range(len(self.rows)):
+            self.rollouts.append(self.rollout(m))
+            self.images(self.rollouts[-1][0])
+
+    @torch.inference_mode()
+    def decode(self) -> None:
+        for latents, _, _ in self.rollouts:
+            self.images(latents)
+
+    def update(self) -> None:
+        for m, (_, stored, log_probs) in enumerate(self.rollouts):
+            self.backward(stored, log_probs, m)
+        nn.utils.clip_grad_norm_(self.lora, self.train["max_grad_norm"])
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        with torch.no_grad():
+            for average, p in zip(self.ema, self.lora):
+                average.lerp_(p, 1 - self.train["ema_decay"])
+
+
+def log_prob(x: Tensor, mean: Tensor, std: float) -> Tensor:
+    """Mean over the latent of the Gaussian log-density: [M]."""
+    squared = (x - mean).square().mean((1, 2, 3))
+    return squared / (-2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+def load_transformer(directory: Path, lora: dict[str, Any], inputs: Arrays) -> nn.Module:
+    """The frozen transformer with the shared adapter on it."""
+    model = SD3Transformer2DModel.from_pretrained(directory).requires_grad_(False)
+    targets = list(lora["targets"])
+    model.add_adapter(LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=targets))
+    trained = {lora_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    shared = {name for name in inputs if name.startswith("lora.")}
+    if trained.keys() != shared:
+        raise ValueError(f"the adapters differ in {sorted(trained.keys() ^ shared)}")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(torch.from_numpy(inputs[name]))
+    return model
+
+
+def lora_name(name: str) -> str:
+    """A peft parameter's name in inputs.npz."""
+    return "lora." + name.replace(".default.", ".")
+
+
+if __name__ == "__main__":
+    serve(TorchEngine)

@@ -1,0 +1,437 @@
+"""The same training epoch in JAX and in PyTorch, on the same CPU.
+
+    python -m benchmarks.epoch --model shapes --groups 12 --group_size 24 --micro_batch 144 \\
+        --steps 10 --window 5 --repeats 3 [--engines jax,torch,torch-compile] [--out FILE.json]
+
+An epoch is sampling (CPS noise and log-probs within the window), decoding to uint8 on the host, and
+one policy update over the window: LoRA on the joint attention, clipped ratio loss, gradient clip,
+AdamW, EMA. It is configs/shapes.py, in float32, with the flags on top. Text is encoded once per
+prompt outside the timing; advantages are random in place of a reward, which costs both the same.
+The PyTorch side is diffusers and peft, see engine_torch.py.
+
+How it measures:
+  * every engine is a process of its own, so that its peak memory (resident set) is its own;
+  * before any timing the engines must agree on velocity, images and gradient for one rollout;
+  * compilation and the warm-up epochs are excluded and reported apart;
+  * engines take turns, one epoch each, and the waiting ones are stopped: they never compete, and a
+    machine that slows down slows down all of them; reported are medians;
+  * all get the same environment, with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in it (Linux: large
+    temporaries in huge pages, which spares most page faults); --no-hugepages leaves that out.
+
+JAX recomputes activations in the backward pass, as the recipes do, unless --no-remat; PyTorch keeps
+them, which is its faster way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+
+ENGINES = {
+    "jax": "benchmarks.engine_jax",
+    "torch": "benchmarks.engine_torch",
+    "torch-compile": "benchmarks.engine_torch",
+}
+TIMES = ("sample", "decode", "update", "epoch")  # seconds; sampling includes decoding
+# Largest relative difference to the first engine; of images, largest difference in grey levels.
+TOLERANCES = {"velocity": 1e-4, "gradient": 1e-3, "images": 1.0}
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "peft", "numpy")
+HUGEPAGES = "glibc.malloc.hugetlb=1"
+ROOT = Path(__file__).parent.parent
+
+Arrays = dict[str, np.ndarray]
+
+
+# ------------------------------------------------------------------------------- what is measured
+
+
+class Engine(Protocol):
+    """One implementation of the epoch. Every method returns when its work is done."""
+
+    def draw(self) -> Arrays:
+        """A micro-batch's rollout: x [W + 1, M, H, W, C] and log_prob [W, M] of its window."""
+        ...
+
+    def probe(self, drawn: Arrays) -> Arrays:
+        """On such a rollout: the first step's velocity, the images uint8 that x[0] decodes to, and
+        the gradient of each factor "lora..."."""
+        ...
+
+    def sample(self) -> None:
+        """Draw an epoch's trajectories and bring its images to the host as uint8."""
+        ...
+
+    def decode(self) -> None:
+        """Decode the epoch's latents once more: the second part of `sample`, for itself."""
+        ...
+
+    def update(self) -> None:
+        """One policy update on the epoch's trajectories."""
+        ...
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> None:
+    """Write config.json and inputs.npz: all that engines share, so that none favours itself.
+
+    Runs in a process of its own, because it needs the text encoders and the engines do not.
+    """
+    import jax
+
+    from configs import shapes
+    from flowgrpo_jax import prompts, sde
+    from flowgrpo_jax.models import lora, sd3
+
+    config = shapes.get_config()
+    config.model.path = str(sd3.resolve(args.model))
+    config.model.remat = args.remat
+    config.model.t5_length = args.t5_length or config.model.t5_length
+    for knob in ("groups", "group_size", "micro_batch", "steps", "window"):
+        config.sample[knob] = getattr(args, knob) or config.sample[knob]
+    config.prompts.test = ""  # nothing is evaluated
+
+    spec = lora.LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    model = sd3.load(config.model.path, lora_spec=spec, t5_length=config.model.t5_length)
+    size = args.size or model.default_size
+    config.model.height = config.model.width = size
+
+    s, rng = config.sample, np.random.default_rng(0)
+    batch = prompts.sample(prompts.load(config.prompts.train), s.groups, seed=0, epoch=0)
+    cond = model.encode(batch.prompts)
+    adapter = lora.to_torch(model.init_lora(jax.random.key(0)))
+    for name, factor in adapter.items():  # B = 0 would hide the adapter from the comparison
+        if "lora_B" in name:
+            adapter[name] = rng.normal(scale=0.02, size=factor.shape).astype(np.float32)
+    np.savez(
+        folder / "inputs.npz",
+        tokens=cond.tokens,
+        pooled=cond.pooled,
+        sigmas=sde.sigma_schedule(s.steps, model.shift),
+        advantages=rng.normal(size=s.groups * s.group_size).astype(np.float32),
+        **{f"lora.{name}": factor for name, factor in adapter.items()},
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+# ------------------------------------------------------------------------------- engine's side
+
+
+def serve(load: Callable[[str, dict[str, Any], Arrays], Engine]) -> None:
+    """Be an engine's process: answer each command on stdin with a line of JSON on stdout."""
+    folder, name = Path(sys.argv[1]), sys.argv[2]
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    config = json.loads((folder / "config.json").read_text())
+    engine = load(name, config, dict(np.load(folder / "inputs.npz")))
+    for command in sys.stdin:
+        if command.strip() == "probe":
+            np.savez(folder / f"{name}.npz", **engine.probe(shared_rollout(engine, folder)))
+            print("{}", file=answers)
+        else:
+            print(json.dumps(one_epoch(engine)), file=answers)
+
+
+def shared_rollout(engine: Engine, folder: Path) -> Arrays:
+    """What all engines are probed with: drawn by the first that comes."""
+    file = folder / "drawn.npz"
+    if not file.exists():
+        np.savez(file, **engine.draw())
+    drawn = dict(np.load(file))
+    drawn["log_prob"][:, ::2] += 0.01  # every other image out of the clip range: that counts too
+    return drawn
+
+
+def one_epoch(engine: Engine) -> dict[str, float]:
+    """Seconds of each phase, and the process's peak memory so far in GiB."""
+    figures = {}
+    for phase in (engine.sample, engine.update, engine.decode):
+        begun = time.perf_counter()
+        phase()
+        figures[phase.__name__] = time.perf_counter() - begun
+    figures["epoch"] = figures["sample"] + figures["update"]
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    figures["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return figures
+
+
+# ------------------------------------------------------------------------------- driver's side
+
+
+class Worker:
+    """An engine's process, stopped whenever it is not asked for anything."""
+
+    def __init__(self, name: str, folder: Path, environment: dict[str, str]):
+        self.name, self._log = name, folder / f"{name}.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", ENGINES[name], str(folder), name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                bufsize=1,
+                cwd=ROOT,
+                env=environment,
+            )
+
+    def ask(self, command: str) -> dict[str, float]:
+        """Raises RuntimeError with the end of its log when the process has died."""
+        assert self._process.stdin and self._process.stdout
+        answer = ""
+        try:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.stdin.write(command + "\n")
+            answer = self._process.stdout.readline()
+            self._process.send_signal(signal.SIGSTOP)
+        except BrokenPipeError:
+            pass
+        if not answer:
+            end = "\n".join(self._log.read_text().splitlines()[-12:])
+            raise RuntimeError(f"{self.name} ended with {self._process.wait()}:\n{end}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def environment(hugepages: bool) -> dict[str, str]:
+    """What every engine runs in."""
+    result = dict(os.environ, JAX_PLATFORMS="cpu")
+    if hugepages:
+        tunables = [result.get("GLIBC_TUNABLES", ""), HUGEPAGES]
+        result["GLIBC_TUNABLES"] = ":".join(filter(None, tunables))
+    return result
+
+
+def differences(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    """{engine: {velocity, gradient, images}}, each engine against the first."""
+    first, *others = ({k: v for k, v in np.load(folder / f"{n}.npz").items()} for n in names)
+    return {name: _difference(other, first) for name, other in zip(names[1:], others)}
+
+
+def _difference(a: Arrays, b: Arrays) -> dict[str, float]:
+    if a.keys() != b.keys():
+        raise RuntimeError(f"only one engine has {sorted(a.keys() ^ b.keys())}")
+
+    def relative(names: list[str]) -> float:
+        x, y = (np.concatenate([part[n].ravel() for n in names]) for part in (a, b))
+        return float(np.linalg.norm(x - y) / np.linalg.norm(y))
+
+    levels = np.abs(a["images"].astype(int) - b["images"]).max()
+    gradient = sorted(name for name in a if name.startswith("lora."))
+    return {
+        "velocity": relative(["velocity"]),
+        "gradient": relative(gradient),
+        "images": float(levels),
+    }
+
+
+def check(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
+    """Print how far engines differ on one rollout. Raises RuntimeError when it is too far."""
+    found = differences(folder, names)
+    for name, values in found.items():
+        print(
+            f"{name} against {names[0]}, same weights and rollout: velocity differs by"
+            f" {values['velocity']:.1e} (relative), gradient by {values['gradient']:.1e}, images by"
+            f" at most {values['images']:.0f} of 255 levels"
+        )
+        for what, value in values.items():
+            if not value <= TOLERANCES[what]:
+                raise RuntimeError(
+                    f"{name} and {names[0]} do not compute the same {what}: {value:.2g} is above"
+                    f" {TOLERANCES[what]:g}, so a comparison of their times means nothing"
+                )
+    return found
+
+
+def start(
+    names: list[str], folder: Path, env: dict[str, str], warmup: int
+) -> tuple[dict[str, Worker], dict[str, float], dict[str, str]]:
+    """Start, probe and warm up the engines one by one: (workers, seconds of it, failures)."""
+    workers: dict[str, Worker] = {}
+    seconds, failures = {}, {}
+    for name in names:
+        print(f"{name}: loading, compiling and warming up ...", flush=True)
+        begun, worker = time.perf_counter(), Worker(name, folder, env)
+        try:
+            for command in ("probe", *["epoch"] * warmup):
+                worker.ask(command)
+        except RuntimeError as error:
+            worker.close()
+            failures[name] = str(error)
+            print(error, file=sys.stderr)
+            continue
+        workers[name], seconds[name] = worker, time.perf_counter() - begun
+    return workers, seconds, failures
+
+
+def measure(workers: dict[str, Worker], repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Every engine's epochs, drawn in turns."""
+    epochs: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    for i in range(repeats):
+        for name, worker in workers.items():
+            epochs[name].append(worker.ask("epoch"))
+            print(f"{name}: epoch {i + 1}/{repeats} {epochs[name][-1]['epoch']:.2f} s", flush=True)
+    return epochs
+
+
+def summarise(epochs: list[dict[str, float]], images: int) -> dict[str, float]:
+    """Medians of the times; memory is a high-water mark, so its last value counts."""
+    result = {t: median(e[t] for e in epochs) for t in TIMES}
+    return result | {
+        "images_per_second": images / result["epoch"],
+        "peak_gib": epochs[-1]["peak_gib"],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "commit": commit,
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def table(figures: dict[str, dict[str, float]], ratio: dict[str, dict[str, float]]) -> str:
+    columns = {
+        "sample+decode s": "sample",
+        "decode s": "decode",
+        "update s": "update",
+        "epoch s": "epoch",
+        "images/s": "images_per_second",
+        "peak GiB": "peak_gib",
+        "warm-up s": "warmup",
+    }
+    lines = [f"{'':20}" + "".join(f"{title:>17}" for title in columns)]
+    for name, values in (figures | ratio).items():
+        cells = (f"{values[key]:17.2f}" if key in values else "" for key in columns.values())
+        lines.append(f"{name:20}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)
+
+
+def ratios(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """{engine: {time or memory: its value / JAX's}}; above 1 JAX is ahead."""
+    if "jax" not in figures:
+        return {}
+    jax = figures["jax"]
+    return {
+        f"{name} / jax": {key: values[key] / jax[key] for key in (*TIMES, "peak_gib")}
+        for name, values in figures.items()
+        if name != "jax"
+    }
+
+
+def describe(config: dict[str, Any], hardware: dict[str, Any], env: dict[str, str]) -> str:
+    s, model = config["sample"], config["model"]
+    versions = ", ".join(f"{name} {hardware[name]}" for name in PACKAGES)
+    return "\n".join(
+        [
+            f"{model['path']}, {model['height']} px, float32, LoRA rank {config['lora']['rank']}",
+            f"{s['groups']} groups x {s['group_size']} images in micro-batches of"
+            f" {s['micro_batch']}; {s['steps']} steps, {s['window']} of them stochastic and"
+            f" trained; remat in JAX: {model['remat']}",
+            f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']:.0f} GiB,"
+            f" GLIBC_TUNABLES={env.get('GLIBC_TUNABLES', '')!r}",
+            f"Python {hardware['python']}, {versions}, commit {hardware['commit']}",
+        ]
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.epoch",
+        description="The same training epoch in JAX and in PyTorch.",
+        epilog="A size that is not given is that of configs/shapes.py.",
+    )
+    parser.add_argument("--model", default="shapes", help="directory, hub id or shapes")
+    parser.add_argument("--size", type=int, help="of the images, in pixels; the model's own")
+    parser.add_argument("--t5_length", type=int, help="T5 tokens of a prompt")
+    parser.add_argument("--groups", type=int, help="prompts an epoch")
+    parser.add_argument("--group_size", type=int, help="images of each prompt")
+    parser.add_argument("--micro_batch", type=int, help="images at once")
+    parser.add_argument("--steps", type=int, help="transitions of a rollout")
+    parser.add_argument("--window", type=int, help="how many are stochastic and trained")
+    parser.add_argument("--repeats", type=int, default=3, help="epochs measured of each engine")
+    parser.add_argument("--warmup", type=int, default=2, help="epochs before them")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="the first is the reference")
+    parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True,
+                        help="JAX recomputes activations in the backward pass")  # fmt: skip
+    parser.add_argument("--hugepages", action=argparse.BooleanOptionalAction, default=True,
+                        help=f"run every engine with GLIBC_TUNABLES={HUGEPAGES}")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="write everything measured as JSON")
+    args = parser.parse_args()
+    args.engines = args.engines.split(",")
+    unknown = set(args.engines) - set(ENGINES)
+    if unknown:
+        parser.error(f"--engines: no {sorted(unknown)}, choose from {', '.join(ENGINES)}")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    env, hardware = environment(args.hugepages), machine()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job = multiprocessing.get_context("spawn").Process(target=prepare, args=(args, folder))
+        job.start()
+        job.join()
+        if job.exitcode:
+            return job.exitcode
+        config = json.loads((folder / "config.json").read_text())
+        print(describe(config, hardware, env), end="\n\n")
+        workers, warmup, failures = start(args.engines, folder, env, args.warmup)
+        try:
+            differ = check(folder, list(workers))
+            epochs = measure(workers, args.repeats)
+        finally:
+            for worker in workers.values():
+                worker.close()
+    images = config["sample"]["groups"] * config["sample"]["group_size"]
+    figures = {
+        name: summarise(runs, images) | {"warmup": warmup[name]} for name, runs in epochs.items()
+    }
+    ratio = ratios(figures)
+    print(f"\nmedians of {args.repeats} epochs\n{table(figures, ratio)}")
+    if args.out:
+        report = {
+            "config": config,
+            "machine": hardware,
+            "glibc_tunables": env.get("GLIBC_TUNABLES", ""),
+            "differences": differ,
+            "medians": figures,
+            "ratios": ratio,
+            "epochs": epochs,
+            "failures": failures,
+        }
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Every recipe loads and is sound; what is not is an error that names the value and the fix."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from flowgrpo_jax import recipe, rewards
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("[a-z]*.py"))
+
+
+def load(name, changes=None):
+    """A recipe with some knobs changed: {"sample.steps": 4}."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    if not config.reward.weights:  # base.py leaves the choice to the recipes
+        config.reward.weights = ConfigDict({"jpeg_compressibility": 1.0})
+    config.update_from_flattened_dict(changes or {})
+    return config
+
+
+# ------------------------------------------------------------------------------ the recipes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_sound(name):
+    config = load(name)
+    recipe.check(config)
+    for devices in (1, 2, 4):
+        recipe.make_plan(config, devices)
+    rewards.load([*config.reward.weights, *config.eval.rewards])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_has_the_knobs_of_base_and_no_others(name):
+    def knobs(config):
+        sections = config.to_dict()
+        return {k: set(v) if isinstance(v, dict) else None for k, v in sections.items()}
+
+    assert knobs(load(name)) == knobs(load("base"))
+
+
+# --------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(
+    "updates, micro_batch, size, count",
+    [
+        (2, 0, 576, 1),  # 0: the whole update, 1152 / 2
+        (2, 9, 9, 64),
+        (2, 32, 32, 18),
+        (2, 144, 144, 4),
+        (1, 0, 1152, 1),
+        (1, 24, 24, 48),
+        (48, 8, 8, 3),  # a group an update
+    ],
+)
+def test_plan_of_the_papers_48_groups_of_24(updates, micro_batch, size, count):
+    changes = {"train.updates_per_epoch": updates, "sample.micro_batch": micro_batch}
+    plan = recipe.make_plan(load("base", changes), devices=1)
+    assert (plan.images, plan.updates) == (1152, updates)
+    assert (plan.micro_batch, plan.micro_batches) == (size, count)
+    assert plan.images == updates * count * size
+    for number in (48, 24, 1152, updates, count, size):
+        assert str(number) in str(plan).split()
+
+
+def test_the_plan_does_not_depend_on_the_devices_that_share_it():
+    config = load("base", {"sample.micro_batch": 32})
+    assert len({recipe.make_plan(config, devices) for devices in (1, 2, 8, 32)}) == 1
+
+
+# ------------------------------------------------------------------------------- the errors
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sample.group_size": 1}, r"sample\.group_size=1: .*at least 2"),
+        (
+            {"sample.groups": 48, "train.updates_per_epoch": 5},
+            r"sample\.groups=48 .*multiple of train\.updates_per_epoch=5",
+        ),
+        ({"train.updates_per_epoch": 0}, r"train\.updates_per_epoch=0"),
+        (
+            {"sample.micro_batch": 100},
+            r"sample\.micro_batch=100 .*576 images.*48 groups x 24.*a divisor of 576",
+        ),
+        ({"sample.micro_batch": -4}, r"sample\.micro_batch=-4"),
+        (
+            {"sample.micro_batch": 36},
+            r"sample\.micro_batch=36 .*8 devices.*a multiple of 8 that divides 576",
+        ),
+        (
+            {"sample.micro_batch": 32, "eval.micro_batch": 12},
+            r"eval\.micro_batch=12 .*8 devices.*a multiple of 8",
+        ),
+    ],
+)
+def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.make_plan(load("base", changes), devices=8)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sample.kernel": "ode"}, r"sample\.kernel='ode': choose from .*'flow_sde'.*'cps'"),
+        ({"sample.density": "t"}, r"sample\.density='t': choose from .*'gaussian'"),
+        ({"train.advantage_std": "prompt"}, r"train\.advantage_std='prompt': choose .*'group'"),
+        ({"reward.host_call": "http"}, r"reward\.host_call='http': .*'overlap', 'callback'"),
+        ({"model.dtype": "int8"}, r"model\.dtype='int8': choose from 'float32', 'bfloat16'"),
+        ({"sample.noise_level": 0.0}, r"sample\.noise_level=0\.0: .*no log-prob.*0\.7"),
+        (
+            {"sample.kernel": "cps", "sample.noise_level": 1.2},
+            r"sample\.noise_level=1\.2: .*at most 1",
+        ),
+        ({"sample.steps": 1}, r"sample\.steps=1: .*at least 2"),
+        ({"sample.window": 10}, r"sample\.window=10 .*does not fit.*first 9 of 10 steps"),
+        (
+            {"sample.window": 3, "sample.window_range": (0, 2)},
+            r"sample\.window=3 in sample\.window_range=\(0, 2\) does not fit",
+        ),
+        ({"sample.window_range": (4, 12), "sample.window": 2}, r"\(4, 12\).*first 9 of 10"),
+        ({"sample.window": 4, "train.steps": 5}, r"train\.steps=5: .*4 steps"),
+        ({"train.clip_range": 0.0}, r"train\.clip_range=0\.0: .*above 0"),
+        ({"train.ema_decay": 1.0}, r"train\.ema_decay=1\.0: .*\[0, 1\)"),
+        ({"lora.rank": 0}, r"lora\.rank=0: .*at least 1"),
+        ({"checkpoint.every": 0}, r"checkpoint\.every=0: .*at least 1"),
+        ({"reward.weights": ConfigDict()}, r"reward\.weights is empty: .*at least one"),
+        (
+            {"reward.weights": ConfigDict({"shapes": 0.0})},
+            r"reward\.weights=.*'shapes': 0\.0.*not be 0",
+        ),
+    ],
+)
+def test_a_value_that_makes_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.check(load("base", changes))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/sd3", "./sd3", "sd3"])
+def test_a_model_that_is_not_there(path):
+    with pytest.raises(FileNotFoundError, match=rf"{path}.*config\.model\.path.*hub id"):
+        recipe.build(load("shapes", {"model.path": path}))
+
+
+def test_an_unknown_reward():
+    config = load("shapes")
+    config.reward.weights = ConfigDict({"beauty": 1.0})
+    with pytest.raises(ValueError, match=r"'beauty' is unknown: choose from .*shapes"):
+        recipe.build(config)
+
+
+def test_a_misspelt_knob_in_a_recipe():
+    with pytest.raises((AttributeError, KeyError), match="group_sise"):
+        load("base").sample.group_sise = 4
+    with pytest.raises((AttributeError, KeyError), match="smaple"):
+        load("base").smaple = {}
+
+
+def test_a_misspelt_knob_on_the_command_line():
+    child = subprocess.run(
+        [sys.executable, "-m", "flowgrpo_jax.train", "--config", "configs/shapes.py"]
+        + ["--config.sample.group_sise=4"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode != 0 and "group_sise" in child.stderr

@@ -1,0 +1,368 @@
+"""Training, evaluation, export and generation as a user runs them, on the model in the box.
+
+Runs here are tiny: what is tested is that they are complete, repeatable and can be gone on with.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from flowgrpo_jax import checkpoint, logs, recipe, rewards, sharding
+from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.evaluate import evaluate
+from flowgrpo_jax.generate import generate, t5_limit
+from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.rewards import host
+from flowgrpo_jax.train import train
+
+ROOT = Path(__file__).parent.parent
+RECIPE = """
+from configs import shapes
+from ml_collections import ConfigDict
+
+def get_config():
+    c = shapes.get_config()
+    c.epochs = 4
+    c.lora.rank, c.lora.alpha = 2, 4.0
+    c.sample.groups, c.sample.group_size, c.sample.micro_batch = 2, 4, 2
+    c.sample.steps, c.sample.window, c.sample.window_range = 4, 2, (0, 3)
+    c.train.updates_per_epoch = 2
+    c.reward.weights = ConfigDict({"jpeg_incompressibility": 20.0, "shapes": 0.0})
+    c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 12, 4, 2
+    c.eval.rewards = ("jpeg_incompressibility", "shapes_strict")
+    c.checkpoint.every = 1
+    return c
+"""
+
+
+def load(folder, **changes):
+    config = runpy.run_path(str(folder / "tiny.py"))["get_config"]()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def start(folder, module, *arguments):
+    """An entry point as a process of its own, from the command line."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"flowgrpo_jax.{module}", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **cache},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def call(folder, module, *arguments):
+    process = start(folder, module, *arguments)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+CACHE_ALL = ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the runs are. Their processes share compiled programs."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "tiny.py").write_text(RECIPE)
+    options = {"jax_compilation_cache_dir": str(folder / "cache")}
+    options |= {name.lower(): 0 for name in CACHE_ALL}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def half(folder):
+    """The work directory of two epochs from the command line."""
+    call(folder, "train", "--config=tiny.py", "--config.epochs=2", "--workdir=half")
+    return folder / "half"
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The work directory of four epochs, and the state that they end in."""
+    workdir = folder / "whole"
+    state = train(load(folder, log__tensorboard=False), workdir)
+    assert (workdir / "checkpoints").is_dir()
+    return SimpleNamespace(workdir=workdir, state=state)
+
+
+def rows(workdir):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def timeless(row, prefix=""):
+    """A row of metrics without what depends on the clock (and without evaluations)."""
+    clock = ("seconds", "images_per_second")
+    return {k: v for k, v in row.items() if k not in clock and not k.startswith(prefix or "\n")}
+
+
+def same(ours, theirs):
+    """Two training states, bit for bit."""
+    bits = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    a, b = (jax.tree.map(lambda x: np.asarray(bits(x)), s) for s in (ours, theirs))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --------------------------------------------------------------------------------- training
+
+
+def test_a_run_leaves_everything_behind(folder, half):
+    expected = load(folder, epochs=2).to_dict()
+    assert json.loads((half / "config.json").read_text()) == json.loads(json.dumps(expected))
+    first, second, last = rows(half)
+    assert [first["epoch"], second["epoch"], last["epoch"]] == [0, 1, 2]
+    for row in (first, second):
+        assert row["ratio_gap"] < 1e-6 and row["images_per_second"] > 0
+        assert row["reward"] == pytest.approx(20 * row["reward/jpeg_incompressibility"], rel=1e-5)
+        assert row["grad_norm"] > 0 and row["failed"] == row["skipped"] == 0
+        assert row["window_start"] in (0, 1)
+    evaluated = {"eval/jpeg_incompressibility", "eval/shapes_strict"}
+    assert evaluated <= set(first) and evaluated <= set(last) and not evaluated & set(second)
+    assert {p.name for p in (half / "samples").iterdir()} == {"epoch-00000.png", "epoch-00002.png"}
+    assert min(Image.open(half / "samples" / "epoch-00002.png").size) > 64
+    assert Checkpoints(half / "checkpoints").steps() == [1, 2]
+    (events,) = (half / "tensorboard").iterdir()
+    assert b"ratio_gap" in events.read_bytes()
+
+
+def test_training_changes_the_policy(whole):
+    state = whole.state
+    assert int(state.step) == 8
+    moved = [float(abs(v).max()) for k, v in state.lora.items() if k.endswith("lora_b")]
+    assert min(moved) > 0
+    assert any((state.lora[k] != state.ema[k]).any() for k in state.lora)
+    first, *_, last = rows(whole.workdir)
+    assert first["eval/jpeg_incompressibility"] != last["eval/jpeg_incompressibility"]
+
+
+def test_it_does_not_write_over_a_run(folder, half):
+    before = rows(half)
+    with pytest.raises(FileExistsError, match=r"half already holds a run: add --resume"):
+        train(load(folder), half)
+    assert rows(half) == before
+
+
+def test_two_epochs_and_two_more_are_four(folder, half, whole):
+    shutil.copytree(half, folder / "resumed")
+    state = train(load(folder), folder / "resumed", resume=True)
+    same(state, whole.state)
+    assert [*map(timeless, rows(folder / "resumed"))] == [*map(timeless, rows(whole.workdir))]
+
+
+def test_nothing_to_resume(folder):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*start without --resume"):
+        train(load(folder), folder / "nothing", resume=True)
+
+
+def test_sigterm_saves_and_stops(folder, whole):
+    workdir = folder / "stopped"
+    endless = ["--config.epochs=1000000", "--config.eval.every=0", "--config.checkpoint.every=1000"]
+    process = start(folder, "train", "--config=tiny.py", f"--workdir={workdir}", *endless)
+    while process.poll() is None and not logs.read(workdir / "metrics.jsonl"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    done = len(rows(workdir))
+    assert "SIGTERM: saving" in out and f"stopped after epoch {done}; go on with --resume" in out
+    assert Checkpoints(workdir / "checkpoints").steps() == [done]
+
+    more = load(folder, epochs=done + 1, eval__every=0)
+    assert int(train(more, workdir, resume=True).step) == 2 * (done + 1)
+    pairs = [*zip(rows(workdir), rows(whole.workdir)[:4])]
+    assert len(pairs) >= 2
+    for ours, theirs in pairs:
+        assert timeless(ours) == timeless(theirs, prefix="eval/")
+
+
+def damage(step, how):
+    for file in step.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            file.write_bytes({"garbage": b"\xff" * len(content), "cut": content[:-9]}[how])
+
+
+@pytest.mark.parametrize("how", ["garbage", "cut"])
+def test_a_damaged_checkpoint_is_passed_over(folder, whole, how, caplog):
+    workdir = folder / how
+    shutil.copytree(whole.workdir, workdir)
+    damage(workdir / "checkpoints" / "4", how)
+    state = train(load(folder), workdir, resume=True)
+    assert f"{workdir}/checkpoints/4 cannot be read" in caplog.text
+    same(state, whole.state)
+    assert Checkpoints(workdir / "checkpoints").resume(state)[1] == 4  # it was written again
+
+    for step in (workdir / "checkpoints").iterdir():
+        damage(step, how)
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[1, 2, 3, 4\].*damaged"):
+        train(load(folder), workdir, resume=True)
+
+
+def test_callback_and_overlap_train_alike(folder, whole):
+    config = load(folder, epochs=1, eval__every=0, reward__host_call="callback")
+    train(config, folder / "callback")
+    (ours,), theirs = rows(folder / "callback"), rows(whole.workdir)[0]
+    assert timeless(ours) == pytest.approx(timeless(theirs, prefix="eval/"), rel=1e-4, abs=1e-6)
+
+
+def broken(images, prompts, metadata):
+    raise RuntimeError("the server is down")
+
+
+def test_a_reward_that_always_fails_ends_the_run(folder, monkeypatch):
+    monkeypatch.setitem(rewards.TABLE, "shapes", f"{__name__}:broken")
+    config = load(folder, eval__every=0)
+    config.reward.weights.shapes = 1.0
+    with pytest.raises(RuntimeError, match=r"failed on 100% .*reward\.max_failed=50%"):
+        train(config, folder / "broken")
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluating_a_checkpoint_repeats_what_training_logged(folder, whole):
+    out = call(
+        folder, "evaluate", "--config=tiny.py", "--checkpoint=whole", "--out=results/rl.json"
+    )
+    result = json.loads((folder / "results" / "rl.json").read_text())
+    logged = {k: v for k, v in rows(whole.workdir)[-1].items() if k.startswith("eval/")}
+    flat = {f"eval/{name}": value for name, value in result["metrics"].items()}
+    for tag, values in result["per_tag"].items():
+        flat |= {f"eval/{tag}/{name}": value for name, value in values.items()}
+    assert flat == pytest.approx(logged, rel=1e-6)
+    assert set(result["metrics"]) == {"jpeg_incompressibility", "shapes_strict"}
+    assert set(result["per_tag"]) == set(out.split()) & set(result["per_tag"])
+    assert len(result["per_tag"]) == 6 and (result["images"], result["failed"]) == (12, 0)
+    assert Image.open(folder / "results" / "rl.png").size[0] > 64
+
+
+def test_the_base_is_the_policy_before_training(folder, whole):
+    run = recipe.build(load(folder), training=False)
+    base = checkpoint.load_lora("base", run.model)
+    result, images, batch = evaluate(run, base, run.encode([""]))
+    assert images.shape == (12, 64, 64, 3) and len(batch.prompts) == 12
+    logged = rows(whole.workdir)[0]
+    for name, value in result["metrics"].items():
+        assert value == pytest.approx(logged[f"eval/{name}"], rel=1e-6)
+
+
+def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
+    """Five images in micro-batches of two: the last one is padded, and the padding counts not."""
+    records = [{"prompt": str(i), "tag": "even" if i % 2 == 0 else "odd"} for i in range(5)]
+
+    def number(images, prompts, metadata):
+        assert [int(p) for p in prompts] == images[:, 0, 0, 0].tolist()
+        return images[:, 0, 0, 0], [p not in "03" for p in prompts]
+
+    run = SimpleNamespace(
+        config=load_eval(images=5, micro_batch=2),
+        mesh=sharding.make_mesh(),
+        test_prompts=records,
+        encode=lambda texts: np.array([int(t) for t in texts]),
+        weights=None,
+        programs=SimpleNamespace(
+            generate=lambda lora, weights, cond, null, prompt, keys: np.tile(
+                cond[np.asarray(prompt)][:, None, None, None], (1, 8, 8, 3)
+            ).astype(np.uint8)
+        ),
+        score_test=host.composite(
+            {"number": number},
+            {"number": 1.0},
+            lambda ids: ([str(i) for i in ids], [records[i] for i in ids]),
+            failed=np.nan,
+        ),
+    )
+    result, images, _ = evaluate(run, {}, None)
+    assert len(images) == 5
+    assert result["metrics"] == {"number": pytest.approx((1 + 2 + 4) / 3)}
+    assert result["per_tag"] == {"even": {"number": 3.0}, "odd": {"number": 1.0}}
+    assert result["failed"] == pytest.approx(2 / 5)
+
+
+def load_eval(**settings):
+    return SimpleNamespace(eval=SimpleNamespace(seed=0, **settings))
+
+
+# ---------------------------------------------------------------------- export and generation
+
+
+def test_an_exported_lora_draws_what_the_checkpoint_draws(folder, whole):
+    prompt = "a red circle"
+    (folder / "one.txt").write_text(prompt)
+    changes = {"prompts__test": str(folder / "one.txt"), "eval__seed": 5}
+    config = load(folder, eval__images=1, eval__micro_batch=1, eval__steps=3, **changes)
+    run = recipe.build(config, training=False)
+    ema = checkpoint.load_lora(whole.workdir, run.model)
+    jax.tree.map(np.testing.assert_array_equal, ema, whole.state.ema)
+    _, expected, _ = evaluate(run, ema, run.encode([""]))
+
+    printed = call(folder, "export", "--workdir=whole", "--out=lora").split()
+    assert len(printed) == 2 and all(Path(folder, file).is_file() for file in printed)
+    for lora in ("lora", *printed):
+        again = checkpoint.load_lora(folder / lora, run.model)
+        jax.tree.map(np.testing.assert_array_equal, again, whole.state.ema)
+
+    settings = ["--steps=3", "--guidance=1", "--seed=5", "--out=drawn/one.png"]
+    call(folder, "generate", "--model=shapes", f"--prompt={prompt}", "--lora=lora", *settings)
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "drawn" / "one.png")), expected[0])
+
+
+def test_generating_with_the_base(folder):
+    model = sd3.load("shapes", lora_spec=LoRASpec(2, 4.0), t5_length=t5_limit(sd3.resolve("shapes")))
+    base = checkpoint.load_lora("base", model)
+    two = ["a red circle", "three stars"]
+
+    def draw(prompts, **settings):
+        return generate(model, base, prompts, steps=2, guidance=2.0, **settings)
+
+    images = draw(two)
+    assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(draw(two), images)
+    np.testing.assert_allclose(draw(two[:1])[0], images[0], atol=1)
+    assert (draw(two, seed=1) != images).mean() > 0.1
+    assert draw(two[:1], height=32, width=96).shape == (1, 32, 96, 3)
+
+
+@pytest.mark.parametrize(
+    "source, problem, message",
+    [
+        ("runs/none", FileNotFoundError, "'runs/none' does not exist: give base, a work directory"),
+        ("empty", FileNotFoundError, "no LoRA at .*empty"),
+        ("whole/checkpoints/7", FileNotFoundError, r"no checkpoint 7 .*\[1, 2, 3, 4\]"),
+    ],
+)
+def test_a_policy_that_is_not_there(folder, whole, source, problem, message, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir(exist_ok=True)
+    model = SimpleNamespace(lora_shapes={k: v for k, v in whole.state.ema.items()})
+    with pytest.raises(problem, match=message):
+        checkpoint.load_lora(source, model)

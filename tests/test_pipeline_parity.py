@@ -1,0 +1,133 @@
+"""From prompts and noise to images: ours against the whole StableDiffusion3Pipeline."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from torch_models import PROMPTS, TOLERANCE, channels_first, channels_last, diffusers, torch, worst
+
+from flowgrpo_jax import sampler, sde
+from flowgrpo_jax.models import sd3
+
+STEPS = 4
+
+
+def ours(model, prompts, noise, guidance):
+    """Final latents f32 [B, H, W, C] and images uint8."""
+    velocity = sampler.guided(model.velocity, guidance)
+    sigmas = sde.sigma_schedule(STEPS, model.shift)
+    rows = jnp.arange(len(prompts))
+
+    @jax.jit
+    def run(lora, weights, cond, null, x):
+        def v(x, sigma):
+            return velocity(lora, weights["transformer"], x, sigma, cond, null, rows)
+
+        latents = sampler.ode(v, sigmas, x)
+        return latents, model.decode(weights["vae"], latents)
+
+    lora = model.init_lora(jax.random.key(0))
+    return run(lora, model.params, model.encode(prompts), model.encode([""]), noise)
+
+
+def theirs(pipeline, prompts, noise, guidance, length):
+    """The same from the pipeline, channels last."""
+    height, width = (2 * n for n in noise.shape[1:3])
+    settings = dict(
+        negative_prompt=[""] * len(prompts),
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        height=height,
+        width=width,
+        max_sequence_length=length,
+    )
+    kept = {}
+
+    def keep(pipe, step, timestep, tensors):
+        kept.update(tensors)
+        return tensors
+
+    images = pipeline(
+        prompts, latents=channels_first(noise), callback_on_step_end=keep, **settings
+    ).images
+    return channels_last(kept["latents"]), np.stack([np.asarray(image) for image in images])
+
+
+def noise_of(size, count):
+    return np.random.default_rng(3).normal(size=(count, *size, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "guidance, length, size", [(1.0, 8, (8, 8)), (4.5, 8, (8, 8)), (4.5, 128, (12, 6))]
+)
+def test_generation(checkpoint, pipeline, guidance, length, size):
+    noise = noise_of(size, len(PROMPTS))
+    wanted, wanted_images = theirs(pipeline, PROMPTS, noise, guidance, length)
+    model = sd3.load(checkpoint, t5_length=length)
+    latents, images = ours(model, PROMPTS, noise, guidance)
+    assert worst(latents, wanted) <= TOLERANCE
+    # A rounding border may lie between two values that differ in the seventh digit.
+    differences = np.abs(np.asarray(images, int) - wanted_images)
+    assert differences.max() <= 1 and (differences > 0).mean() < 0.001
+    assert wanted_images.std() > 10  # and they show something
+
+
+def test_the_inputs_matter(pipeline):
+    """Prompt, guidance and text length each change the reference, so a mix-up would be seen."""
+    noise = noise_of((8, 8), 1)
+    base = theirs(pipeline, PROMPTS[:1], noise, 4.5, 8)[0]
+    for prompt, guidance, length in (
+        (PROMPTS[1], 4.5, 8),
+        (PROMPTS[0], 1.0, 8),
+        (PROMPTS[0], 4.5, 128),
+    ):
+        other = theirs(pipeline, [prompt], noise, guidance, length)[0]
+        assert worst(other, base) > 100 * TOLERANCE
+
+
+def test_without_t5(checkpoint, tmp_path):
+    """A directory without the largest text encoder: zeros in its place, as the pipeline does."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(tmp_path / name)
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        checkpoint, text_encoder_3=None, tokenizer_3=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = noise_of((8, 8), 2)
+    wanted, _ = theirs(pipeline, PROMPTS[:2], noise, 4.5, 8)
+    latents, _ = ours(sd3.load(tmp_path, t5_length=8), PROMPTS[:2], noise, 4.5)
+    assert worst(latents, wanted) <= TOLERANCE
+
+
+def test_what_the_directory_says(checkpoint):
+    model = sd3.load(checkpoint)
+    assert (model.shift, model.latent_channels, model.downsampling) == (3.0, 4, 2)
+    assert model.default_size == 16
+    assert model.latent_shape(16, 24) == (8, 12, 4)
+    with pytest.raises(ValueError, match="image size 16 x 18: both must be multiples of 4"):
+        model.latent_shape(16, 18)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 10, 28, 40, 50])
+def test_sigma_schedule(steps, shift):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    sigmas = sde.sigma_schedule(steps, shift)
+    assert sigmas.dtype == np.float32
+    np.testing.assert_allclose(sigmas, scheduler.sigmas.numpy(), rtol=1e-6, atol=0)
+    np.testing.assert_allclose(1000 * sigmas[:-1], scheduler.timesteps.numpy(), rtol=1e-6)
+
+
+def test_missing_parts_are_named(checkpoint, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"transformer/config.json does not exist"):
+        sd3.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="model directory '/nowhere' does not exist"):
+        sd3.load("/nowhere")
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "vae")
+    with pytest.raises(FileNotFoundError, match=r"vae/config.json does not exist: .* no complete"):
+        sd3.load(tmp_path)

@@ -1,0 +1,201 @@
+"""Rewards: against PIL's files and rendered scenes, guarded, combined, and called in two ways."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowgrpo_jax import rewards, sharding
+from flowgrpo_jax.rewards import host
+from flowgrpo_jax.shapes import grammar
+from flowgrpo_jax.shapes.render import Thing, render
+
+RNG = np.random.default_rng(0)
+PICTURES = RNG.integers(0, 256, size=(16, 8, 8, 3), dtype=np.uint8)
+
+
+def score(name, images, metadata=None):
+    """Scores of one reward, all of them valid."""
+    metadata = metadata or [{}] * len(images)
+    scores, valid = rewards.load([name])[name](images, [""] * len(images), metadata)
+    assert scores.shape == valid.shape == (len(images),) and valid.all()
+    return scores
+
+
+# ------------------------------------------------------------------------------- the rewards
+
+
+def test_jpeg_is_the_size_of_the_file(tmp_path):
+    flat = np.full((64, 64, 3), 200, np.uint8)
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None] * 4, flat.shape)
+    noise = RNG.integers(0, 256, size=flat.shape, dtype=np.uint8)
+    pictures = np.stack([noise, flat, ramp])
+    sizes = []
+    for picture in pictures:
+        Image.fromarray(picture).save(tmp_path / "picture.jpg", quality=95)
+        sizes.append((tmp_path / "picture.jpg").stat().st_size)
+    ours = score("jpeg_incompressibility", pictures)
+    np.testing.assert_allclose(ours * 500_000, sizes, rtol=1e-6)
+    assert ours[1] < ours[2] < ours[0]
+    np.testing.assert_array_equal(score("jpeg_compressibility", pictures), -ours)
+
+
+@pytest.mark.parametrize("tag", grammar.TAGS)
+def test_shapes_pay_for_what_the_prompt_says(tag):
+    pool = grammar.prompts("all", tag)
+    asked = [pool[i] for i in RNG.choice(len(pool), 6, replace=False)]
+    right = np.stack([render(grammar.sample_scene(m, RNG)) for m in asked])
+    wrong = np.stack([render(grammar.sample_scene(grammar.garble(m, RNG), RNG)) for m in asked])
+    assert (score("shapes", right, asked) == 1).all()
+    assert (score("shapes_strict", right, asked) == 1).all()
+    assert (score("shapes", wrong, asked) < 1).all()
+    assert (score("shapes_strict", wrong, asked) == 0).all()
+    assert (score("shapes_unknown", right) == 0).all()
+
+
+def test_shapes_unknown_is_the_share_of_objects_without_a_shape():
+    circle = render((Thing("circle", "red", 45.0, 45.0, 10.0),))
+    bar, blank = render(()), render(())
+    bar[5:11, 5:45] = (20, 20, 20)
+    both = np.minimum(circle, bar)
+    scores = score("shapes_unknown", np.stack([circle, bar, both, blank]))
+    np.testing.assert_allclose(scores, [0, 1, 0.5, 0])
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_others():
+    with pytest.raises(ValueError, match=r"'beauty' is unknown.*jpeg_compressibility.*shapes"):
+        rewards.load(["shapes", "beauty"])
+
+
+# ------------------------------------------------------------------------ guarded and combined
+
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3)), np.ones(len(images), bool)
+
+
+def is_first(images, prompts, metadata):
+    return [float(p == "a") for p in prompts], [m["ok"] for m in metadata]
+
+
+def raising(images, prompts, metadata):
+    raise RuntimeError("the server is down")
+
+
+def returning(scores, valid):
+    return lambda images, prompts, metadata: (scores, valid)
+
+
+RECORDS = [{"prompt": p, "ok": p != "c"} for p in "abcd"]
+
+
+def combine(rewards, weights):
+    """Rewards of four pictures, one of each prompt."""
+
+    def lookup(ids):
+        return [RECORDS[i]["prompt"] for i in ids], [RECORDS[i] for i in ids]
+
+    return host.composite(rewards, weights, lookup)(PICTURES[:4], np.arange(4))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        raising,
+        returning(np.zeros(3), np.ones(3, bool)),  # of four images
+        returning(np.zeros((4, 1)), np.ones((4, 1), bool)),
+        returning(np.zeros(4), True),
+        returning(["high"] * 4, [True] * 4),
+        lambda images: (np.zeros(4), np.ones(4, bool)),
+    ],
+)
+def test_a_broken_reward_invalidates_its_batch_and_is_logged(broken, caplog):
+    scores, valid = host.guarded("aesthetic", broken, PICTURES[:4], list("abcd"), [{}] * 4)
+    np.testing.assert_array_equal(scores, [0, 0, 0, 0])
+    assert not valid.any() and "'aesthetic' failed on 4 images" in caplog.text
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_invalidates_its_image_alone(junk):
+    reward = returning([1.0, junk, 3.0, 4.0], [True, True, False, True])
+    scores, valid = host.guarded("r", reward, PICTURES[:4], list("abcd"), [{}] * 4)
+    np.testing.assert_array_equal(valid, [True, False, False, True])
+    np.testing.assert_array_equal(scores, [1, 0, 0, 4])
+
+
+def test_the_composite_is_the_weighted_sum():
+    both = combine({"brightness": brightness, "first": is_first}, {"brightness": 0.1, "first": -20})
+    mean = PICTURES[:4].reshape(4, -1).mean(1)
+    np.testing.assert_array_equal(both.valid, [True, True, False, True])
+    np.testing.assert_allclose(both.total, 0.1 * mean - np.array([20, 0, 0, 0]), rtol=1e-5)
+    np.testing.assert_allclose(both.parts["brightness"], mean, rtol=1e-6)
+    np.testing.assert_array_equal(both.parts["first"], [1, 0, 0, 0])
+
+
+def test_a_weight_of_zero_is_watched_and_never_trained_on():
+    alone = combine({"brightness": brightness}, {"brightness": 1.0})
+    for monitor in (is_first, raising):
+        watched = combine(
+            {"brightness": brightness, "monitor": monitor}, {"brightness": 1.0, "monitor": 0.0}
+        )
+        assert watched.valid.all() and "monitor" in watched.parts
+        np.testing.assert_array_equal(watched.total, alone.total)
+
+
+# ----------------------------------------------------------------------- called in two ways
+
+
+def compare_calls(devices):
+    """`callback` in a jitted program, `overlap` beside it, and a plain call: the same Rewards."""
+    assert jax.device_count() == devices
+    mesh, scored = sharding.make_mesh(), []
+
+    def by_id(images, prompts, metadata):
+        ids = np.array([int(p) for p in prompts])
+        scored.append(ids.tolist())
+        return images.mean((1, 2, 3)) + 1000 * ids, ids != 5
+
+    parts = {"by_id": by_id, "brightness": brightness}
+    named = lambda ids: ([str(i) for i in ids], [{}] * len(ids))  # noqa: E731
+    score = host.composite(parts, {"by_id": 0.5, "brightness": 0.0}, named)
+    ids = RNG.permutation(16).astype(np.int32)
+    images, rows = sharding.split_rows(mesh, (PICTURES, ids))
+
+    in_graph = host.callback(score, tuple(parts), mesh, sharding.ROWS)
+    called = jax.device_get(jax.jit(lambda x, i: in_graph(255 - x, i))(images, rows))
+    assert sorted(scored) == sorted(part.tolist() for part in np.split(ids, devices))
+
+    with ThreadPoolExecutor(2) as pool:
+        overlapped = host.overlap(pool, score, 255 - images, rows).result()
+    mean = 255 - PICTURES.reshape(16, -1).mean(1)
+    for out in (called, overlapped):
+        np.testing.assert_allclose(out.total, (500 * ids + mean / 2) * (ids != 5), rtol=1e-6)
+        np.testing.assert_array_equal(out.valid, ids != 5)
+    jax.tree.map(np.testing.assert_array_equal, called, overlapped)
+
+
+def test_callback_and_overlap_agree_on_one_device():
+    compare_calls(1)
+
+
+def test_callback_and_overlap_agree_on_eight_devices():
+    """Each device's share is scored once, by itself, and comes back to its place."""
+    here = Path(__file__).parent
+    program = (
+        "import jax; jax.config.update('jax_num_cpu_devices', 8);"
+        " import test_rewards; test_rewards.compare_calls(8)"
+    )
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
