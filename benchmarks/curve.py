@@ -1,4 +1,4 @@
-"""The learning curve of a run as a picture: `python -m benchmarks.curve --workdir DIR --out FILE`."""
+"""The learning curve of a run as a picture: python -m benchmarks.curve --workdir DIR --out FILE."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from flowgrpo_jax import logs  # noqa: E402
+from flowgrpo_jax import logs
 
 
 def curve(rows: list[dict], key: str) -> tuple[list[float], list[float]]:

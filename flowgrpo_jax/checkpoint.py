@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -67,17 +68,23 @@ class Checkpoints:
         ) from problem
 
     def save(self, epoch: int, state: TrainState, record: dict[str, Any]) -> None:
-        """A training state after `epoch` epochs. The EMA is apart: evaluation reads it alone."""
-        self.write(epoch, {"state": state.replace(ema=None), "ema": state.ema}, record)
+        """A training state after `epoch` epochs."""
+        self.write(epoch, _parts(state), record)
 
     def resume(self, like: TrainState) -> tuple[TrainState, int]:
         """The newest readable training state, and the epoch to go on with."""
-        trees, record = self.newest({"state": like.replace(ema=None), "ema": like.ema})
-        return trees["state"].replace(ema=trees["ema"]), int(record["epoch"])
+        trees, record = self.newest(_parts(like))
+        return dataclasses.replace(trees["state"], ema=trees["ema"]), int(record["epoch"])
 
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The EMA is apart: evaluation reads it alone."""
+    without: Any = {"ema": None}
+    return {"state": dataclasses.replace(state, **without), "ema": state.ema}
 
 
 def load_lora(source: str | Path, model: SD3) -> Params:

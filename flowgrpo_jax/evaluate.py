@@ -1,7 +1,8 @@
 """Evaluate a policy: deterministic ODE sampling of the test prompts with fixed seeds.
 
     python -m flowgrpo_jax.evaluate --config configs/shapes.py --checkpoint base --out base.json
-    python -m flowgrpo_jax.evaluate --config configs/shapes.py --checkpoint runs/shapes --out rl.json
+    python -m flowgrpo_jax.evaluate --config configs/shapes.py --checkpoint runs/shapes \
+        --out trained.json
 
 `--checkpoint` is "base", a work directory or its `checkpoints` folder (the EMA weights of the
 newest checkpoint, or `checkpoints/STEP`), or an exported LoRA. Writes the mean of every reward over

@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from flowgrpo_jax import checkpoint, sampler, sde
+from flowgrpo_jax import checkpoint, programs, sampler, sde, sharding
 from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
@@ -36,20 +36,18 @@ def generate(
     """uint8 [n, height, width, 3], one image a prompt, by the deterministic ODE."""
     size = model.default_size
     latent = model.latent_shape(height or size, width or size)
-    velocity = sampler.guided(model.velocity, guidance)
-    sigmas = sde.sigma_schedule(steps, model.shift)
-
-    @jax.jit
-    def run(adapter, weights, cond, null, keys):
-        rows = jnp.arange(len(prompts))
-        x = sampler.normal(keys, sampler.ODE_KEY, latent)
-        v = lambda x, s: velocity(adapter, weights["transformer"], x, s, cond, null, rows)  # noqa: E731
-        return model.decode(weights["vae"], sampler.ode(v, sigmas, x))
-
+    mesh = sharding.make_mesh(1)
+    run = programs.generate(
+        model,
+        mesh,
+        guidance=guidance,
+        latent=latent,
+        sigmas=sde.sigma_schedule(steps, model.shift),
+    )
     order = jnp.arange(len(prompts))
     keys = sampler.image_keys(jax.random.key(seed), 0, order, jnp.zeros_like(order))
     weights = {"transformer": model.base, "vae": model.params["vae"]}
-    return np.asarray(run(adapter, weights, model.encode(prompts), model.encode([""]), keys))
+    return np.asarray(run(adapter, weights, model.encode(prompts), model.encode([""]), order, keys))
 
 
 def t5_limit(directory: Path) -> int:

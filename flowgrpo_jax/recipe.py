@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import grpo, prompts, rewards, sampler, sde, sharding, update
+from flowgrpo_jax import grpo, programs, prompts, rewards, sde, sharding, update
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import host
@@ -77,7 +76,8 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
     _require(
         micro > 0 and per_update % micro == 0,
         f"sample.micro_batch={micro} does not divide the {per_update} images of an update"
-        f" ({s.groups} groups x {s.group_size} / {updates} updates): choose a divisor of {per_update}",
+        f" ({s.groups} groups x {s.group_size} / {updates} updates): choose a divisor of"
+        f" {per_update}",
     )
     _require(
         micro % devices == 0,
@@ -227,7 +227,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         warmup_steps=config.train.warmup_steps,
         **{k: config.train[k] for k in ("b1", "b2", "eps", "weight_decay", "max_grad_norm")},
     )
-    programs = _programs(config, model, mesh, plan, process, optimiser, score, tuple(weights))
+    built = _programs(config, model, mesh, plan, process, optimiser, score)
     return Recipe(
         config,
         model,
@@ -235,7 +235,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         plan,
         process,
         optimiser,
-        programs,
+        built,
         train_prompts,
         test_prompts,
         score,
@@ -243,9 +243,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     )
 
 
-def _score(
-    weights: dict[str, float], records: list[Metadata], failed: float = 0.0
-) -> host.Score:
+def _score(weights: dict[str, float], records: list[Metadata], failed: float = 0.0) -> host.Score:
     def lookup(ids: np.ndarray) -> tuple[list[str], list[Metadata]]:
         chosen = [records[i] for i in ids]
         return [r["prompt"] for r in chosen], chosen
@@ -261,70 +259,39 @@ def _programs(
     process: Process,
     optimiser: Any,
     score: host.Score,
-    reward_names: tuple[str, ...],
 ) -> Programs:
+    s, t = config.sample, config.train
     latent = model.latent_shape(config.model.height, config.model.width)
-    guided = sampler.guided(model.velocity, config.sample.guidance_scale)
-    eval_guided = sampler.guided(model.velocity, config.eval.guidance_scale)
-    eval_sigmas = sde.sigma_schedule(config.eval.steps, model.shift)
-    same_noise, callback = config.sample.same_noise, config.reward.host_call == "callback"
-    score_in_graph = host.callback(score, reward_names, mesh, sharding.ROWS)
-
-    @jax.jit
-    def sample(lora, weights, cond, null, key, epoch, start, ids, prompt, image):
-        """Trajectory, images uint8 [M, ...] and, in callback mode, Rewards of M images.
-
-        ids, prompt, image: i32 [M]: the prompt's id, its row in `cond`, the place in the group.
-        """
-        keys = sampler.image_keys(key, epoch, ids, image)
-        shared = sampler.image_keys(key, epoch, ids, jnp.zeros_like(image))
-        x = sampler.normal(shared if same_noise else keys, sampler.ODE_KEY, latent)
-        x = sharding.constrain_rows(mesh, x)
-        velocity = lambda x, sigma: guided(  # noqa: E731
-            lora, weights["transformer"], x, sigma, cond, null, prompt
-        )
-        trajectory = sampler.rollout(velocity, process, x, keys, start, prompt)
-        images = sharding.constrain_rows(mesh, model.decode(weights["vae"], trajectory.latents))
-        return trajectory, images, score_in_graph(images, ids) if callback else None
-
-    t = config.train
+    in_graph = None
+    if config.reward.host_call == "callback":
+        in_graph = host.callback(score, tuple(config.reward.weights), mesh, sharding.ROWS)
     objective = update.Objective(t.clip_range, t.kl_beta, t.kl_weighting)
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def accumulate(gradient, figures, lora, reference, base, cond, null, trajectory, advantage,
-                   start, trained):  # fmt: skip
-        def velocity(lora: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return guided(lora, base, x, sigma, cond, null, trajectory.prompt)
-
-        return update.accumulate(
-            velocity,
+    return Programs(
+        sample=programs.sample(
+            model,
+            mesh,
+            process,
+            guidance=s.guidance_scale,
+            latent=latent,
+            same_noise=s.same_noise,
+            score=in_graph,
+        ),
+        accumulate=programs.accumulate(
+            model,
             process,
             objective,
-            lora,
-            reference,
-            trajectory,
-            advantage,
-            start,
-            trained,
-            plan.images // plan.updates,
-            gradient,
-            figures,
-        )
-
-    @jax.jit
-    def apply(state, gradient):
-        return update.apply_gradient(state, gradient, optimiser, t.ema_decay)
-
-    @jax.jit
-    def generate(lora, weights, cond, null, prompt, keys):
-        """Deterministic images uint8 [M, ...] from image keys [M]."""
-        x = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.ODE_KEY, latent))
-        velocity = lambda x, sigma: eval_guided(  # noqa: E731
-            lora, weights["transformer"], x, sigma, cond, null, prompt
-        )
-        return model.decode(weights["vae"], sampler.ode(velocity, eval_sigmas, x))
-
-    return Programs(sample, accumulate, apply, generate)
+            guidance=s.guidance_scale,
+            images=plan.images // plan.updates,
+        ),
+        apply=programs.apply(optimiser, t.ema_decay),
+        generate=programs.generate(
+            model,
+            mesh,
+            guidance=config.eval.guidance_scale,
+            latent=latent,
+            sigmas=sde.sigma_schedule(config.eval.steps, model.shift),
+        ),
+    )
 
 
 def trained_steps(config: ConfigDict, key: jax.Array, epoch: int) -> jax.Array:

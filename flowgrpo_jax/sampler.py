@@ -133,7 +133,9 @@ def rollout(
 
 
 def ode(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array], sigmas: np.ndarray, x: jax.Array
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    sigmas: np.ndarray | jax.Array,
+    x: jax.Array,
 ) -> jax.Array:
     """Deterministic Euler sampling: noise [M, H, W, C] -> latents [M, H, W, C]."""
 

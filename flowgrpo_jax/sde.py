@@ -4,8 +4,10 @@ Convention (Liu et al. 2022, Esser et al. 2024): x_sigma = (1 - sigma) x_0 + sig
 x_1 ~ N(0, I); the model predicts the velocity v = x_1 - x_0; sampling takes sigma from 1 to 0.
 
 Kernels are Gaussian, x' ~ N(mean, std^2 I):
-  flow_sde  Euler-Maruyama step of an SDE with the ODE's marginals; Flow-GRPO (arXiv 2505.05470) eq. 9
-  cps       coefficients-preserving sampling (arXiv 2509.05952): the noise left in x' is exactly sigma'
+  flow_sde  Euler-Maruyama step of an SDE with the ODE's marginals; Flow-GRPO (arXiv 2505.05470),
+            equation 9
+  cps       coefficients-preserving sampling (arXiv 2509.05952): the noise left in x' is exactly
+            sigma'
 
 Deviations from yifan123/flow_grpo:
   * `cps` has its true Gaussian log-prob by default; upstream drops 1 / (2 std^2) and the constant,
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ def sigma_schedule(steps: int, shift: float = 3.0, train_timesteps: int = 1000) 
     if steps < 1:
         raise ValueError(f"steps={steps}: a rollout has at least 1 step")
 
-    def f(u: np.ndarray) -> np.ndarray:
+    def f(u: Any) -> Any:
         return shift * u / (1 + (shift - 1) * u)
 
     sigma_min = float(f(np.float32(1 / train_timesteps)))

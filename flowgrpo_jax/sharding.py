@@ -10,9 +10,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 ROWS = PartitionSpec("data")  # the batch axis, cut over all devices
 
 
-def make_mesh() -> Mesh:
-    """All devices on one `data` axis. Auto axes: the compiler chooses inner layouts."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: int | None = None) -> Mesh:
+    """The first `devices` devices (all without it) on one `data` axis.
+
+    Auto axes: the compiler chooses inner layouts.
+    """
+    chosen = jax.devices()[:devices]
+    return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -166,8 +166,8 @@ def test_a_misspelt_knob_in_a_recipe():
 
 def test_a_misspelt_knob_on_the_command_line():
     child = subprocess.run(
-        [sys.executable, "-m", "flowgrpo_jax.train", "--config", "configs/shapes.py"]
-        + ["--config.sample.group_sise=4"],
+        f"{sys.executable} -m flowgrpo_jax.train --config=configs/shapes.py"
+        " --config.sample.group_sise=4".split(),
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -75,7 +75,10 @@ def call(folder, module, *arguments):
     return out
 
 
-CACHE_ALL = ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES")
+CACHE_ALL = (
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +130,12 @@ def timeless(row, prefix=""):
 
 def same(ours, theirs):
     """Two training states, bit for bit."""
-    bits = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    a, b = (jax.tree.map(lambda x: np.asarray(bits(x)), s) for s in (ours, theirs))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+    def bits(x):
+        key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if key else x)
+
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), ours, theirs)
 
 
 # --------------------------------------------------------------------------------- training
@@ -337,7 +343,9 @@ def test_an_exported_lora_draws_what_the_checkpoint_draws(folder, whole):
 
 
 def test_generating_with_the_base(folder):
-    model = sd3.load("shapes", lora_spec=LoRASpec(2, 4.0), t5_length=t5_limit(sd3.resolve("shapes")))
+    model = sd3.load(
+        "shapes", lora_spec=LoRASpec(2, 4.0), t5_length=t5_limit(sd3.resolve("shapes"))
+    )
     base = checkpoint.load_lora("base", model)
     two = ["a red circle", "three stars"]
 

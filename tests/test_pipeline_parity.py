@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_models import PROMPTS, TOLERANCE, channels_first, channels_last, diffusers, torch, worst
+from torch_models import PROMPTS, TOLERANCE, channels_first, channels_last, diffusers, worst
 
 from flowgrpo_jax import sampler, sde
 from flowgrpo_jax.models import sd3

@@ -233,5 +233,6 @@ def test_unclear_colours_have_no_name():
 def test_detect_of_nothing_and_of_the_wrong_type():
     blank = np.full((64, 64, 3), BACKGROUND, np.uint8)
     assert detect(blank) == []
+    assert [d.cls for d in detect(np.zeros_like(blank))] == [UNKNOWN]
     with pytest.raises(ValueError, match="uint8"):
         detect(blank / 255.0)

@@ -202,13 +202,13 @@ def load(
     found = {
         name: tuple(handle.get_slice(name).get_shape())
         for handle in handles
-        for name in handle.keys()
+        for name in handle.keys()  # noqa: SIM118 (a file, no dict)
     }
     _check(found, _expected(shapes, patch_size), ignore, str(directory))
     readers = (
         (name, lambda h=handle, n=name: h.get_tensor(n))
         for handle in handles
-        for name in handle.keys()
+        for name in handle.keys()  # noqa: SIM118 (a file, no dict)
     )
     return assemble(readers, shapes, dtype=dtype, patch_size=patch_size, place=place)
 

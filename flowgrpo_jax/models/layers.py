@@ -28,6 +28,10 @@ class LoRAParam(nnx.Param):
 class Linear(nnx.Module):
     """y = x W + b, plus `scale` (x A) B once `lora.add` has given it the factors A and B."""
 
+    lora_a: LoRAParam
+    lora_b: LoRAParam
+    lora_scale: float
+
     def __init__(self, n_in: int, n_out: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs):
         self.dtype = dtype
         self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (n_in, n_out)))

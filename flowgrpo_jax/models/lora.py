@@ -14,7 +14,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +40,12 @@ JOINT_ATTENTION = tuple(
 )
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # PEFT's settings
 
 
 @dataclass(frozen=True)
 class LoRASpec:
-    """Which linears get an adapter (by the end of their dotted name, as PEFT matches) and its size."""
+    """Which linears get an adapter (by the end of their dotted name, as in PEFT), and its size."""
 
     rank: int = 32
     alpha: float = 64.0
@@ -59,7 +59,8 @@ class LoRASpec:
 def add(model: nnx.Module, spec: LoRASpec) -> None:
     """Give every targeted linear of an abstract model its factors (shapes only).
 
-    Raises ValueError when a target matches no linear.
+    Raises ValueError when a target matches no linear, or the patch projection, which is a linear
+    here but a convolution in torch: its adapter would have another shape there.
     """
     unused = set(spec.targets)
     for path, module in nnx.iter_modules(model):
@@ -69,6 +70,11 @@ def add(model: nnx.Module, spec: LoRASpec) -> None:
         matched = {t for t in spec.targets if dotted.endswith("." + t)}
         if not matched:
             continue
+        if dotted == ".pos_embed.proj":
+            raise ValueError(
+                f"LoRA targets {sorted(matched)} match pos_embed.proj, a convolution in the"
+                " checkpoint: write longer names, such as 'ff.net.0.proj'"
+            )
         unused -= matched
         *stacked, n_in, n_out = module.kernel.shape
         a = jax.ShapeDtypeStruct((*stacked, n_in, spec.rank), jnp.float32)
@@ -130,18 +136,21 @@ def from_torch(tensors: Mapping[str, np.ndarray], shapes: Params) -> Params:
     """The inverse; raises ValueError that lists every missing, extra or misshapen factor."""
     rows = _rows(shapes)
     missing, extra = sorted(set(rows) - set(tensors)), sorted(set(tensors) - set(rows))
-    if missing or extra:
-        raise ValueError(f"LoRA does not fit the model: missing {missing}, not in it {extra}")
     params: Params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
-    for row, (path, i) in rows.items():
+    misshapen = []
+    for row in sorted(set(rows) & set(tensors)):
+        path, i = rows[row]
         target = params[path] if i is None else params[path][i]
         value = np.asarray(tensors[row], np.float32).T
-        if value.shape != target.shape:
-            raise ValueError(
-                f"LoRA {row} has shape {tensors[row].shape}, the model wants {target.shape[::-1]}:"
-                " set lora.rank and lora.targets to the file's"
-            )
-        target[...] = value
+        if value.shape == target.shape:
+            target[...] = value
+        else:
+            misshapen.append(f"{row}: file {value.shape[::-1]}, model {target.shape[::-1]}")
+    if missing or extra or misshapen:
+        raise ValueError(
+            f"LoRA does not fit the model: missing {missing}, not in it {extra}, misshapen"
+            f" {misshapen}. Set lora.rank and lora.targets to the file's"
+        )
     return {k: jnp.asarray(v) for k, v in params.items()}
 
 
@@ -190,7 +199,6 @@ def read_spec(path: str | Path) -> tuple[Path, LoRASpec]:
         raise FileNotFoundError(f"no LoRA at {path}: looked for {', '.join(map(str, places[1:]))}")
     if file.name == PEFT_FILE:
         config = json.loads((file.parent / "adapter_config.json").read_text())
-        fields: dict[str, Any] = {k: config[k] for k in ("r", "lora_alpha", "target_modules")}
     else:
         with safe_open(str(file), "numpy") as handle:
             header = (handle.metadata() or {}).get("lora_adapter_metadata")
@@ -199,11 +207,13 @@ def read_spec(path: str | Path) -> tuple[Path, LoRASpec]:
                 f"{file} has no lora_adapter_metadata header, so its alpha is unknown:"
                 " export it again, or point at the PEFT directory"
             )
-        config = json.loads(header)
-        keys = ("r", "lora_alpha", "target_modules")
-        fields = {k: config[f"transformer.{k}"] for k in keys}
-    targets = tuple(sorted(fields["target_modules"]))
-    return file, LoRASpec(fields["r"], fields["lora_alpha"], targets)
+        config = {k.removeprefix("transformer."): v for k, v in json.loads(header).items()}
+    targets = config["target_modules"]
+    unknown = [key for key in UNSUPPORTED if config.get(key)]
+    unknown += ["target_modules as a pattern"] if isinstance(targets, str) else []
+    if unknown:
+        raise ValueError(f"{file} uses {', '.join(unknown)}: not supported")
+    return file, LoRASpec(config["r"], config["lora_alpha"], tuple(sorted(targets)))
 
 
 def read(file: str | Path, shapes: Params) -> Params:
@@ -211,7 +221,7 @@ def read(file: str | Path, shapes: Params) -> Params:
     prefixes = ("base_model.model.", "transformer.")
     tensors = {}
     with safe_open(str(file), "numpy") as handle:
-        for key in handle.keys():
+        for key in handle.keys():  # noqa: SIM118 (a file, no dict)
             prefix = next((p for p in prefixes if key.startswith(p)), "")
             tensors[key.removeprefix(prefix)] = handle.get_tensor(key)
     return from_torch(tensors, shapes)

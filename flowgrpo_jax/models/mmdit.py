@@ -169,7 +169,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: jax.Array, c: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, Any]:  # the second is None where the text stream ends
         tokens = x.shape[1]
         q, k, v = (self.split(f(x)) for f in (self.to_q, self.to_k, self.to_v))
         if hasattr(self, "norm_q"):
@@ -266,16 +266,15 @@ class MMDiT(nnx.Module):
         self.pos_embed = PatchEmbed(make)
         self.time_text_embed = TimeTextEmbed(make)
         self.context_embedder = make.linear(config.joint_attention_dim, config.width)
-        self.transformer_blocks = nnx.Dict(
-            {
-                f"{start}:{end}": layers.stack(
-                    end - start,
-                    lambda r, d=dual, e=last: Block(d, e, Maker(config, dtype, r)),
-                    rngs,
-                )
-                for start, end, dual, last in config.segments()
-            }
-        )
+        blocks: dict[str, Any] = {
+            f"{start}:{end}": layers.stack(
+                end - start,
+                lambda r, d=dual, e=last: Block(d, e, Maker(config, dtype, r)),  # type: ignore[misc]
+                rngs,
+            )
+            for start, end, dual, last in config.segments()
+        }
+        self.transformer_blocks = nnx.Dict(blocks)
         self.norm_out = AdaNorm(2, make)
         self.proj_out = make.linear(config.width, config.patch_size**2 * config.out_channels)
 

@@ -198,7 +198,10 @@ def load(
 
 def _text(directory: Path, dtype: Any, t5_length: int, config: MMDiTConfig, place: Any):
     """(encode_text, params) of the two or three text encoders."""
-    kinds = {"text_encoder": (CLIPConfig, CLIPText), "text_encoder_2": (CLIPConfig, CLIPText)}
+    kinds: dict[str, tuple[Any, Any]] = {
+        "text_encoder": (CLIPConfig, CLIPText),
+        "text_encoder_2": (CLIPConfig, CLIPText),
+    }
     if (directory / "text_encoder_3").is_dir():
         kinds["text_encoder_3"] = (T5Config, T5Encoder)
     apply, params = {}, {}

@@ -9,6 +9,7 @@ into what the transformer is conditioned on.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from flax import nnx
 
 from flowgrpo_jax.models.layers import Linear, scan, stack
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": partial(jax.nn.gelu, approximate=False),
 }
@@ -237,9 +238,9 @@ class T5Encoder(nnx.Module):
         n, width = config.num_layers, config.d_model
         self.shared = nnx.Embed(config.vocab_size, width, dtype=dtype, rngs=rngs)
         table = nnx.Embed(config.relative_attention_num_buckets, config.num_heads, rngs=rngs)
-        table = nnx.Dict({"SelfAttention": nnx.Dict({"relative_attention_bias": table})})
+        bias = nnx.Dict({"SelfAttention": nnx.Dict({"relative_attention_bias": table})})
         blocks = {
-            "0": nnx.Dict({"layer": nnx.List([table])}),
+            "0": nnx.Dict({"layer": nnx.List([bias])}),
             f"0:{n}": stack(n, lambda r: T5Block(config, dtype, r), rngs),
         }
         norm = RMSNorm(width, config.layer_norm_epsilon, dtype)
@@ -247,7 +248,7 @@ class T5Encoder(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Ids [B, L] -> normalised states [B, L, D]."""
-        blocks = self.encoder["block"]
+        blocks: Any = self.encoder["block"]
         table = blocks["0"]["layer"][0]["SelfAttention"]["relative_attention_bias"]
         bias = table(relative_buckets(ids.shape[1], self.config)).transpose(2, 0, 1)[None]
         stacked = blocks[f"0:{self.config.num_layers}"]

@@ -63,12 +63,12 @@ def load_clip(folder: Path) -> Any:
     require(folder, {"tokenizer.json"}, {"vocab.json", "merges.txt"})
     settings = ("tokenizer_config.json", "special_tokens_map.json")
     described = any((folder / file).exists() for file in settings)
-    options = {} if described else {"pad_token": PADS[folder.name]}
+    options: dict[str, Any] = {} if described else {"pad_token": PADS[folder.name]}
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **options)
 
 
 def load_t5(folder: Path) -> Any:
-    from transformers import T5TokenizerFast
+    from transformers import T5TokenizerFast  # type: ignore[attr-defined]
 
     found = require(folder, {"tokenizer.json"}, {"spiece.model"})
     missing = [p for p in ("sentencepiece", "google.protobuf") if not importable(p)]

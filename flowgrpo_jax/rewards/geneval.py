@@ -100,7 +100,8 @@ def _graded(found, include, clamp_counts, position_bug) -> tuple[float, bool]:
         reward = 1.0 - abs(asked - got) / asked
         return max(reward, 0.0) if clamp_counts else reward
 
-    rewards, matched = [], []
+    rewards: list[float] = []
+    matched: list[list[Detection] | None] = []
     for clause in include:
         asked, things = clause["count"], found.get(clause["class"], [])
         rewards.append(share(asked, len(things)))
@@ -122,7 +123,7 @@ def _graded(found, include, clamp_counts, position_bug) -> tuple[float, bool]:
 
 def _correct(found, metadata) -> bool:
     """GenEval's own verdict: looks only at the `count` most confident boxes of each class."""
-    matched = []
+    matched: list[list[Detection] | None] = []
     for clause in metadata["include"]:
         things = found.get(clause["class"], [])[: clause["count"]]
         holds = len(things) == clause["count"]

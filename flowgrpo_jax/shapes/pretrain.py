@@ -70,7 +70,7 @@ def train_flow(
     tokenizers: Tokenizers,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    table = tokenizers([*data.caption_table(), ""])  # the last row is the empty caption
+    table: Any = tokenizers([*data.caption_table(), ""])  # the last row is the empty caption
 
     def batch(rng: np.random.Generator) -> tuple[Any, ...]:
         rows = rng.integers(len(latents), size=args.batch)
@@ -91,7 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--vae_steps", type=int, default=1_500)
-    parser.add_argument("--flow_steps", type=int, default=6_500)
+    parser.add_argument("--flow_steps", type=int, default=4_200)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

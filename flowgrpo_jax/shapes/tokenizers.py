@@ -113,7 +113,7 @@ def write_t5(folder: Path, words: list[str]) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.Unigram(t5_pieces(words), unk_id=2, byte_fallback=False))
-    metaspace = {"replacement": "▁", "prepend_scheme": "always"}
+    metaspace: dict[str, Any] = {"replacement": "▁", "prepend_scheme": "always"}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)]
     )

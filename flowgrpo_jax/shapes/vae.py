@@ -22,9 +22,9 @@ CONFIG = VAEConfig(
     scaling_factor=1.0,  # measured after training, see `statistics`
     shift_factor=0.0,
 )
-# Weight of the mean KL per latent element, beside the picture's mean error per value. Sharp pictures
-# first; then the latents are pressed into as little as the pictures need, which makes them far
-# easier for the flow to model.
+# Weight of the mean KL per latent element, beside the picture's mean error per value. Sharp
+# pictures first; then the latents are pressed into as little as the pictures need, which makes them
+# far easier for the flow to model.
 KL_WEIGHT_EARLY, KL_WEIGHT_LATE = 3e-5, 2e-3
 
 

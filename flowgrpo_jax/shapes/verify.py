@@ -17,6 +17,7 @@ from flowgrpo_jax.shapes.render import BACKGROUND, COLORS, OUTLINES, PALETTE, SH
 
 UNKNOWN = "unknown"
 MIN_AREA = 20  # px; smaller specks are ignored (the smallest star the grammar draws has 79)
+MAX_SHARE = 0.25  # of the picture; larger things are unknown, or a black picture were a square
 MIN_CONTRAST = 55.0  # RGB distance from the background that is never foreground (pink has 135)
 # How far an autoencoder may wear a shape, as the Gaussian blur (in radii) of its most worn
 # template: thin shapes lose notches and corners first. A cross worn further is a diamond.
@@ -30,7 +31,7 @@ WEAR = {
 }
 STAGES = (0.0, 0.65, 1.0)  # of the wear, a template each
 # IoU with the best template below which a shape is unknown. Compact shapes overlap everything:
-# to a circle, a hexagon has 0.93 and a real circle after heavy blur still 0.95.
+# with a circle, a hexagon has 0.93 and a real circle after heavy blur 0.94 or more.
 MIN_IOU = {
     "circle": 0.92,
     "square": 0.88,
@@ -93,6 +94,8 @@ def detect(image: np.ndarray) -> list[Detection]:
     for k, (rows, cols) in enumerate(ndimage.find_objects(labels), start=1):
         if areas[k] >= MIN_AREA:
             cls, iou = _shape(level, labels, k, rows, cols)
+            if areas[k] > MAX_SHARE * labels.size:
+                cls = UNKNOWN
             box = (float(cols.start), float(rows.start), float(cols.stop), float(rows.stop))
             detections.append(Detection(cls, iou, box, colors[k]))
     return detections

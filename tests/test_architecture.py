@@ -1,0 +1,113 @@
+"""The import directions and other rules that the source itself must obey, read from its syntax."""
+
+import ast
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "flowgrpo_jax"
+ENTRY_POINTS = {"train", "evaluate", "generate", "export"}
+
+
+def tree(file):
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def dotted(file):
+    """flowgrpo_jax/models/vae.py -> models.vae"""
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {dotted(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(module):
+    """Every dotted name that a module imports, at its top or later: `from a import b` is a.b."""
+    names = set()
+    for node in ast.walk(tree(FILES[module])):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def libraries(module):
+    return {name.partition(".")[0] for name in imports(module)} - set(sys.stdlib_module_names)
+
+
+def own(module):
+    """The modules of the package that a module imports."""
+    prefix = "flowgrpo_jax."
+    names = {name.removeprefix(prefix) for name in imports(module) if name.startswith(prefix)}
+    return {name if name in FILES else name.rpartition(".")[0] for name in names} - {""}
+
+
+def part(module):
+    """models.vae -> models"""
+    return module.partition(".")[0]
+
+
+def test_the_reader_reads():
+    assert {"sde", "models.vae", "rewards.host", "shapes.grammar"} <= set(FILES)
+    assert {"sde", "sampler", "models.sd3"} <= own("recipe")
+    assert "flax.nnx" in imports("models.vae") and "jax" in libraries("sde")
+
+
+@pytest.mark.parametrize("module", ["sde", "grpo"])
+def test_the_mathematics_imports_only_jax(module):
+    assert libraries(module) <= {"jax", "numpy"}
+
+
+def test_imports_have_a_direction():
+    """No cycle, and nothing imports what is above it."""
+    list(TopologicalSorter({module: own(module) for module in FILES}).static_order())
+    layers = [
+        {"types"},
+        {"sde", "grpo"},
+        {"update", "sampler", "rewards", "shapes", "prompts", "sharding", "logs", "models"}
+        | {"checkpoint", "cli"},
+        {"programs"},
+        {"recipe"},
+        ENTRY_POINTS,
+    ]
+    height = {name: i for i, layer in enumerate(layers) for name in layer} | {"": 0}
+    for module in FILES:
+        above = {m for m in own(module) if height[part(m)] > height[part(module)]}
+        assert not above, f"{module} imports {above}"
+
+
+def test_rewards_and_models_do_not_know_each_other():
+    for module in FILES:
+        if part(module) in ("rewards", "models"):
+            assert not {part(m) for m in own(module)} & ({"rewards", "models"} - {part(module)})
+
+
+def test_modules_end_at_the_models():
+    users = {module for module in FILES if any(n.startswith("flax.nnx") for n in imports(module))}
+    assert {part(module) for module in users} <= {"models", "shapes"}  # shapes: its pretraining
+
+
+def test_configs_stop_at_the_entry_points():
+    users = {module for module in FILES if libraries(module) & {"ml_collections", "absl"}}
+    assert users <= ENTRY_POINTS | {"recipe", "cli"}
+
+
+def test_only_sharding_names_a_mesh_axis():
+    def strings(module):
+        nodes = ast.walk(tree(FILES[module]))
+        return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+    assert [module for module in FILES if "data" in strings(module)] == ["sharding"]
+
+
+def test_training_needs_no_torch():
+    for module in FILES:
+        assert not libraries(module) & {"torch", "diffusers", "peft", "accelerate", "torchvision"}
+
+
+def test_every_module_says_what_it_is_for():
+    assert not [m for m, f in FILES.items() if tree(f).body and not ast.get_docstring(tree(f))]
