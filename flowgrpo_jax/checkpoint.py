@@ -108,6 +108,10 @@ def load_lora(source: str | Path, model: SD3) -> Params:
         folder = folder.parent
     if folder.name == "checkpoints":
         checkpoints = Checkpoints(folder)
+        if step is not None and step not in checkpoints.steps():
+            raise FileNotFoundError(
+                f"no checkpoint {step} in {folder}: choose from {checkpoints.steps()}"
+            )
         trees, _ = checkpoints.newest(like) if step is None else checkpoints.read(step, like)
         checkpoints.close()
         return trees["ema"]

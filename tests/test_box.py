@@ -50,7 +50,7 @@ def test_diffusers_draws_the_same_with_it():
     prompts, steps, length = ["a red circle", "a star above a cross"], 2, t5_limit(DIRECTORY)
     noise = np.random.default_rng(0).normal(size=(2, 8, 8, 16)).astype(np.float32)
 
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(DIRECTORY, torch_dtype=torch.float32)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(DIRECTORY, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
         prompts,

@@ -51,19 +51,8 @@ def draw(velocity, process, key=KEY, count=IMAGES, shape=SHAPE):
 @partial(jax.jit, static_argnums=(0, 1))
 def share(process, objective, params, reference, trajectory, advantage, trained, carry):
     """One micro-batch's gradient and figures of an update of IMAGES images, added to `carry`."""
-    return update.accumulate(
-        linear,
-        process,
-        objective,
-        params,
-        reference,
-        trajectory,
-        advantage,
-        0,
-        trained,
-        IMAGES,
-        *carry,
-    )
+    args = (linear, process, objective, params, reference, trajectory, advantage, 0, trained)
+    return update.accumulate(*args, IMAGES, *carry)
 
 
 CPS = Process(SIGMAS, "cps", 0.8, window=3)
@@ -351,16 +340,14 @@ def test_it_finds_a_known_optimum(kernel):
         return jnp.broadcast_to(params["v"], x.shape)
 
     def epoch(state, number):
-        trajectory = draw(partial(velocity, state.lora), process, state_key(number), 64, (1, 1, 2))
+        key = jax.random.fold_in(state.key, number)
+        trajectory = draw(partial(velocity, state.lora), process, key, 64, (1, 1, 2))
         reward = -jnp.square(trajectory.latents - target).sum((1, 2, 3))
         advantage = grpo.advantages(reward, jnp.ones(64, bool), group_size=16)
         args = (velocity, process, Objective(0.2), state.lora, state.lora, trajectory, advantage)
         gradient, _ = update.accumulate(*args, 0, jnp.arange(3), 64, *update.empty(state.lora))
         state, _ = update.apply_gradient(state, gradient, tx, 0.9)
         return state, trajectory.latents.mean((0, 1, 2))
-
-    def state_key(number):
-        return jax.random.fold_in(KEY, number)
 
     state = update.init({"v": jnp.zeros(2)}, tx, KEY)
     _, ends = jax.jit(lambda s: jax.lax.scan(epoch, s, jnp.arange(150)))(state)
