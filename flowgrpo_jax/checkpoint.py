@@ -33,6 +33,8 @@ class Checkpoints:
     def write(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> None:
         """Write in the background; `close` waits for the last one."""
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        if step in self.steps():  # a damaged one that `newest` passed over
+            self._manager.delete(step)
         self._manager.save(
             step, args=ocp.args.Composite(**items, record=ocp.args.JsonSave(record)), force=True
         )
@@ -97,16 +99,15 @@ def load_lora(source: str | Path, model: SD3) -> Params:
     if str(source) == BASE:
         return lora.reference(model.init_lora(jax.random.key(0)))
     path = Path(source)
-    if not path.exists():
+    step = int(path.name) if path.name.isdigit() and path.parent.is_dir() else None
+    folder = path.parent if step is not None else path
+    if not folder.exists():
         raise FileNotFoundError(
             f"checkpoint {source!r} does not exist: give base, a work directory or an exported LoRA"
         )
-    like = {"ema": {k: jnp.zeros(v.shape, v.dtype) for k, v in model.lora_shapes.items()}}
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    step = int(folder.name) if folder.name.isdigit() else None
-    if step is not None:
-        folder = folder.parent
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     if folder.name == "checkpoints":
+        like = {"ema": {k: jnp.zeros(v.shape, v.dtype) for k, v in model.lora_shapes.items()}}
         checkpoints = Checkpoints(folder)
         if step is not None and step not in checkpoints.steps():
             raise FileNotFoundError(

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -139,6 +140,18 @@ def test_precision(shapes, tensors, tmp_path, stored, dtype):
     write(tmp_path, on_disk)
     params = convert.load(tmp_path, shapes, dtype=dtype)
     assert_equal(convert.to_torch_names(params), {k: v.astype(dtype) for k, v in on_disk.items()})
+
+
+def test_parameters_live_where_they_are_told_to(shapes, tensors, tmp_path):
+    """Stacked ones too, which are filled layer by layer."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+
+    def place(path, leaf):
+        return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), "d"))
+
+    write(tmp_path, tensors)
+    params = convert.load(tmp_path, shapes, place=place)
+    assert {k: v.sharding for k, v in params.items()} == {k: place(k, shapes[k]) for k in shapes}
 
 
 def test_save_casts(shapes, tensors, tmp_path):

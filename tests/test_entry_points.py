@@ -147,7 +147,8 @@ def test_a_run_leaves_everything_behind(folder, half):
     first, second, last = rows(half)
     assert [first["epoch"], second["epoch"], last["epoch"]] == [0, 1, 2]
     for row in (first, second):
-        assert row["ratio_gap"] < 1e-6 and row["images_per_second"] > 0
+        # A window that reaches the last but one step, whose noise is tiny, magnifies rounding.
+        assert row["ratio_gap"] < 1e-5 and row["images_per_second"] > 0
         assert row["reward"] == pytest.approx(20 * row["reward/jpeg_incompressibility"], rel=1e-5)
         assert row["grad_norm"] > 0 and row["failed"] == row["skipped"] == 0
         assert row["window_start"] in (0, 1)
@@ -163,7 +164,12 @@ def test_a_run_leaves_everything_behind(folder, half):
 def test_training_changes_the_policy(whole):
     state = whole.state
     assert int(state.step) == 8
-    moved = [float(abs(v).max()) for k, v in state.lora.items() if k.endswith("lora_b")]
+    # The last block drops the text tokens' output, so their queries there have no effect.
+    moved = [
+        float(abs(v).max())
+        for k, v in state.lora.items()
+        if k.endswith("lora_b") and not k.endswith("5:6/attn/add_q_proj/lora_b")
+    ]
     assert min(moved) > 0
     assert any((state.lora[k] != state.ema[k]).any() for k in state.lora)
     first, *_, last = rows(whole.workdir)
