@@ -95,8 +95,8 @@ def optimiser(steps: int, learning_rate: float) -> optax.GradientTransformation:
     )
 
 
-def init(modules: Makers, steps: int, learning_rate: float, seed: int) -> dict[str, Any]:
-    params = init_params(modules, seed)
+def init(params: dict[str, Params], steps: int, learning_rate: float) -> dict[str, Any]:
+    """The training state that starts from these weights."""
     opt_state = optimiser(steps, learning_rate).init(params)
     ema = jax.tree.map(jnp.copy, params)
     return {"params": params, "ema": ema, "opt_state": opt_state, "step": jnp.int32(0)}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
-from flowgrpo_jax.models import convert
+from flowgrpo_jax.models import convert, layers
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.mmdit import MMDiTConfig
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
@@ -76,6 +78,19 @@ def _t5(config: T5Config) -> dict[str, Any]:
         "tie_word_embeddings": False,
         **dataclasses.asdict(config),
     }
+
+
+def read(
+    directory: Path, modules: Mapping[str, Callable[[nnx.Rngs], nnx.Module]]
+) -> dict[str, Params]:
+    """The f32 weights of the named components of a written model, to go on training from."""
+    params = {}
+    for name, create in modules.items():
+        module = nnx.eval_shape(lambda c=create: c(nnx.Rngs(0)))
+        _, shapes = layers.functional(module)
+        ignore = getattr(module, "ignored", ())
+        params[name] = convert.load(directory / name, shapes, ignore=ignore)
+    return params
 
 
 def write(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from flowgrpo_jax import cli
 from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.tokenizers import Tokenizers
 from flowgrpo_jax.shapes import data, flow, grammar, package, vae
 from flowgrpo_jax.shapes.tokenizers import sizes, write_tokenizers
@@ -68,6 +69,7 @@ def train_flow(
     captions: np.ndarray,
     modules: flow.Makers,
     tokenizers: Tokenizers,
+    params: dict[str, Params],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     table: Any = tokenizers([*data.caption_table(), ""])  # the last row is the empty caption
@@ -78,7 +80,7 @@ def train_flow(
         caption = np.where(empty, len(table[0]) - 1, captions[rows])
         return jnp.asarray(latents[rows]), tuple(jnp.asarray(ids[caption]) for ids in table)
 
-    state = flow.init(modules, args.flow_steps, args.learning_rate, args.seed)
+    state = flow.init(params, args.flow_steps, args.learning_rate)
     step = flow.train_step(modules, args.flow_steps, args.learning_rate)
     return loop("flow", workdir, state, step, batch, args.flow_steps, args.seed)
 
@@ -89,9 +91,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="model directory to write; WORKDIR/model without it"
     )
+    parser.add_argument(
+        "--start_from",
+        type=Path,
+        help="written model: keep its autoencoder, train on from the rest",
+    )
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--vae_steps", type=int, default=1_500)
-    parser.add_argument("--flow_steps", type=int, default=4_200)
+    parser.add_argument("--flow_steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +107,10 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
 
     pictures = data.make(args.pictures, args.seed, cache=args.workdir)
-    vae_params = train_vae(args.workdir, pictures, args.vae_steps, args.seed)["params"]
+    if args.start_from:
+        vae_params = package.read(args.start_from, {"vae": vae.create})["vae"]
+    else:
+        vae_params = train_vae(args.workdir, pictures, args.vae_steps, args.seed)["params"]
     cache = args.workdir / f"latents-{args.seed}-{args.pictures}-{args.vae_steps}.npy"
     if not cache.exists():
         np.save(cache, vae.encode_all(vae_params, pictures.images))
@@ -115,11 +125,16 @@ def main() -> None:
     clip_l, clip_g = (flow.clip_config(n_clip, a, n_clip - 1) for a in ("quick_gelu", "gelu"))
     t5 = flow.t5_config(n_t5)
     modules = flow.makers(clip_l, clip_g, t5)
-    trained = train_flow(args.workdir, latents, pictures.captions, modules, tokenizers, args)
+    start = args.start_from
+    params = package.read(start, modules) if start else flow.init_params(modules, args.seed)
+    trained = train_flow(
+        args.workdir, latents, pictures.captions, modules, tokenizers, params, args
+    )
 
     vae_config = dataclasses.replace(vae.CONFIG, scaling_factor=scaling, shift_factor=shift)
-    params = {**trained["ema"], "vae": vae_params}
-    package.write(out, params, flow.TRANSFORMER, vae_config, clip_l, clip_g, t5)
+    package.write(
+        out, {**trained["ema"], "vae": vae_params}, flow.TRANSFORMER, vae_config, clip_l, clip_g, t5
+    )
     print(f"wrote {out}")
 
 

@@ -1,0 +1,65 @@
+"""Pretraining of the model in the box: it resumes where it stopped, and reads back what it wrote."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models.text import CLIPConfig, T5Config
+from flowgrpo_jax.shapes import data, flow, grammar, package, pretrain, vae, verify
+
+
+def walk(state, x, key):
+    """A step whose end depends on every batch before it, in order."""
+    total = 0.9 * state["total"] + jnp.float32(x)
+    return {"total": total, "step": state["step"] + 1}, (total,)
+
+
+def run(workdir, step=walk):
+    start = {"total": jnp.float32(0), "step": jnp.int32(0)}
+    return pretrain.loop("toy", workdir, start, step, lambda rng: (rng.normal(),), steps=7, seed=3)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+
+    def dies(state, x, key):
+        if int(state["step"]) == 5:
+            raise KeyboardInterrupt
+        return walk(state, x, key)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", dies)
+    resumed, whole = run(tmp_path / "killed"), run(tmp_path / "whole")
+    assert int(resumed["step"]) == 7
+    assert resumed["total"] == whole["total"] != 0
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    directory = sd3.resolve("shapes")
+    clip_l, clip_g = (
+        sd3._config(directory, name, CLIPConfig) for name in ("text_encoder", "text_encoder_2")
+    )
+    t5 = sd3._config(directory, "text_encoder_3", T5Config)
+    modules = flow.makers(clip_l, clip_g, t5)
+    params = {**flow.init_params(modules, seed=1), "vae": vae.init(1_000, seed=1)["params"]}
+    package.write(tmp_path, params, flow.TRANSFORMER, vae.CONFIG, clip_l, clip_g, t5)
+    again = package.read(tmp_path, {**modules, "vae": vae.create})
+    for name, part in params.items():
+        assert part.keys() == again[name].keys()
+        for path, value in part.items():
+            half = np.asarray(value).astype(np.float16).astype(np.float32)
+            np.testing.assert_array_equal(np.asarray(again[name][path]), half)
+
+
+def test_data_is_repeatable_and_careless_by_a_fixed_share():
+    one, two = data._chunk(0, 0), data._chunk(0, 0)
+    np.testing.assert_array_equal(one[0], two[0])
+    np.testing.assert_array_equal(one[1], two[1])
+    assert (data._chunk(0, 1)[0] != one[0]).any()
+    records = grammar.prompts("all")
+    wrong = [not verify.judge(image, records[i]).strict for image, i in zip(*one)]
+    # A binomial of 1000 with share GARBLED stays within four standard deviations.
+    share = data.GARBLED
+    assert abs(np.mean(wrong) - share) < 4 * (share * (1 - share) / 1000) ** 0.5 + 0.01
+    assert max(one[1]) < len(data.caption_table())
