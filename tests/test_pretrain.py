@@ -1,4 +1,4 @@
-"""Pretraining of the model in the box: it resumes where it stopped, and reads back what it wrote."""
+"""Pretraining of the model in the box: it resumes, and reads back what it wrote."""
 
 import jax.numpy as jnp
 import numpy as np
