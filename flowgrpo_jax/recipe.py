@@ -248,7 +248,8 @@ def _score(weights: dict[str, float], records: list[Metadata], failed: float = 0
         chosen = [records[i] for i in ids]
         return [r["prompt"] for r in chosen], chosen
 
-    return host.composite(rewards.load(weights), weights, lookup, failed)
+    loaded: Any = rewards.load(weights)
+    return host.composite(loaded, weights, lookup, failed)
 
 
 def _programs(

@@ -17,6 +17,7 @@ Shapes stay static: a failed reward or a dead group gets weight 0, it is not fil
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -80,6 +81,20 @@ class Reward(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [B, H, W, 3], B prompts, B metadata -> (scores f32 [B], valid bool [B])."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphReward:
+    """A reward computed on the devices, by the program that the images come from.
+
+    prepare runs on the host, once per prompt; score is pure and jitted by the caller, which hands
+    it rows: entry i of every array belongs to image i.
+    """
+
+    weights: Any  # pytree of arrays, placed by the caller
+    prepare: Callable[[Sequence[str], Sequence[Metadata]], Any]  # P prompts -> arrays [P, ...]
+    score: Callable[[Any, jax.Array, Any], jax.Array]  # weights, images uint8 [M, H, W, 3],
+    # prepared rows [M, ...] -> scores f32 [M]; a score that is not finite counts as failed
 
 
 # velocity(lora, x f32 [M, H, W, C], sigma f32 [M], prompt i32 [M]) -> f32 [M, H, W, C]

@@ -1,16 +1,19 @@
 """Reward functions: images in, scores out.
 
 A reward is any callable `(images uint8 [B, H, W, 3], prompts, metadata) -> (scores f32 [B], valid
-bool [B])`. To add one: write it in a file of this folder, give it a row in `TABLE`, test it.
+bool [B])`, on the host, or a `types.GraphReward`, whose scores are computed where the images are.
+To add one: write it in a file of this folder, give it a row in `TABLE`, test it.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from flowgrpo_jax.types import Reward
+from flowgrpo_jax.types import GraphReward, Reward
 
+# "module:function" is a reward itself; "module:make()" makes one from the recipe's options.
 TABLE = {
     "shapes": "flowgrpo_jax.rewards.shapes:graded",
     "shapes_strict": "flowgrpo_jax.rewards.shapes:strict",
@@ -20,12 +23,26 @@ TABLE = {
 }
 
 
-def load(names: Iterable[str]) -> dict[str, Reward]:
-    """The rewards of these names; nothing is imported before it is asked for."""
+def load(
+    names: Iterable[str], options: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Reward | GraphReward]:
+    """The rewards of these names; nothing is imported before it is asked for.
+
+    Args:
+      options: {name: keyword arguments of the row's `make()`}.
+    """
+    options = options or {}
     rewards = {}
     for name in names:
         if name not in TABLE:
             raise ValueError(f"reward {name!r} is unknown: choose from {', '.join(sorted(TABLE))}")
         module, _, attribute = TABLE[name].partition(":")
-        rewards[name] = getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute.removesuffix("()"))
+        if attribute.endswith("()"):
+            found = found(**options.get(name, {}))
+        elif options.get(name):
+            raise ValueError(
+                f"reward.options.{name}={dict(options[name])}: {name} takes no options"
+            )
+        rewards[name] = found
     return rewards

@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--vae_steps", type=int, default=1_500)
     parser.add_argument("--flow_steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     out = args.out or args.workdir / "model"
