@@ -61,6 +61,11 @@ def get_config() -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.weights = ConfigDict()  # {name: weight}; weight 0 is logged and never trained on
+    c.reward.options = ConfigDict()  # {name: {option: value}} of rewards that take options
+    c.reward.tasks = ConfigDict()  # {task: {name: weight}} of prompts whose record names a "task"
+    c.reward.combine = (
+        "rewards"  # rewards: weighted sum; advantages: each normalised by itself first (GDPO)
+    )
     c.reward.host_call = (
         "overlap"  # overlap (threads between programs) or callback (inside the program)
     )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from flowgrpo_jax import checkpoint, cli, logs, prompts, recipe, sampler, sharding
 from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.rewards import graph
 from flowgrpo_jax.types import Conditioning, Params, PromptBatch
 
 
@@ -39,23 +40,35 @@ def evaluate(
     cond = run.encode([run.test_prompts[i]["prompt"] for i in unique])
     key = jax.random.key(config.seed)
 
-    images = []
+    prepared = graph.prepare(
+        run.test_scorer.in_graph,
+        [run.test_prompts[i]["prompt"] for i in unique],
+        [run.test_prompts[i] for i in unique],
+    )
+
+    images, graphed = [], []
     padded = np.arange(-(-config.images // micro) * micro) % config.images  # static shapes
     for part in tqdm(np.split(padded, len(padded) // micro), desc="evaluate", disable=not progress):
         keys = sampler.image_keys(key, 0, batch.ids[part], repeats[part])
         row, keys = sharding.split_rows(run.mesh, (rows[part].astype(np.int32), keys))
         images.append(run.programs.generate(lora, run.weights, cond, null, row, keys))
+        graphed.append(run.test_scorer.graph(images[-1], prepared, row))
     pictures = np.concatenate([np.asarray(i) for i in images])[: config.images]
 
-    rewards = run.score_test(pictures, batch.ids)
+    scores = run.test_scorer.host(pictures, batch.ids)
+    for name in run.test_scorer.in_graph:
+        scores[name] = np.concatenate([np.asarray(g[name]) for g in graphed])[: config.images]
+    table = run.test_scorer.mix.table(batch.metadata)
+    applies = dict(zip(run.test_scorer.mix.names, ~np.isnan(table)))
+    scores = {name: np.where(applies[name], scores[name], np.nan) for name in applies}
     tags = np.array([m.get("tag", "") for m in batch.metadata])
     per_tag = {
-        tag: {name: _mean(scores[tags == tag]) for name, scores in rewards.parts.items()}
+        tag: {name: mean(s[tags == tag]) for name, s in scores.items()}
         for tag in sorted(set(tags))
         if tag
     }
-    metrics = {name: _mean(scores) for name, scores in rewards.parts.items()}
-    failed = np.isnan(np.stack(list(rewards.parts.values()))).any(0)
+    metrics = {name: mean(s) for name, s in scores.items()}
+    failed = np.any([np.isnan(s) & applies[name] for name, s in scores.items()], axis=0)
     result = {
         "metrics": metrics,
         "per_tag": per_tag,
@@ -65,8 +78,8 @@ def evaluate(
     return result, pictures, batch
 
 
-def _mean(scores: np.ndarray) -> float:
-    """Of the images whose reward did not fail; NaN when there is none."""
+def mean(scores: np.ndarray) -> float:
+    """Of the images that have a score; NaN when there is none."""
     scores = scores[~np.isnan(scores)]
     return float(scores.mean()) if scores.size else float("nan")
 

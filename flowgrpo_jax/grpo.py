@@ -13,6 +13,47 @@ import jax
 import jax.numpy as jnp
 
 STD_MODES = ("group", "global", "none")
+COMBINATIONS = ("rewards", "advantages")
+
+
+def weighted(scores: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Several rewards as one: (sum of weight x score f32 [B], valid bool [B]).
+
+    Args:
+      scores: f32 [K, B]; NaN where a reward failed.
+      weights: f32 [K, B]; a score of weight 0 or NaN (does not apply) cannot spoil an image.
+    """
+    trained = jnp.nan_to_num(weights) != 0
+    finite = jnp.isfinite(scores)
+    total = jnp.where(trained & finite, weights * scores, 0.0).sum(0)
+    return total, (finite | ~trained).all(0)
+
+
+def combined_advantages(
+    scores: jax.Array,
+    weights: jax.Array,
+    *,
+    group_size: int,
+    combine: str = "rewards",
+    std: str = "group",
+    clip: float = 5.0,
+) -> jax.Array:
+    """Advantages f32 [B] of several rewards, see `weighted` for the arguments' shapes.
+
+    Args:
+      combine: "rewards" normalises the weighted sum of the scores. "advantages" normalises every
+        reward by itself, adds them by weight and brings the sum back to a standard deviation of
+        one over the batch (GDPO): a reward of small range is not drowned by one of large range.
+    """
+    total, valid = weighted(scores, weights)
+    if combine == "rewards":
+        return advantages(total, valid, group_size=group_size, std=std, clip=clip)
+    each = jax.vmap(lambda r, ok: advantages(r, ok, group_size=group_size, std=std, clip=jnp.inf))(
+        jnp.nan_to_num(scores), valid & jnp.isfinite(scores)
+    )
+    mixed, _ = weighted(each, weights)
+    spread = jnp.sqrt(_mean(jnp.square(mixed), valid.astype(jnp.float32), axis=None))
+    return jnp.clip(jnp.where(valid, mixed / (spread + 1e-4), 0.0), -clip, clip)
 
 
 def advantages(

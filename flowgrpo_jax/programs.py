@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from flowgrpo_jax import sampler, sharding, update
 from flowgrpo_jax.models.sd3 import SD3
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Params, Rewards, Trajectory
+from flowgrpo_jax.types import Params, Scores, Trajectory
 from flowgrpo_jax.update import Objective
 
-ScoreInGraph = Callable[[jax.Array, jax.Array], Rewards]
+HostScore = Callable[[jax.Array, jax.Array], Scores]
 
 
 def sample(
@@ -28,14 +28,14 @@ def sample(
     guidance: float,
     latent: tuple[int, int, int],
     same_noise: bool,
-    score: ScoreInGraph | None,
-) -> Callable[..., tuple[Trajectory, jax.Array, Rewards | None]]:
-    """Rollout, decoding and, with `score`, the rewards of a micro-batch."""
+    score: HostScore | None,
+) -> Callable[..., tuple[Trajectory, jax.Array, Scores]]:
+    """Rollout, decoding and, with `score`, the host rewards of a micro-batch."""
     guided = sampler.guided(model.velocity, guidance)
 
     @jax.jit
     def run(lora, weights, cond, null, key, epoch, start, ids, prompt, image):
-        """-> trajectory, images uint8 [M, ...], Rewards or None.
+        """-> trajectory, images uint8 [M, ...], the host's scores (none without `score`).
 
         ids, prompt, image: i32 [M], the prompt's id, its row in `cond`, the place in the group.
         """
@@ -48,7 +48,7 @@ def sample(
         x = sharding.constrain_rows(mesh, sampler.normal(first, sampler.ODE_KEY, latent))
         trajectory = sampler.rollout(velocity, process, x, keys, start, prompt)
         images = sharding.constrain_rows(mesh, model.decode(weights["vae"], trajectory.latents))
-        return trajectory, images, score(images, ids) if score else None
+        return trajectory, images, score(images, ids) if score else {}
 
     return run
 

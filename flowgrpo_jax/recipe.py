@@ -18,9 +18,18 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import grpo, programs, prompts, rewards, sde, sharding, update
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.rewards import host
+from flowgrpo_jax.rewards import graph, host
+from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Conditioning, Metadata, Params, Trajectory
+from flowgrpo_jax.types import (
+    Conditioning,
+    GraphReward,
+    Metadata,
+    Params,
+    Reward,
+    Scores,
+    Trajectory,
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ def check(config: ConfigDict) -> None:
     _choice(config, "train", "kl_weighting", sde.KL_WEIGHTINGS)
     _choice(config, "train", "step_choice", ("random", "first"))
     _choice(config, "reward", "host_call", ("overlap", "callback"))
+    _choice(config, "reward", "combine", grpo.COMBINATIONS)
     _choice(config, "model", "dtype", ("float32", "bfloat16", "float16"))
     _require(
         s.noise_level > 0,
@@ -126,11 +136,12 @@ def check(config: ConfigDict) -> None:
     _require(every >= 1, f"checkpoint.every={every}: must be at least 1 epoch")
     _require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
     _require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
-    _require(bool(config.reward.weights), "reward.weights is empty: name at least one reward")
-    _require(
-        any(config.reward.weights.values()),
-        f"reward.weights={config.reward.weights.to_dict()}: at least one weight must not be 0",
-    )
+    for task, weights in {"": config.reward.weights, **config.reward.tasks}.items():
+        name = f"reward.tasks.{task}" if task else "reward.weights"
+        _require(
+            any(weights.values()) or (not task and bool(config.reward.tasks)),
+            f"{name}={dict(weights)}: name at least one reward whose weight is not 0",
+        )
 
 
 def window(config: ConfigDict) -> int:
@@ -150,10 +161,20 @@ def window_range(config: ConfigDict) -> tuple[int, int]:
 class Programs:
     """The jitted programs of a run. Their first arguments are (lora, frozen weights)."""
 
-    sample: Callable[..., tuple[Trajectory, jax.Array, Any]]
+    sample: Callable[..., tuple[Trajectory, jax.Array, Scores]]
     accumulate: Callable[..., Any]
     apply: Callable[..., Any]
     generate: Callable[..., jax.Array]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The rewards of a prompt source: those on the host, those in the graph, and their weights."""
+
+    mix: Mix
+    host: host.Score
+    in_graph: dict[str, GraphReward]
+    graph: graph.Score
 
 
 @dataclass(frozen=True)
@@ -167,8 +188,8 @@ class Recipe:
     programs: Programs
     train_prompts: list[Metadata]
     test_prompts: list[Metadata]
-    score: host.Score
-    score_test: host.Score
+    scorer: Scorer
+    test_scorer: Scorer
 
     @property
     def weights(self) -> dict[str, Params]:
@@ -205,12 +226,18 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     )
     mesh = sharding.make_mesh()
     plan = make_plan(config, mesh.size)
-    weights = config.reward.weights.to_dict()
     train_prompts = prompts.load(config.prompts.train) if training else []
     test_prompts = prompts.load(config.prompts.test) if config.prompts.test else []
-    score = _score(weights, train_prompts)
-    names = tuple(config.eval.rewards) or tuple(weights)
-    score_test = _score({name: weights.get(name, 0.0) for name in names}, test_prompts, np.nan)
+    mix = Mix(config.reward.weights.to_dict(), config.reward.tasks.to_dict())
+    weights = {name: mix.weights.get(name, 0.0) for name in config.eval.rewards}
+    test_mix = Mix(weights, mix.tasks) if weights else mix
+    loaded = rewards.load(
+        dict.fromkeys(mix.names + test_mix.names), config.reward.options.to_dict()
+    )
+    for reward in loaded.values():
+        getattr(reward, "ready", lambda: None)()  # a remote one raises where nobody answers
+    scorer = _scorer(mix, loaded, train_prompts, mesh)
+    test_scorer = _scorer(test_mix, loaded, test_prompts, mesh)
     model = load_model(config, mesh)
     sigmas = sde.sigma_schedule(config.sample.steps, model.shift)
     s = config.sample
@@ -227,7 +254,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         warmup_steps=config.train.warmup_steps,
         **{k: config.train[k] for k in ("b1", "b2", "eps", "weight_decay", "max_grad_norm")},
     )
-    built = _programs(config, model, mesh, plan, process, optimiser, score)
+    built = _programs(config, model, mesh, plan, process, optimiser, scorer)
     return Recipe(
         config,
         model,
@@ -238,18 +265,32 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         built,
         train_prompts,
         test_prompts,
-        score,
-        score_test,
+        scorer,
+        test_scorer,
     )
 
 
-def _score(weights: dict[str, float], records: list[Metadata], failed: float = 0.0) -> host.Score:
+def _scorer(
+    mix: Mix, loaded: dict[str, Reward | GraphReward], records: list[Metadata], mesh: Mesh
+) -> Scorer:
     def lookup(ids: np.ndarray) -> tuple[list[str], list[Metadata]]:
         chosen = [records[i] for i in ids]
         return [r["prompt"] for r in chosen], chosen
 
-    loaded: Any = rewards.load(weights)
-    return host.composite(loaded, weights, lookup, failed)
+    on_host: dict[str, Reward] = {}
+    in_graph: dict[str, GraphReward] = {}
+    for name in mix.names:
+        reward = loaded[name]
+        if isinstance(reward, GraphReward):
+            in_graph[name] = reward
+        else:
+            on_host[name] = reward
+    return Scorer(
+        mix,
+        host.composite(on_host, lookup, mix.applies),
+        in_graph,
+        graph.composite(in_graph, lambda weights: sharding.replicate(mesh, weights)),
+    )
 
 
 def _programs(
@@ -259,13 +300,14 @@ def _programs(
     plan: Plan,
     process: Process,
     optimiser: Any,
-    score: host.Score,
+    scorer: Scorer,
 ) -> Programs:
     s, t = config.sample, config.train
     latent = model.latent_shape(config.model.height, config.model.width)
-    in_graph = None
-    if config.reward.host_call == "callback":
-        in_graph = host.callback(score, tuple(config.reward.weights), mesh, sharding.ROWS)
+    called = None
+    names = tuple(name for name in scorer.mix.names if name not in scorer.in_graph)
+    if config.reward.host_call == "callback" and names:
+        called = host.callback(scorer.host, names, mesh, sharding.ROWS)
     objective = update.Objective(t.clip_range, t.kl_beta, t.kl_weighting)
     return Programs(
         sample=programs.sample(
@@ -275,7 +317,7 @@ def _programs(
             guidance=s.guidance_scale,
             latent=latent,
             same_noise=s.same_noise,
-            score=in_graph,
+            score=called,
         ),
         accumulate=programs.accumulate(
             model,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ from tqdm import tqdm
 
 from flowgrpo_jax import cli, grpo, prompts, recipe, sampler, sharding, update
 from flowgrpo_jax.checkpoint import Checkpoints
-from flowgrpo_jax.evaluate import evaluate, save_grid
+from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.logs import Metrics
 from flowgrpo_jax.models import lora
 from flowgrpo_jax.recipe import Recipe
-from flowgrpo_jax.rewards import host
-from flowgrpo_jax.types import Conditioning, PromptBatch, Rewards, TrainState, Trajectory
+from flowgrpo_jax.rewards import graph, host
+from flowgrpo_jax.types import Conditioning, PromptBatch, Scores, TrainState, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ def one_epoch(
         tag_weights=config.prompts.tag_weights.to_dict(),
     )
     cond = run.encode(batch.prompts)
+    prepared = graph.prepare(run.scorer.in_graph, batch.prompts, batch.metadata)
 
     # Rollouts, micro-batch by micro-batch; in overlap mode each is scored while the next is drawn.
     start = sampler.window_start(state.key, epoch, run.process.window, recipe.window_range(config))
@@ -121,24 +123,27 @@ def one_epoch(
     for ids, rows, images_of in micro_batches(run, batch):
         if stop.requested:
             return None
-        trajectory, images, in_graph = run.programs.sample(
+        trajectory, images, called = run.programs.sample(
             state.lora, run.weights, cond, null, state.key, epoch, start, ids, rows, images_of
         )
         trajectories.append(trajectory)
-        scored.append(in_graph or host.overlap(pool, run.score, images, ids))
+        scored.append(run.scorer.graph(images, prepared, rows))
+        scored.append(called or host.overlap(pool, run.scorer.host, images, ids))
 
     # Rewards and advantages.
-    rewards = gather(scored)
-    failed = 1.0 - float(np.mean(rewards.valid))
+    scores, weights = gather(run, scored, batch)
+    total, valid = map(np.asarray, grpo.weighted(jnp.asarray(scores), jnp.asarray(weights)))
+    failed = 1.0 - float(np.mean(valid))
     if failed > config.reward.max_failed:
         raise RuntimeError(
             f"the reward failed on {failed:.0%} of epoch {epoch}'s images, more than"
             f" reward.max_failed={config.reward.max_failed:.0%}: see the warnings above"
         )
-    advantages = grpo.advantages(
-        jnp.asarray(rewards.total),
-        jnp.asarray(rewards.valid),
+    advantages = grpo.combined_advantages(
+        jnp.asarray(scores),
+        jnp.asarray(weights),
         group_size=plan.group_size,
+        combine=config.reward.combine,
         std=config.train.advantage_std,
         clip=config.train.advantage_clip,
     )
@@ -179,7 +184,9 @@ def one_epoch(
             figures["ratio_gap"],
             config.train.clip_range,
         )
-    return state, figures | reward_figures(rewards, plan.group_size) | {"window_start": int(start)}
+    figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
+    figures |= {f"reward/{name}": mean(s) for name, s in zip(run.scorer.mix.names, scores)}
+    return state, figures | {"window_start": int(start)}
 
 
 def micro_batches(run: Recipe, batch: PromptBatch):
@@ -192,23 +199,31 @@ def micro_batches(run: Recipe, batch: PromptBatch):
         yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
 
-def gather(scored: list[Any]) -> Rewards:
-    """The epoch's Rewards [B] from those of its micro-batches, waiting for the last."""
+def gather(run: Recipe, scored: list[Any], batch: PromptBatch) -> tuple[np.ndarray, np.ndarray]:
+    """The epoch's scores and weights, f32 [K, B] each, waiting for the last micro-batch.
+
+    Both are NaN where a reward does not apply to the prompt, the scores also where it failed.
+    """
     parts = [jax.device_get(s.result() if hasattr(s, "result") else s) for s in scored]
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    merged: Scores = {
+        name: np.concatenate([part[name] for part in parts if name in part])
+        for name in run.scorer.mix.names
+    }
+    weights = np.repeat(run.scorer.mix.table(batch.metadata), run.plan.group_size, axis=1)
+    scores = np.stack([merged[name] for name in run.scorer.mix.names])
+    return np.where(np.isnan(weights), np.nan, scores), weights
 
 
-def reward_figures(rewards: Rewards, group_size: int) -> dict[str, float]:
-    total = np.where(rewards.valid, rewards.total, np.nan).reshape(-1, group_size)
-    with np.errstate(all="ignore"):
-        spread = np.nan_to_num(np.nanstd(total, axis=1))
-    parts = {f"reward/{name}": float(score.mean()) for name, score in rewards.parts.items()}
+def reward_figures(total: np.ndarray, group_size: int) -> dict[str, float]:
+    """Of what the policy is trained on, f32 [B], NaN where it failed."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a group without any score
+        spread = np.nan_to_num(np.nanstd(total.reshape(-1, group_size), axis=1))
     return {
-        "reward": float(np.nanmean(total)),
+        "reward": mean(total),
         "reward_std": float(spread.mean()),
         "dead_groups": float((spread < 1e-6).mean()),  # share of groups without any signal
-        "failed": float(1 - rewards.valid.mean()),
-        **parts,
+        "failed": float(np.isnan(total).mean()),
     }
 
 

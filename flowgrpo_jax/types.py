@@ -27,6 +27,8 @@ import numpy as np
 
 Params = dict[str, Any]  # flat: path -> array
 Metadata = dict[str, Any]
+# {reward: f32 [B]}, unweighted; NaN where a reward failed or does not apply to the prompt
+Scores = dict[str, Any]
 
 
 class PromptBatch(NamedTuple):
@@ -53,13 +55,6 @@ class Trajectory:
     log_prob: jax.Array  # f32 [T, M], of each stored transition
     latents: jax.Array  # f32 [M, H, W, C]: the end of the rollout, to be decoded
     prompt: jax.Array  # i32 [M], row of the epoch's Conditioning
-
-
-@flax.struct.dataclass
-class Rewards:
-    total: Any  # f32 [B], what the policy is trained on
-    valid: Any  # bool [B], false where a reward failed
-    parts: dict[str, Any]  # {name: f32 [B]}, each reward unweighted
 
 
 @flax.struct.dataclass

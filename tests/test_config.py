@@ -132,10 +132,12 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
         ({"train.ema_decay": 1.0}, r"train\.ema_decay=1\.0: .*\[0, 1\)"),
         ({"lora.rank": 0}, r"lora\.rank=0: .*at least 1"),
         ({"checkpoint.every": 0}, r"checkpoint\.every=0: .*at least 1"),
-        ({"reward.weights": ConfigDict()}, r"reward\.weights is empty: .*at least one"),
+        ({"reward.weights": ConfigDict()}, r"reward\.weights=\{\}: name at least one"),
+        ({"reward.tasks": ConfigDict({"ocr": {}})}, r"reward\.tasks\.ocr=\{\}: name at least one"),
+        ({"reward.combine": "sum"}, r"reward\.combine='sum': choose from 'rewards', 'advantages'"),
         (
             {"reward.weights": ConfigDict({"shapes": 0.0})},
-            r"reward\.weights=.*'shapes': 0\.0.*not be 0",
+            r"reward\.weights=.*'shapes': 0\.0.*is not 0",
         ),
     ],
 )

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
 from PIL import Image
 
 from flowgrpo_jax import checkpoint, logs, recipe, rewards, sharding
@@ -26,8 +27,10 @@ from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.generate import generate, t5_limit
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.rewards import host
+from flowgrpo_jax.rewards import graph, host
+from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.train import train
+from flowgrpo_jax.types import GraphReward
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -258,6 +261,54 @@ def test_a_reward_that_always_fails_ends_the_run(folder, monkeypatch):
         train(config, folder / "broken")
 
 
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3), dtype=np.float32), np.ones(len(images), bool)
+
+
+def brightness_in_graph(scale):
+    return GraphReward(
+        weights=np.float32(scale),
+        prepare=lambda prompts, metadata: np.zeros(len(prompts)),
+        score=lambda weights, images, _: weights * images.astype(np.float32).mean((1, 2, 3)),
+    )
+
+
+@pytest.mark.parametrize("combine", ["rewards", "advantages"])
+def test_a_reward_trains_alike_on_the_host_and_in_the_graph(folder, monkeypatch, combine):
+    monkeypatch.setitem(rewards.TABLE, "host", f"{__name__}:brightness")
+    monkeypatch.setitem(rewards.TABLE, "graph", f"{__name__}:brightness_in_graph()")
+    states = []
+    for name in ("host", "graph"):
+        config = load(folder, epochs=1, eval__every=0, reward__combine=combine)
+        config.reward.weights = ConfigDict({name: 1.0, "jpeg_incompressibility": 5.0})
+        config.reward.options = ConfigDict({"graph": {"scale": 1.0}} if name == "graph" else {})
+        states.append(train(config, folder / f"in-{name}-{combine}"))
+        (row,) = rows(folder / f"in-{name}-{combine}")
+        assert 0 < row[f"reward/{name}"] < 255 and row["failed"] == 0
+    assert any(np.abs(x).max() > 0 for k, x in states[0].lora.items() if "lora_b" in k)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        states[0].lora,
+        states[1].lora,
+    )
+
+
+def test_a_run_does_not_start_before_its_rewards_are_ready(folder, monkeypatch):
+    class Sleeping:
+        def __call__(self, images, prompts, metadata):
+            raise AssertionError("scored before it was ready")
+
+        def ready(self):
+            raise ConnectionError("no replica of the reward server answers")
+
+    monkeypatch.setitem(rewards.TABLE, "host", f"{__name__}:sleeping")
+    monkeypatch.setitem(globals(), "sleeping", Sleeping())
+    config = load(folder, eval__every=0)
+    config.reward.weights = ConfigDict({"host": 1.0})
+    with pytest.raises(ConnectionError, match="no replica"):
+        train(config, folder / "asleep")
+
+
 # -------------------------------------------------------------------------------- evaluation
 
 
@@ -295,6 +346,13 @@ def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
         assert [int(p) for p in prompts] == images[:, 0, 0, 0].tolist()
         return images[:, 0, 0, 0], [p not in "03" for p in prompts]
 
+    same = {  # in the graph: is the picture that of its prompt?
+        "same": GraphReward(
+            weights=(),
+            prepare=lambda prompts, metadata: np.array([int(p) for p in prompts]),
+            score=lambda weights, images, prompt: (images[:, 0, 0, 0] == prompt) * 1.0,
+        )
+    }
     run = SimpleNamespace(
         config=load_eval(images=5, micro_batch=2),
         mesh=sharding.make_mesh(),
@@ -306,17 +364,22 @@ def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
                 cond[np.asarray(prompt)][:, None, None, None], (1, 8, 8, 3)
             ).astype(np.uint8)
         ),
-        score_test=host.composite(
-            {"number": number},
-            {"number": 1.0},
-            lambda ids: ([str(i) for i in ids], [records[i] for i in ids]),
-            failed=np.nan,
+        test_scorer=recipe.Scorer(
+            Mix({"number": 1.0, "same": 0.0}),
+            host.composite(
+                {"number": number}, lambda ids: ([str(i) for i in ids], [records[i] for i in ids])
+            ),
+            same,
+            graph.composite(same),
         ),
     )
     result, images, _ = evaluate(run, {}, None)
     assert len(images) == 5
-    assert result["metrics"] == {"number": pytest.approx((1 + 2 + 4) / 3)}
-    assert result["per_tag"] == {"even": {"number": 3.0}, "odd": {"number": 1.0}}
+    assert result["metrics"] == {"number": pytest.approx((1 + 2 + 4) / 3), "same": 1.0}
+    assert result["per_tag"] == {
+        "even": {"number": 3.0, "same": 1.0},
+        "odd": {"number": 1.0, "same": 1.0},
+    }
     assert result["failed"] == pytest.approx(2 / 5)
 
 

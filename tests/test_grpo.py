@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import zscore
 
-from flowgrpo_jax.grpo import STD_MODES, advantages, policy_loss
+from flowgrpo_jax.grpo import STD_MODES, advantages, combined_advantages, policy_loss
 
 REWARDS = np.random.default_rng(0).normal(20, 3, size=(4, 6)).astype(np.float32)
 
@@ -94,6 +94,49 @@ def test_only_group_std_forgets_a_groups_own_scale():
 
 
 # ------------------------------------------------------------------------------ the loss
+
+
+# --------------------------------------------------------------------------- several rewards
+
+
+def several(scores, weights, **kwargs):
+    weights = np.broadcast_to(np.array(weights, np.float32)[:, None], np.shape(scores))
+    scores = np.asarray(scores, np.float32)
+    return np.asarray(combined_advantages(scores, weights, group_size=4, **kwargs))
+
+
+def test_advantages_of_several_rewards_do_not_depend_on_their_ranges():
+    """GDPO: a reward a thousand times larger drowns the other in the sum, and not by itself."""
+    a, b = np.random.default_rng(1).normal(size=(2, 12))
+    large = 1000 * b + 7
+    np.testing.assert_allclose(
+        several([a, large], [1, 1], combine="advantages"),
+        several([a, b], [1, 1], combine="advantages"),
+        atol=1e-3,
+    )
+    drowned = several([a, large], [1, 1], combine="rewards")
+    np.testing.assert_allclose(drowned, several([large], [1]), atol=2e-2)
+    assert np.corrcoef(several([a, large], [1, 1], combine="advantages"), a)[0, 1] > 0.5
+
+
+def test_advantages_of_several_rewards_are_sums_of_z_scores():
+    a, b = np.random.default_rng(2).normal(size=(2, 12))
+    z = [zscore(x.reshape(3, 4), axis=1).reshape(-1) for x in (a, b)]
+    mixed = 0.25 * z[0] + 0.75 * z[1]
+    ours = several([a, b], [0.25, 0.75], combine="advantages")
+    np.testing.assert_allclose(ours, mixed / mixed.std(), atol=1e-3)  # the epsilons
+
+
+@pytest.mark.parametrize("combine", ["rewards", "advantages"])
+def test_a_failed_score_takes_its_image_out_unless_it_is_a_monitors(combine):
+    a, b = np.random.default_rng(3).normal(size=(2, 12))
+    failing = np.where(np.arange(12) == 5, np.nan, b)
+    assert several([a, failing], [1, 1], combine=combine)[5] == 0
+    assert np.isfinite(several([a, failing], [1, 1], combine=combine)).all()
+    watched = several([a, failing], [1, 0], combine=combine)
+    np.testing.assert_allclose(watched, several([a], [1], combine=combine), rtol=1e-6)
+    absent = several([a, failing], [1, np.nan], combine=combine)  # does not apply
+    np.testing.assert_array_equal(absent, watched)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from flowgrpo_jax import rewards, sharding
-from flowgrpo_jax.rewards import host
+from flowgrpo_jax import grpo, rewards, sharding
+from flowgrpo_jax.rewards import graph, host
+from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.shapes.render import Thing, render
+from flowgrpo_jax.types import GraphReward
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, size=(16, 8, 8, 3), dtype=np.uint8)
@@ -95,13 +98,16 @@ def returning(scores, valid):
 RECORDS = [{"prompt": p, "ok": p != "c"} for p in "abcd"]
 
 
+def lookup(ids):
+    return [RECORDS[i]["prompt"] for i in ids], [RECORDS[i] for i in ids]
+
+
 def combine(rewards, weights):
-    """Rewards of four pictures, one of each prompt."""
-
-    def lookup(ids):
-        return [RECORDS[i]["prompt"] for i in ids], [RECORDS[i] for i in ids]
-
-    return host.composite(rewards, weights, lookup)(PICTURES[:4], np.arange(4))
+    """(scores, total, valid) of four pictures, one of each prompt."""
+    mix = Mix(weights)
+    scores = host.composite(rewards, lookup, mix.applies)(PICTURES[:4], np.arange(4))
+    stacked = np.stack([scores[name] for name in mix.names])
+    return scores, *grpo.weighted(stacked, mix.table(RECORDS))
 
 
 @pytest.mark.parametrize(
@@ -129,23 +135,72 @@ def test_a_score_that_is_not_finite_invalidates_its_image_alone(junk):
     np.testing.assert_array_equal(scores, [1, 0, 0, 4])
 
 
-def test_the_composite_is_the_weighted_sum():
-    both = combine({"brightness": brightness, "first": is_first}, {"brightness": 0.1, "first": -20})
+def test_the_total_is_the_weighted_sum():
+    scores, total, valid = combine(
+        {"brightness": brightness, "first": is_first}, {"brightness": 0.1, "first": -20}
+    )
     mean = PICTURES[:4].reshape(4, -1).mean(1)
-    np.testing.assert_array_equal(both.valid, [True, True, False, True])
-    np.testing.assert_allclose(both.total, 0.1 * mean - np.array([20, 0, 0, 0]), rtol=1e-5)
-    np.testing.assert_allclose(both.parts["brightness"], mean, rtol=1e-6)
-    np.testing.assert_array_equal(both.parts["first"], [1, 0, 0, 0])
+    np.testing.assert_array_equal(valid, [True, True, False, True])
+    expected = 0.1 * mean - np.array([20, 0, 0, 0])
+    np.testing.assert_allclose(total[valid], expected[valid], rtol=1e-5)
+    np.testing.assert_allclose(scores["brightness"], mean, rtol=1e-6)
+    np.testing.assert_array_equal(scores["first"], [1, 0, np.nan, 0])
 
 
 def test_a_weight_of_zero_is_watched_and_never_trained_on():
-    alone = combine({"brightness": brightness}, {"brightness": 1.0})
+    _, alone, _ = combine({"brightness": brightness}, {"brightness": 1.0})
     for monitor in (is_first, raising):
-        watched = combine(
+        scores, total, valid = combine(
             {"brightness": brightness, "monitor": monitor}, {"brightness": 1.0, "monitor": 0.0}
         )
-        assert watched.valid.all() and "monitor" in watched.parts
-        np.testing.assert_array_equal(watched.total, alone.total)
+        assert valid.all() and "monitor" in scores
+        np.testing.assert_array_equal(total, alone)
+
+
+def test_every_task_has_its_own_rewards():
+    """A reward sees only the prompts that it is meant for, and no other prompt waits for it."""
+    seen = []
+
+    def picky(images, prompts, metadata):
+        seen.extend(prompts)
+        return [10.0] * len(prompts), [True] * len(prompts)
+
+    mix = Mix({"brightness": 1.0}, {"text": {"picky": 2.0, "brightness": 0.0}})
+    records = [{"task": "text"}, {}, {"task": "other"}, {"task": "text"}]
+    assert mix.names == ("brightness", "picky")
+    nan = np.nan
+    np.testing.assert_array_equal(mix.table(records), [[0, 1, 1, 0], [2, nan, nan, 2]])
+    score = host.composite(
+        {"brightness": brightness, "picky": picky},
+        lambda ids: (list("abcd"), records),
+        mix.applies,
+    )
+    scores = score(PICTURES[:4], np.arange(4))
+    assert seen == ["a", "d"]
+    mean = PICTURES[:4].reshape(4, -1).mean(1)
+    total, valid = grpo.weighted(np.stack([scores[n] for n in mix.names]), mix.table(records))
+    assert valid.all()
+    np.testing.assert_allclose(total, [20, mean[1], mean[2], 20], rtol=1e-6)
+
+
+# ----------------------------------------------------------------------------- in the graph
+
+
+def test_a_reward_in_the_graph_gets_the_rows_of_its_prompts():
+    def score(weights, images, prepared):
+        lengths = prepared["length"] * weights
+        return jnp.where(images.mean((1, 2, 3)) > 0, lengths, jnp.inf)
+
+    reward = GraphReward(
+        weights=jnp.float32(3.0),
+        prepare=lambda prompts, metadata: {"length": np.array([len(p) for p in prompts])},
+        score=score,
+    )
+    prepared = graph.prepare({"length": reward}, ["a", "four"], [{}, {}])
+    images = PICTURES[:3].copy()
+    images[2] = 0
+    scores = graph.composite({"length": reward})(images, prepared, np.array([1, 0, 1]))
+    np.testing.assert_array_equal(scores["length"], [12, 3, np.nan])  # not finite: failed
 
 
 # ----------------------------------------------------------------------- called in two ways
@@ -163,7 +218,7 @@ def compare_calls(devices):
 
     parts = {"by_id": by_id, "brightness": brightness}
     named = lambda ids: ([str(i) for i in ids], [{}] * len(ids))  # noqa: E731
-    score = host.composite(parts, {"by_id": 0.5, "brightness": 0.0}, named)
+    score = host.composite(parts, named)
     ids = RNG.permutation(16).astype(np.int32)
     images, rows = sharding.split_rows(mesh, (PICTURES, ids))
 
@@ -175,8 +230,9 @@ def compare_calls(devices):
         overlapped = host.overlap(pool, score, 255 - images, rows).result()
     mean = 255 - PICTURES.reshape(16, -1).mean(1)
     for out in (called, overlapped):
-        np.testing.assert_allclose(out.total, (500 * ids + mean / 2) * (ids != 5), rtol=1e-6)
-        np.testing.assert_array_equal(out.valid, ids != 5)
+        expected = np.where(ids != 5, 1000 * ids + mean, np.nan)
+        np.testing.assert_allclose(out["by_id"], expected, rtol=1e-6)
+        np.testing.assert_allclose(out["brightness"], mean, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, called, overlapped)
 
 

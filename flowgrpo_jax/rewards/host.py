@@ -1,9 +1,9 @@
-"""Rewards that run on the host: combined, guarded, and called in one of two ways.
+"""Rewards that run on the host: guarded, put together, and called in one of two ways.
 
 `callback` puts the call inside the jitted program (an `io_callback` per device shard, under
 `shard_map`: in plain jit the same callback would gather the batch onto one process).
 `overlap` scores finished images in threads while the device samples the next ones.
-Both return the same `Rewards`.
+Both return the same scores.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
-from flowgrpo_jax.types import Metadata, Reward, Rewards
+from flowgrpo_jax.types import Metadata, Reward, Scores
 
 log = logging.getLogger(__name__)
 
-# score(images uint8 [M, H, W, 3], prompt ids i32 [M]) -> Rewards of numpy arrays
-Score = Callable[[np.ndarray, np.ndarray], Rewards]
+# score(images uint8 [M, H, W, 3], prompt ids i32 [M]) -> Scores of numpy arrays
+Score = Callable[[np.ndarray, np.ndarray], Scores]
 
 
 def guarded(
@@ -54,56 +54,51 @@ def guarded(
 
 def composite(
     rewards: Mapping[str, Reward],
-    weights: Mapping[str, float],
     lookup: Callable[[np.ndarray], tuple[Sequence[str], Sequence[Metadata]]],
-    failed: float = 0.0,
+    applies: Callable[[str, Metadata], bool] = lambda name, metadata: True,
 ) -> Score:
-    """The weighted sum of rewards. A reward of weight 0 is logged and never trained on.
+    """All host rewards as one function of images and prompt ids.
 
     Args:
       lookup: prompt ids i32 [M] -> their prompts and metadata.
-      failed: what `parts` holds where a reward failed; NaN keeps it apart from a score.
+      applies: whether the named reward is meant for the prompt; it sees no other images.
     """
 
-    def score(images: np.ndarray, ids: np.ndarray) -> Rewards:
+    def score(images: np.ndarray, ids: np.ndarray) -> Scores:
         prompts, metadata = lookup(ids)
-        total = np.zeros(len(images), np.float32)
-        valid = np.ones(len(images), bool)
-        parts = {}
+        out = {}
         for name, reward in rewards.items():
-            scores, ok = guarded(name, reward, images, prompts, metadata)
-            parts[name] = np.where(ok, scores, np.float32(failed))
-            if weights[name]:
-                total += np.float32(weights[name]) * scores
-                valid &= ok
-        return Rewards(total, valid, parts)
+            out[name] = np.full(len(images), np.nan, np.float32)
+            rows = np.array([i for i, m in enumerate(metadata) if applies(name, m)], int)
+            if rows.size:
+                chosen = [prompts[i] for i in rows], [metadata[i] for i in rows]
+                scores, valid = guarded(name, reward, images[rows], *chosen)
+                out[name][rows] = np.where(valid, scores, np.nan)
+        return out
 
     return score
 
 
-def overlap(pool: Executor, score: Score, images: jax.Array, ids: jax.Array) -> Future[Rewards]:
+def overlap(pool: Executor, score: Score, images: jax.Array, ids: jax.Array) -> Future[Scores]:
     """Score in a thread, which waits for the device; the caller goes on dispatching."""
     return pool.submit(lambda: score(np.asarray(images), np.asarray(ids)))
 
 
 def callback(
     score: Score, names: Sequence[str], mesh: Mesh, rows: PartitionSpec
-) -> Callable[[jax.Array, jax.Array], Rewards]:
-    """The same call from inside a jitted program: f(images, ids) -> Rewards of jax arrays.
+) -> Callable[[jax.Array, jax.Array], Scores]:
+    """The same call from inside a jitted program: f(images, ids) -> Scores of jax arrays.
 
     Args:
-      names: the rewards that `score` returns as parts.
+      names: the rewards that `score` returns.
       mesh, rows: how the batch axis is laid out; each process scores its own shards.
     """
 
-    def on_host(images: Any, ids: Any) -> Rewards:
+    def on_host(images: Any, ids: Any) -> Scores:
         return score(np.asarray(images), np.asarray(ids))
 
-    def per_shard(images: jax.Array, ids: jax.Array) -> Rewards:
-        n = images.shape[0]
-        floats = jax.ShapeDtypeStruct((n,), jnp.float32)
-        booleans = jax.ShapeDtypeStruct((n,), jnp.bool_)
-        shapes = Rewards(floats, booleans, dict.fromkeys(names, floats))
+    def per_shard(images: jax.Array, ids: jax.Array) -> Scores:
+        shapes = dict.fromkeys(names, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
         return io_callback(on_host, shapes, images, ids, ordered=False)
 
     return jax.shard_map(

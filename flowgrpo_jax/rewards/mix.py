@@ -1,0 +1,37 @@
+"""Which rewards apply to a prompt, and with which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flowgrpo_jax.types import Metadata
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Weights of several rewards, by the task of a prompt where the prompts are of several tasks.
+
+    A weight of 0 means: scored and logged, never trained on.
+    """
+
+    weights: Mapping[str, float]  # of prompts without a task, or with one that `tasks` lacks
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every reward that may apply to some prompt."""
+        return tuple(dict.fromkeys(n for w in (self.weights, *self.tasks.values()) for n in w))
+
+    def of(self, metadata: Metadata) -> Mapping[str, float]:
+        return self.tasks.get(metadata.get("task", ""), self.weights)
+
+    def applies(self, name: str, metadata: Metadata) -> bool:
+        return name in self.of(metadata)
+
+    def table(self, metadata: Sequence[Metadata]) -> np.ndarray:
+        """f32 [rewards, prompts], in the order of `names`; NaN where a reward does not apply."""
+        rows = [[self.of(m).get(name, np.nan) for m in metadata] for name in self.names]
+        return np.array(rows, np.float32).reshape(len(self.names), len(metadata))
