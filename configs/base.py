@@ -21,6 +21,11 @@ def get_config() -> ConfigDict:
     c.model.t5_length = 128  # T5 tokens of a prompt
     c.model.remat = True  # recompute activations in the backward pass, block by block
 
+    c.mesh = ConfigDict()  # how the devices are laid out; -1: what the other two leave
+    c.mesh.data = -1  # copies of the weights, each with its share of the batch
+    c.mesh.fsdp = 1  # parts of the frozen weights, each with its share of the batch
+    c.mesh.tensor = 1  # parts of every linear, which work on the same images
+
     c.lora = ConfigDict()
     c.lora.rank = 32  # rank of the adapter
     c.lora.alpha = 64.0  # its scale is alpha / rank

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 CONFIG_FILE = "config.json"
+COORDINATES = ("COORDINATOR", "PROCESSES", "PROCESS")
 
 
 def define_flags(*, config: bool) -> None:
@@ -34,6 +36,34 @@ def restart_with_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+CLUSTERS = {  # environment variable -> does it say that there are several processes?
+    "SLURM_NTASKS": lambda value: int(value) > 1,
+    "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
+    "MEGASCALE_NUM_SLICES": lambda value: int(value) > 1,
+    "OMPI_COMM_WORLD_SIZE": lambda value: int(value) > 1,
+}
+
+
+def connect() -> None:
+    """Join the other processes of the run, if there are any. The first thing an entry point does.
+
+    JAX finds them by itself on TPU pods, under SLURM and under MPI. Elsewhere (Kubernetes, ssh, one
+    process a GPU) say it with FLOWGRPO_COORDINATOR=HOST:PORT, FLOWGRPO_PROCESSES=N and
+    FLOWGRPO_PROCESS=i.
+    """
+    own = {name: os.environ.get(f"FLOWGRPO_{name}") for name in COORDINATES}
+    given = [name for name, value in own.items() if value]
+    if given and len(given) < len(COORDINATES):
+        absent = [f"FLOWGRPO_{name}" for name in COORDINATES if name not in given]
+        raise ValueError(f"to join a run of several processes also set {', '.join(absent)}")
+    if given:
+        jax.distributed.initialize(
+            own["COORDINATOR"], int(own["PROCESSES"] or 1), int(own["PROCESS"] or 0)
+        )
+    elif any(several(os.environ[name]) for name, several in CLUSTERS.items() if name in os.environ):
+        jax.distributed.initialize()
+
+
 def config() -> ConfigDict:
     return flags.FLAGS.config
 
@@ -49,6 +79,8 @@ def prepare(workdir: Path, config: ConfigDict, resume: bool) -> None:
             " --workdir"
         )
     workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() > 0:
+        return
     (workdir / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 

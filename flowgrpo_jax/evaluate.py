@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from flowgrpo_jax import checkpoint, cli, logs, prompts, recipe, sampler, sharding
 from flowgrpo_jax.recipe import Recipe
-from flowgrpo_jax.rewards import graph
+from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.types import Conditioning, Params, PromptBatch
 
 
@@ -53,11 +53,15 @@ def evaluate(
         row, keys = sharding.split_rows(run.mesh, (rows[part].astype(np.int32), keys))
         images.append(run.programs.generate(lora, run.weights, cond, null, row, keys))
         graphed.append(run.test_scorer.graph(images[-1], prepared, row))
-    pictures = np.concatenate([np.asarray(i) for i in images])[: config.images]
+    pictures = np.concatenate([sharding.whole(i) for i in images])[: config.images]
 
-    scores = run.test_scorer.host(pictures, batch.ids)
+    mine = np.arange(jax.process_index(), config.images, jax.process_count())
+    scores = {
+        name: host.merge(host.spread(mine, s, config.images))
+        for name, s in run.test_scorer.host(pictures[mine], batch.ids[mine]).items()
+    }
     for name in run.test_scorer.in_graph:
-        scores[name] = np.concatenate([np.asarray(g[name]) for g in graphed])[: config.images]
+        scores[name] = np.concatenate([sharding.whole(g[name]) for g in graphed])[: config.images]
     table = run.test_scorer.mix.table(batch.metadata)
     applies = dict(zip(run.test_scorer.mix.names, ~np.isnan(table)))
     scores = {name: np.where(applies[name], scores[name], np.nan) for name in applies}
@@ -85,6 +89,8 @@ def mean(scores: np.ndarray) -> float:
 
 
 def save_grid(file: Path, images: np.ndarray, batch: PromptBatch, n: int) -> None:
+    if jax.process_index() > 0:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     logs.grid(images[:n], batch.prompts[:n]).save(file)
 
@@ -99,11 +105,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
+    cli.connect()
     config = cli.config()
     run = recipe.build(config, training=False)
     lora = checkpoint.load_lora(flags.FLAGS.checkpoint, run.model)
-    lora = sharding.replicate(run.mesh, lora)
+    lora = sharding.put_state(run.mesh, lora)
     result, images, batch = evaluate(run, lora, run.encode([""]), progress=True)
+    if jax.process_index() > 0:
+        return
     print(table(result))
     out = Path(flags.FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)

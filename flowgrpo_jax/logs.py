@@ -17,6 +17,7 @@ class Metrics:
 
     Args:
       first_epoch: rows of this epoch and later are dropped: a resumed run writes them again.
+      active: false in all processes of a run but the first, which alone writes.
     """
 
     def __init__(
@@ -27,13 +28,17 @@ class Metrics:
         tensorboard: bool = False,
         wandb: bool = False,
         config: Mapping[str, Any] | None = None,
+        active: bool = True,
     ):
         self.file = workdir / "metrics.jsonl"
+        self.events = None
+        self.wandb = None
+        self.active = active
+        if not active:
+            return
         kept = [row for row in read(self.file) if row["epoch"] < first_epoch]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         self.file.write_text(text)
-        self.events = None
-        self.wandb = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -42,6 +47,8 @@ class Metrics:
             self.wandb = _start_wandb(workdir, config)
 
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
+        if not self.active:
+            return
         row = {"epoch": epoch, **{k: _plain(v) for k, v in values.items()}}
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")

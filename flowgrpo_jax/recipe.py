@@ -202,14 +202,13 @@ class Recipe:
 
 def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None) -> sd3.SD3:
     spec = lora_spec or LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-    replicated = sharding.replicated(mesh)
     return sd3.load(
         config.model.path,
         lora_spec=spec,
         dtype=jnp.dtype(config.model.dtype),
         t5_length=config.model.t5_length,
         remat=config.model.remat,
-        place=lambda path, shape: replicated,
+        place=sharding.place(mesh),
     )
 
 
@@ -219,13 +218,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     Raises ValueError or FileNotFoundError that names the value, the constraint and the fix.
     """
     check(config)
-    _require(
-        jax.process_count() == 1,
-        f"{jax.process_count()} processes: training runs in one process for now, over all of its"
-        " devices; start it on one host",
-    )
-    mesh = sharding.make_mesh()
-    plan = make_plan(config, mesh.size)
+    mesh = sharding.make_mesh(**config.mesh)
+    plan = make_plan(config, sharding.row_shards(mesh))
     train_prompts = prompts.load(config.prompts.train) if training else []
     test_prompts = prompts.load(config.prompts.test) if config.prompts.test else []
     mix = Mix(config.reward.weights.to_dict(), config.reward.tasks.to_dict())
@@ -352,11 +346,13 @@ def describe(recipe: Recipe) -> str:
     frozen = sum(x.size for part in model.params.values() for x in part.values())
     trained = sum(np.prod(x.shape) for x in model.lora_shapes.values())
     low, high = window_range(config)
+    layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
     return "\n".join(
         [
             f"model       {config.model.path}, {frozen / 1e6:.1f} M frozen, {trained / 1e3:.0f} k"
             f" trained, {config.model.height} x {config.model.width} px, {config.model.dtype}",
-            f"batch       {recipe.plan} on {recipe.mesh.size} {jax.default_backend()} device(s)",
+            f"batch       {recipe.plan} on {recipe.mesh.size} {jax.default_backend()} device(s)"
+            f" of {jax.process_count()} process(es), {layout}",
             f"rollout     {config.sample.steps} steps, {config.sample.kernel} noise"
             f" {config.sample.noise_level} on {window(config)} steps within [{low}, {high}),"
             f" guidance {config.sample.guidance_scale}",

@@ -1,22 +1,131 @@
-"""Where arrays live. The only file that names a mesh axis."""
+"""Where arrays live: the mesh, and one strict table from parameter paths to layouts.
+
+Three axes. `data` and `fsdp` both cut the batch; `fsdp` also cuts the frozen weights, each device
+keeping a part and fetching a block's rest when the block runs; `tensor` cuts the linears Megatron's
+way, outputs first, inputs after (arXiv:1909.08053). Results do not depend on the layout but for
+rounding. The only file that names a mesh axis; everything runs under plain `jit`.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-ROWS = PartitionSpec("data")  # the batch axis, cut over all devices
+AXES = ("data", "fsdp", "tensor")
+ROWS = PartitionSpec(("data", "fsdp"))  # the batch axis
+
+# Which layout each parameter has: exactly one pattern must match the end of its path. The layout is
+# that of one layer; a stack has its own first axis before it, which is never cut.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # linears whose outputs are cut, so that each device has whole heads or hidden units
+    (r"(to_[qkv]|add_[qkv]_proj|[qkv]_proj|net/0/proj|fc1|wi_[01]|[qkv])/kernel",
+     ("fsdp", "tensor")),
+    (r"(to_[qkv]|add_[qkv]_proj|[qkv]_proj|net/0/proj|fc1)/bias", ("tensor",)),
+    # linears whose inputs are cut, and whose outputs are summed over the devices
+    (r"(to_out/0|to_add_out|out_proj|net/2|fc2|wo|o)/kernel", ("tensor", "fsdp")),
+    (r"(to_out/0|to_add_out|out_proj|net/2|fc2)/bias", (None,)),
+    # modulations, embeddings and the projections at both ends: cut for storage alone
+    (r"(linear|linear_[12]|context_embedder|pos_embed/proj|proj_out|text_projection)/kernel",
+     ("fsdp", None)),
+    (r"(linear|linear_[12]|context_embedder|pos_embed/proj|proj_out)/bias", (None,)),
+    (r"(token_embedding|shared)/embedding", ("fsdp", None)),
+    (r"(position_embedding|relative_attention_bias)/embedding", (None, None)),
+    (r"pos_embed/pos_embed", (None, None, None)),
+    (r"(norm_(added_)?[qk]|layer_norm[12]?|final_layer_norm)/(scale|bias)", (None,)),
+    # the adapter is cut like the linear it belongs to
+    (r"(to_[qkv]|add_[qkv]_proj|net/0/proj)/lora_a", ("fsdp", None)),
+    (r"(to_[qkv]|add_[qkv]_proj|net/0/proj)/lora_b", (None, "tensor")),
+    (r"(to_out/0|to_add_out|net/2)/lora_a", ("tensor", None)),
+    (r"(to_out/0|to_add_out|net/2)/lora_b", (None, "fsdp")),
+    (r"(linear|linear_[12]|context_embedder|pos_embed/proj|proj_out)/lora_a", ("fsdp", None)),
+    (r"(linear|linear_[12]|context_embedder|pos_embed/proj|proj_out)/lora_b", (None, None)),
+)  # fmt: skip
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """The first `devices` devices (all without it) on one `data` axis.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: int | None = None
+) -> Mesh:
+    """All devices (or the first `devices`) as data x fsdp x tensor; one size may be -1, the rest.
 
-    Auto axes: the compiler chooses inner layouts.
+    Auto axes: the compiler chooses inner layouts. Raises ValueError when the sizes do not fit.
     """
     chosen = jax.devices()[:devices]
-    return jax.make_mesh((len(chosen),), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
+    sizes = dict(zip(AXES, (data, fsdp, tensor)))
+    known = math.prod(n for n in sizes.values() if n != -1)
+    open_axes = [axis for axis, n in sizes.items() if n == -1]
+    for axis in open_axes:
+        sizes[axis] = len(chosen) // known
+    if len(open_axes) > 1 or min(sizes.values()) < 1 or math.prod(sizes.values()) != len(chosen):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, (data, fsdp, tensor)))} does not fit {len(chosen)} devices: the"
+            " product must be their number; at most one size may be -1, which means the rest"
+        )
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=chosen)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+# ------------------------------------------------------------------------------- parameters
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The layout of the parameter at `path`. An axis that does not divide its dimension is not cut.
+
+    Raises ValueError unless exactly one rule matches.
+    """
+    matching = [cut for pattern, cut in RULES if re.search(rf"(^|/)({pattern})$", path)]
+    if len(matching) != 1:
+        raise ValueError(
+            f"parameter {path!r} meets {len(matching)} rules of sharding.RULES, it must be exactly"
+            " one: add or correct a row"
+        )
+    (cut,) = matching
+    stack = (None,) * (len(shape) - len(cut))
+    if len(stack) != (":" in path):
+        raise ValueError(f"parameter {path!r} of shape {shape} does not fit its rule {cut}")
+    axes = (*stack, *cut)
+    return PartitionSpec(
+        *(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape))
+    )
+
+
+def place(mesh: Mesh) -> Any:
+    """(component/path, shape) -> sharding, for loading. The autoencoder is on every device."""
+
+    def of(path: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        if path.startswith("vae/"):
+            return replicated(mesh)
+        return NamedSharding(mesh, spec(path, leaf.shape, mesh))
+
+    return of
+
+
+def put_state(mesh: Mesh, tree: Any) -> Any:
+    """Training state on the devices: adapters, and what the optimiser keeps of them, by the table.
+
+    A leaf belongs to the adapter when the last dictionary key on its way is a parameter's path.
+    """
+
+    def put(path: tuple[Any, ...], x: Any) -> Any:
+        keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+        lora = bool(keys) and keys[-1].rpartition("/")[2] in ("lora_a", "lora_b")
+        cut = spec(keys[-1], x.shape, mesh) if lora else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, cut))
+
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+
+# --------------------------------------------------------------------------------- batches
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -24,15 +133,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """A copy of every array on every device."""
+    """A copy of every array on every device. Host arrays must be the same in every process."""
     return jax.device_put(tree, replicated(mesh))
 
 
 def split_rows(mesh: Mesh, tree: Any) -> Any:
-    """Arrays [M, ...] cut along their first axis."""
+    """Arrays [M, ...] cut along their first axis. Host arrays are whole, in every process."""
     return jax.device_put(tree, NamedSharding(mesh, ROWS))
 
 
 def constrain_rows(mesh: Mesh, x: jax.Array) -> jax.Array:
     """Inside jit: keep the first axis cut over the devices."""
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
+
+
+def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(rows i64 [m], values [m, ...]): what this process holds of an array cut along its first
+    axis, each row in one process only."""
+    parts = {}
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            parts[shard.index[0].indices(x.shape[0])[0]] = shard.data
+    starts = sorted(parts)
+    rows = [np.arange(start, start + parts[start].shape[0]) for start in starts]
+    if not starts:
+        return np.zeros(0, int), np.zeros((0, *x.shape[1:]), x.dtype)
+    return np.concatenate(rows), np.concatenate([np.asarray(parts[start]) for start in starts])
+
+
+def everyone(x: np.ndarray) -> np.ndarray:
+    """[processes, ...]: every process's value of an array of the same shape; a meeting point."""
+    if jax.process_count() == 1:
+        return x[None]
+    return np.asarray(multihost_utils.process_allgather(x))
+
+
+def whole(x: Any) -> np.ndarray:
+    """An array that may be spread over processes, whole on the host."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

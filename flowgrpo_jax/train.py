@@ -39,13 +39,15 @@ log = logging.getLogger(__name__)
 def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainState:
     """Train until `config.epochs`. Ctrl-C and SIGTERM save the last whole epoch and return."""
     run = recipe.build(config)
-    print(recipe.describe(run))
+    first_process = jax.process_index() == 0
+    if first_process:
+        print(recipe.describe(run))
     cli.prepare(workdir, config, resume)
 
     key = jax.random.key(config.seed)
-    adapter = sharding.replicate(run.mesh, run.model.init_lora(key))
+    adapter = sharding.put_state(run.mesh, run.model.init_lora(key))
     state = update.init(adapter, run.optimiser, key)
-    state = sharding.replicate(run.mesh, state)
+    state = sharding.put_state(run.mesh, state)
     null = run.encode([""])
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     first = 0
@@ -57,8 +59,16 @@ def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainSt
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
         config=config.to_dict(),
+        active=first_process,
     )
-    bar = tqdm(total=config.epochs, initial=first, desc=config.name, unit="epoch", smoothing=0.1)
+    bar = tqdm(
+        total=config.epochs,
+        initial=first,
+        desc=config.name,
+        unit="epoch",
+        smoothing=0.1,
+        disable=jax.process_index() > 0,
+    )
     saved, epoch = first if resume else -1, first
     with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
         while epoch < config.epochs:
@@ -78,7 +88,7 @@ def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainSt
             if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
                 checkpoints.save(epoch, state, {"epoch": epoch, "config": config.to_dict()})
                 saved = epoch
-            if stop.requested:
+            if sharding.everyone(np.array(stop.requested)).any():
                 break
         if saved != epoch:
             checkpoints.save(epoch, state, {"epoch": epoch, "config": config.to_dict()})
@@ -86,10 +96,11 @@ def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainSt
     if epoch == config.epochs and run.test_prompts and config.eval.every:
         report = evaluate_into(workdir, run, state, null, epoch)
         metrics.write(epoch, report)
-        print(json.dumps({k: round(v, 4) for k, v in report.items()}))
+        if first_process:
+            print(json.dumps({k: round(v, 4) for k, v in report.items()}))
     checkpoints.close()
     metrics.close()
-    if stop.requested:
+    if epoch < config.epochs and first_process:
         print(f"stopped after epoch {epoch}; go on with --resume")
     return state
 
@@ -121,7 +132,7 @@ def one_epoch(
     trajectories: list[Trajectory] = []
     scored: list[Any] = []
     for ids, rows, images_of in micro_batches(run, batch):
-        if stop.requested:
+        if stop.requested and jax.process_count() == 1:
             return None
         trajectory, images, called = run.programs.sample(
             state.lora, run.weights, cond, null, state.key, epoch, start, ids, rows, images_of
@@ -204,13 +215,13 @@ def gather(run: Recipe, scored: list[Any], batch: PromptBatch) -> tuple[np.ndarr
 
     Both are NaN where a reward does not apply to the prompt, the scores also where it failed.
     """
-    parts = [jax.device_get(s.result() if hasattr(s, "result") else s) for s in scored]
-    merged: Scores = {
-        name: np.concatenate([part[name] for part in parts if name in part])
+    parts: list[Scores] = [s.result() if hasattr(s, "result") else s for s in scored]
+    merged = [
+        np.concatenate([sharding.whole(part[name]) for part in parts if name in part])
         for name in run.scorer.mix.names
-    }
+    ]
     weights = np.repeat(run.scorer.mix.table(batch.metadata), run.plan.group_size, axis=1)
-    scores = np.stack([merged[name] for name in run.scorer.mix.names])
+    scores = host.merge(np.stack(merged))
     return np.where(np.isnan(weights), np.nan, scores), weights
 
 
@@ -243,7 +254,7 @@ def evaluate_into(
 
 def show(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None:
     scores = {k.removeprefix("eval/"): v for k, v in report.items() if k.count("/") == 1}
-    if scores:
+    if scores and not bar.disable:
         bar.write(
             f"epoch {bar.n}: held out  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
         )
@@ -254,6 +265,7 @@ def show(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None
 
 
 def main(_: list[str]) -> None:
+    cli.connect()
     config = cli.config()
     workdir = flags.FLAGS.workdir or Path("runs") / config.name
     train(config, Path(workdir), resume=flags.FLAGS.resume)

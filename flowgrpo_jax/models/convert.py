@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def _fill(buffer: jax.Array, layer: jax.Array, index: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(buffer, layer, index, 0)
 
 
-_fill_donating = jax.jit(_fill, donate_argnums=0)
+@cache
+def _filler(sharding: Any) -> Callable[..., jax.Array]:
+    """In place, and the result stays where the buffer lies."""
+    return jax.jit(_fill, donate_argnums=0, out_shardings=sharding)
 
 
 def assemble(
@@ -134,7 +138,7 @@ def assemble(
             continue
         if path not in params:
             params[path] = jnp.zeros(shapes[path].shape, dtype, device=sharding)
-        params[path] = _fill_donating(params[path], np.asarray(tensor).astype(dtype), index)
+        params[path] = _filler(sharding)(params[path], np.asarray(tensor).astype(dtype), index)
     return params
 
 

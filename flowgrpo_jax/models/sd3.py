@@ -125,7 +125,7 @@ def _component(
         base_shapes,
         dtype=dtype,
         ignore=getattr(module, "ignored", ()),
-        place=place,
+        place=place and (lambda path, shape: place(f"{name}/{path}", shape)),
         **kwargs,
     )
     return apply, params, lora_shapes
@@ -152,7 +152,7 @@ def load(
       t5_length: T5 tokens of a prompt (the paper: 128; diffusers: 256).
       remat: recompute block activations in the backward pass.
       unroll: lay equal blocks out one by one instead of scanning them.
-      place: sharding of each frozen parameter, given its path and shape.
+      place: sharding of each frozen parameter, given component/path and its shape.
     Raises:
       FileNotFoundError: a missing directory or file, by name.
       ValueError: weights that do not fit their config, all listed.

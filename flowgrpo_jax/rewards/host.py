@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
+from flowgrpo_jax import sharding
 from flowgrpo_jax.types import Metadata, Reward, Scores
 
 log = logging.getLogger(__name__)
@@ -80,8 +81,29 @@ def composite(
 
 
 def overlap(pool: Executor, score: Score, images: jax.Array, ids: jax.Array) -> Future[Scores]:
-    """Score in a thread, which waits for the device; the caller goes on dispatching."""
-    return pool.submit(lambda: score(np.asarray(images), np.asarray(ids)))
+    """Score in a thread, which waits for the device; the caller goes on dispatching.
+
+    Each process scores the rows that it holds; the others are NaN in its result.
+    """
+
+    def own_rows() -> Scores:
+        rows, pictures = sharding.own_rows(images)
+        scores = score(pictures, sharding.own_rows(ids)[1])
+        return {name: spread(rows, s, images.shape[0]) for name, s in scores.items()}
+
+    return pool.submit(own_rows)
+
+
+def spread(rows: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
+    """Scores [m] at their places among n, NaN elsewhere."""
+    out = np.full(n, np.nan, np.float32)
+    out[rows] = scores
+    return out
+
+
+def merge(scores: np.ndarray) -> np.ndarray:
+    """One result of all processes', where each has NaN at what it did not score."""
+    return np.fmax.reduce(sharding.everyone(scores))
 
 
 def callback(

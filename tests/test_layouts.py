@@ -1,0 +1,248 @@
+"""One device, eight as data, fsdp, tensor or all three, and two processes: the same training."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from flowgrpo_jax import cli, recipe, rewards, sharding
+from flowgrpo_jax.checkpoint import load_lora
+from flowgrpo_jax.models import layers, lora
+from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from flowgrpo_jax.models.text import CLIPConfig, CLIPText, T5Config, T5Encoder
+from flowgrpo_jax.models.vae import VAE, VAEConfig
+from flowgrpo_jax.shapes import flow, grammar, package
+from flowgrpo_jax.shapes.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.train import train
+
+HERE = Path(__file__).parent
+MMDIT = MMDiTConfig(
+    sample_size=4,
+    num_layers=3,
+    attention_head_dim=8,
+    num_attention_heads=8,
+    joint_attention_dim=32,
+    caption_projection_dim=64,
+    pooled_projection_dim=32,
+    pos_embed_max_size=4,
+    dual_attention_layers=(0,),
+    qk_norm="rms_norm",
+)
+T5 = T5Config(vocab_size=9, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+LAYOUTS = {  # name: mesh, host call
+    "data": ({"data": 8}, "overlap"),
+    "fsdp": ({"data": 1, "fsdp": 8}, "overlap"),
+    "tensor": ({"data": 1, "tensor": 8}, "overlap"),
+    "all": ({"data": 2, "fsdp": 2, "tensor": 2}, "overlap"),
+    "callback": ({"data": 2, "fsdp": 4}, "callback"),
+}
+
+
+def clip(vocabulary, activation):
+    return CLIPConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=flow.TOKENS,
+        hidden_act=activation,
+        projection_dim=16,
+        eos_token_id=vocabulary - 1,
+    )
+
+
+def write_model(folder):
+    """A tiny model with random weights, none of them zero, in diffusers layout."""
+    words = grammar.vocabulary()
+    write_tokenizers(folder, words)
+    n_clip, n_t5 = sizes(words)
+    clips = clip(n_clip, "quick_gelu"), clip(n_clip, "gelu")
+    t5 = dataclasses.replace(T5, vocab_size=n_t5)
+    vae = VAEConfig(
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    makers = flow.makers(*clips, t5) | {
+        "transformer": lambda rngs: MMDiT(MMDIT, rngs=rngs),
+        "vae": lambda rngs: VAE(vae, rngs=rngs),
+    }
+    params = {name: layers.initialise(create, i) for i, (name, create) in enumerate(makers.items())}
+    package.write(folder, params, MMDIT, vae, *clips, t5, dtype=np.float32)
+
+
+def brightness(images, prompts, metadata):
+    """Hardly moves when a value is rounded the other way."""
+    return images.mean((1, 2, 3)) / 255, np.ones(len(images), bool)
+
+
+def load(folder, mesh, host_call):
+    from configs import shapes
+
+    c = shapes.get_config()
+    c.model.path = str(folder / "model")
+    c.model.height = c.model.width = 32
+    c.epochs = 2
+    c.lora.rank, c.lora.alpha = 8, 8.0
+    c.sample.groups, c.sample.group_size, c.sample.micro_batch = 4, 4, 8
+    c.sample.steps, c.sample.window = 4, 2
+    c.reward.weights = {"brightness": 1.0}
+    c.reward.host_call = host_call
+    c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 8, 8, 2
+    c.eval.rewards = ()
+    c.train.eps, c.train.learning_rate = 1.0, 1.0  # steps follow the gradient, not its sign
+    c.mesh.update(mesh)
+    return c
+
+
+def run(folder, name, mesh, host_call):
+    """What each child process does."""
+    cli.connect()
+    rewards.TABLE["brightness"] = "test_layouts:brightness"
+    train(load(Path(folder), mesh, host_call), Path(folder) / name)
+
+
+def start(folder, name, mesh, host_call="overlap", *, devices, processes=1):
+    """The run in child processes, which share the given number of devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    children = []
+    for i in range(processes):
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices // processes),
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        }
+        if processes > 1:
+            env |= {
+                "FLOWGRPO_COORDINATOR": address,
+                "FLOWGRPO_PROCESSES": str(processes),
+                "FLOWGRPO_PROCESS": str(i),
+            }
+        call = f"test_layouts.run({str(folder)!r}, {name!r}, {mesh!r}, {host_call!r})"
+        children.append(
+            subprocess.Popen(
+                [sys.executable, "-c", f"import test_layouts; {call}"],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    for child in children:
+        out, _ = child.communicate(timeout=300)
+        assert child.returncode == 0, out
+
+
+def outcome(folder, name):
+    """(metrics without times, the EMA after training) of a run."""
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    built = recipe.build(load(folder, {"data": 1}, "overlap"), training=False)
+    return rows, jax.device_get(load_lora(folder / name, built.model))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    write_model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table():
+    rewards.TABLE["brightness"] = "test_layouts:brightness"
+    yield
+    del rewards.TABLE["brightness"]
+
+
+@pytest.fixture(scope="module")
+def one_device(folder):
+    start(folder, "one", {"data": 1}, devices=1)
+    rows, ema = outcome(folder, "one")
+    assert len(rows) == 3 and max(row.get("ratio_gap", 0) for row in rows) < 1e-5
+    moved = [np.abs(x).max() for k, x in ema.items() if k.endswith("lora_b")]
+    assert np.median(moved) > 1e-5
+    return rows, ema
+
+
+def same(ours, theirs):
+    for mine, other in zip(ours[0], theirs[0], strict=True):
+        gap = mine.pop("ratio_gap", 0), other.pop("ratio_gap", 0)
+        assert max(gap) < 1e-5
+        # Losses are sums of advantages near 0: what is left of them is rounding.
+        assert mine == pytest.approx(other, rel=2e-3, abs=1e-5)
+    for path, x in theirs[1].items():
+        size = np.abs(x).max()
+        np.testing.assert_allclose(ours[1][path], x, atol=2e-3 * size + 1e-9, err_msg=path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_does_not_change_the_result(folder, one_device, layout):
+    start(folder, layout, *LAYOUTS[layout], devices=8)
+    same(outcome(folder, layout), one_device)
+
+
+@pytest.mark.parametrize("host_call", ["overlap", "callback"])
+def test_two_processes_train_as_one(folder, one_device, host_call):
+    name = f"two-{host_call}"
+    start(folder, name, {"data": 4, "fsdp": 2}, host_call, devices=8, processes=2)
+    same(outcome(folder, name), one_device)
+
+
+# ------------------------------------------------------------------------------ the table
+
+
+def shapes_of(create, targets=()):
+    def build():
+        model = create(nnx.Rngs(0))
+        if targets:
+            lora.add(model, LoRASpec(targets=targets))
+        return model
+
+    return layers.functional(nnx.eval_shape(build))[1]
+
+
+def test_every_parameter_meets_one_rule():
+    mesh = sharding.make_mesh(devices=1)
+    large = MMDiTConfig(num_layers=38, num_attention_heads=38, caption_projection_dim=2432)
+    everywhere = ("attn.to_q", "attn.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear")
+    for shapes in (
+        shapes_of(lambda rngs: MMDiT(MMDIT, rngs=rngs), everywhere),
+        shapes_of(lambda rngs: MMDiT(large, rngs=rngs)),
+        shapes_of(lambda rngs: CLIPText(clip(100, "gelu"), rngs=rngs)),
+        shapes_of(lambda rngs: T5Encoder(T5, rngs=rngs)),
+    ):
+        for path, leaf in shapes.items():
+            assert len(sharding.spec(path, leaf.shape, mesh)) == len(leaf.shape)
+    with pytest.raises(ValueError, match=r"'blocks/new_layer/kernel' meets 0 rules.*add"):
+        sharding.spec("blocks/new_layer/kernel", (2, 2), mesh)
+
+
+def test_a_mesh_that_does_not_fit_names_the_sizes():
+    with pytest.raises(ValueError, match=r"'fsdp': 3.* does not fit 1 devices"):
+        sharding.make_mesh(data=-1, fsdp=3)
+    with pytest.raises(ValueError, match=r"at most one size may be -1"):
+        sharding.make_mesh(data=-1, fsdp=-1)
+
+
+def test_an_incomplete_address_is_an_error(monkeypatch):
+    monkeypatch.setenv("FLOWGRPO_COORDINATOR", "127.0.0.1:1")
+    monkeypatch.setenv("FLOWGRPO_PROCESSES", "2")
+    with pytest.raises(ValueError, match=r"also set FLOWGRPO_PROCESS$"):
+        cli.connect()
