@@ -14,6 +14,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 CONFIG_FILE = "config.json"
+RESTART = 75  # exit status after SIGTERM: saved, to be started again (sysexits.h: EX_TEMPFAIL)
 COORDINATES = ("COORDINATOR", "PROCESSES", "PROCESS")
 
 
@@ -87,13 +88,13 @@ def prepare(workdir: Path, config: ConfigDict, resume: bool) -> None:
 class Stop:
     """Turns SIGINT and SIGTERM into a request that the loop reads between programs.
 
-    A second signal interrupts at once.
+    A second signal interrupts at once. `requested` is the signal's number, 0 before there is one.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = 0
 
     def __enter__(self) -> Stop:
         self._previous = {s: signal.signal(s, self._request) for s in self.signals}
@@ -102,7 +103,7 @@ class Stop:
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = number
         print(f"\n{signal.Signals(number).name}: saving and stopping", flush=True)
 
     def __exit__(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,8 @@ log = logging.getLogger(__name__)
 
 
 def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainState:
-    """Train until `config.epochs`. Ctrl-C and SIGTERM save the last whole epoch and return."""
+    """Train until `config.epochs`. Ctrl-C saves the last whole epoch and returns; SIGTERM saves and
+    exits with `cli.RESTART`, on which the launchers start again."""
     run = recipe.build(config)
     first_process = jax.process_index() == 0
     if first_process:
@@ -69,7 +71,7 @@ def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainSt
         smoothing=0.1,
         disable=jax.process_index() > 0,
     )
-    saved, epoch = first if resume else -1, first
+    saved, epoch, asked = first if resume else -1, first, 0
     with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
         while epoch < config.epochs:
             report: dict[str, Any] = {}
@@ -78,6 +80,7 @@ def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainSt
             begun = time.perf_counter()
             result = one_epoch(run, state, null, epoch, pool, stop)
             if result is None:  # asked to stop while sampling: this epoch never happened
+                asked = stop.requested
                 break
             state, figures = result
             figures["seconds"] = time.perf_counter() - begun
@@ -88,7 +91,8 @@ def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainSt
             if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
                 checkpoints.save(epoch, state, {"epoch": epoch, "config": config.to_dict()})
                 saved = epoch
-            if sharding.everyone(np.array(stop.requested)).any():
+            asked = int(sharding.everyone(np.array(stop.requested)).max())
+            if asked:
                 break
         if saved != epoch:
             checkpoints.save(epoch, state, {"epoch": epoch, "config": config.to_dict()})
@@ -102,6 +106,8 @@ def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainSt
     metrics.close()
     if epoch < config.epochs and first_process:
         print(f"stopped after epoch {epoch}; go on with --resume")
+    if asked == signal.SIGTERM:
+        raise SystemExit(cli.RESTART)
     return state
 
 

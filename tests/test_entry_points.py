@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
-from flowgrpo_jax import checkpoint, logs, recipe, rewards, sharding
+from flowgrpo_jax import checkpoint, cli, logs, recipe, rewards, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.generate import generate, t5_limit
@@ -206,7 +206,7 @@ def test_sigterm_saves_and_stops(folder, whole):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
-    assert process.returncode == 0, err
+    assert process.returncode == cli.RESTART == 75, err
     done = len(rows(workdir))
     assert "SIGTERM: saving" in out and f"stopped after epoch {done}; go on with --resume" in out
     assert Checkpoints(workdir / "checkpoints").steps() == [done]
