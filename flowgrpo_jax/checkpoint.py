@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from flowgrpo_jax.models import lora
 from flowgrpo_jax.models.sd3 import SD3
@@ -22,8 +22,8 @@ BASE = "base"  # the name of the policy before training
 class Checkpoints:
     """The checkpoints of one run by step: named trees of arrays and a JSON record each."""
 
-    def __init__(self, directory: str | Path, keep: int | None = None):
-        self.directory = Path(directory).resolve()
+    def __init__(self, directory: epath.PathLike, keep: int | None = None):
+        self.directory = epath.Path(directory).resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -89,7 +89,7 @@ def _parts(state: TrainState) -> dict[str, Any]:
     return {"state": dataclasses.replace(state, **without), "ema": state.ema}
 
 
-def load_lora(source: str | Path, model: SD3) -> Params:
+def load_lora(source: epath.PathLike, model: SD3) -> Params:
     """A policy's adapter: "base", a run's EMA weights, or an exported LoRA.
 
     Args:
@@ -98,7 +98,7 @@ def load_lora(source: str | Path, model: SD3) -> Params:
     """
     if str(source) == BASE:
         return lora.reference(model.init_lora(jax.random.key(0)))
-    path = Path(source)
+    path = epath.Path(source)
     step = int(path.name) if path.name.isdigit() and path.parent.is_dir() else None
     folder = path.parent if step is not None else path
     if not folder.exists():
@@ -116,7 +116,7 @@ def load_lora(source: str | Path, model: SD3) -> Params:
         trees, _ = checkpoints.newest(like) if step is None else checkpoints.read(step, like)
         checkpoints.close()
         return trees["ema"]
-    file, spec = lora.read_spec(path)
+    file, spec = lora.read_spec(str(path))
     if spec.scale != model.lora_spec.scale:
         raise ValueError(
             f"{file} has alpha / rank = {spec.scale}, the config {model.lora_spec.scale}: set"

@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType, TracebackType
 
 import jax
 from absl import flags, logging
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 CONFIG_FILE = "config.json"
@@ -69,7 +69,7 @@ def config() -> ConfigDict:
     return flags.FLAGS.config
 
 
-def prepare(workdir: Path, config: ConfigDict, resume: bool) -> None:
+def prepare(workdir: epath.Path, config: ConfigDict, resume: bool) -> None:
     """Make the work directory and write the resolved config.
 
     Raises FileExistsError when it holds another run and this is no resume.

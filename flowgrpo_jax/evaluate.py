@@ -12,12 +12,12 @@ all images and per tag as JSON, and a grid of pictures next to it.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
+from etils import epath
 from tqdm import tqdm
 
 from flowgrpo_jax import checkpoint, cli, logs, prompts, recipe, sampler, sharding
@@ -88,11 +88,12 @@ def mean(scores: np.ndarray) -> float:
     return float(scores.mean()) if scores.size else float("nan")
 
 
-def save_grid(file: Path, images: np.ndarray, batch: PromptBatch, n: int) -> None:
+def save_grid(file: epath.Path, images: np.ndarray, batch: PromptBatch, n: int) -> None:
     if jax.process_index() > 0:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    logs.grid(images[:n], batch.prompts[:n]).save(file)
+    with file.open("wb") as out:
+        logs.grid(images[:n], batch.prompts[:n]).save(out, format="PNG")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -114,7 +115,7 @@ def main(_: list[str]) -> None:
     if jax.process_index() > 0:
         return
     print(table(result))
-    out = Path(flags.FLAGS.out)
+    out = epath.Path(flags.FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {"checkpoint": flags.FLAGS.checkpoint, "config": config.eval.to_dict(), **result}
     out.write_text(json.dumps(record, indent=2) + "\n")

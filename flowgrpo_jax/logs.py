@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image, ImageDraw
 
 
@@ -22,7 +22,7 @@ class Metrics:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: epath.Path,
         first_epoch: int = 0,
         *,
         tensorboard: bool = False,
@@ -37,8 +37,8 @@ class Metrics:
         if not active:
             return
         kept = [row for row in read(self.file) if row["epoch"] < first_epoch]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        self.file.write_text(text)
+        self.text = "".join(json.dumps(row) + "\n" for row in kept)
+        self.file.write_text(self.text)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -50,8 +50,13 @@ class Metrics:
         if not self.active:
             return
         row = {"epoch": epoch, **{k: _plain(v) for k, v in values.items()}}
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+        if "://" in str(self.file):  # nothing can be appended to in a bucket
+            self.text += line
+            self.file.write_text(self.text)
+        else:
+            with self.file.open("a") as file:
+                file.write(line)
         if self.events:
             for key, value in values.items():
                 self.events.add_scalar(key, float(value), epoch)
@@ -66,7 +71,7 @@ class Metrics:
             self.wandb.finish()
 
 
-def read(file: Path) -> list[dict[str, Any]]:
+def read(file: epath.Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a last line cut short by a crash is passed over."""
     rows = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -85,7 +90,7 @@ def _plain(value: Any) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
-def _start_wandb(workdir: Path, config: Mapping[str, Any] | None) -> Any:
+def _start_wandb(workdir: epath.Path, config: Mapping[str, Any] | None) -> Any:
     try:
         import wandb
     except ImportError as error:

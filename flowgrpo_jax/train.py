@@ -15,13 +15,13 @@ import signal
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -37,9 +37,10 @@ from flowgrpo_jax.types import Conditioning, PromptBatch, Scores, TrainState, Tr
 log = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, workdir: Path, *, resume: bool = False) -> TrainState:
+def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) -> TrainState:
     """Train until `config.epochs`. Ctrl-C saves the last whole epoch and returns; SIGTERM saves and
     exits with `cli.RESTART`, on which the launchers start again."""
+    workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
     run = recipe.build(config)
     first_process = jax.process_index() == 0
     if first_process:
@@ -245,7 +246,7 @@ def reward_figures(total: np.ndarray, group_size: int) -> dict[str, float]:
 
 
 def evaluate_into(
-    workdir: Path, run: Recipe, state: TrainState, null: Conditioning, epoch: int
+    workdir: epath.Path, run: Recipe, state: TrainState, null: Conditioning, epoch: int
 ) -> dict[str, float]:
     """Evaluate the EMA weights and leave a grid of the same prompts and seeds as always."""
     result, images, batch = evaluate(run, state.ema, null)
@@ -273,8 +274,7 @@ def show(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None
 def main(_: list[str]) -> None:
     cli.connect()
     config = cli.config()
-    workdir = flags.FLAGS.workdir or Path("runs") / config.name
-    train(config, Path(workdir), resume=flags.FLAGS.resume)
+    train(config, flags.FLAGS.workdir or f"runs/{config.name}", resume=flags.FLAGS.resume)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ install() {
   : "${REPOSITORY:?the address that every worker clones}"
   everywhere "set -e; [ -d flowgrpo_jax ] || git clone $(printf %q "$REPOSITORY") flowgrpo_jax
     cd flowgrpo_jax; git fetch -q; git checkout -q $(printf %q "$REVISION")
-    [ -d .venv ] || python3 -m venv .venv; .venv/bin/pip install -q -e . 'jax[tpu]'"
+    [ -d .venv ] || python3 -m venv .venv; .venv/bin/pip install -q -e . 'jax[tpu]' gcsfs"
 }
 
 start() {
