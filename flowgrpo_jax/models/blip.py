@@ -134,13 +134,13 @@ class Attention(nnx.Module):
             "key": Linear(source, width, dtype=dtype, rngs=rngs),
             "value": Linear(source, width, dtype=dtype, rngs=rngs),
         }
-        setattr(self, "self", nnx.Dict(inner))  # the checkpoint's name of it
+        self.self = nnx.Dict(inner)  # the checkpoint's name of it
         self.output = after(width, config, dtype, rngs)
 
     def __call__(self, x: jax.Array, source: jax.Array, mask: jax.Array | None) -> jax.Array:
-        inner: Any = getattr(self, "self")  # noqa: B009
-        q = split_heads(inner["query"](x), self.heads)
-        k, v = (split_heads(inner[name](source), self.heads) for name in ("key", "value"))
+        project = self.self
+        q = split_heads(project["query"](x), self.heads)
+        k, v = (split_heads(project[name](source), self.heads) for name in ("key", "value"))
         y = jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(x.shape)
         return self.output["LayerNorm"](x + self.output["dense"](y))
 
@@ -200,6 +200,7 @@ class ImageReward(nnx.Module):
 
     parts = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
     ignored = ("blip.text_encoder.embeddings.position_ids",)
+    full = ("mlp/",)  # float32 in any dtype, as in the original
 
     def __init__(self, config: BLIPConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -208,7 +209,7 @@ class ImageReward(nnx.Module):
             "text_encoder": TextEncoder(config, dtype, rngs),
         }
         self.blip = nnx.Dict(encoders)
-        self.mlp = Head(config.hidden_size, rngs=rngs)  # float32, as in the original
+        self.mlp = Head(config.hidden_size, rngs=rngs)
 
     def __call__(self, ids: jax.Array, mask: jax.Array, pixels: jax.Array) -> jax.Array:
         """Ids i32 and mask bool [B, L], normalised pixels [B, H, W, 3] -> scores f32 [B]."""

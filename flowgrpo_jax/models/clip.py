@@ -137,6 +137,7 @@ class CLIP(CLIPText):
     """`CLIPModel`. Embeddings are float32 and not normalised."""
 
     ignored: ClassVar = (*CLIPText.ignored, "vision_model.embeddings.position_ids", "attn_mask")
+    full: ClassVar = ("logit_scale",)  # float32 in any dtype: bfloat16 would make 100 a 99
 
     def __init__(self, config: DualConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         super().__init__(config.text, dtype=dtype, rngs=rngs)
