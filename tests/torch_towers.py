@@ -186,6 +186,10 @@ class TorchImageReward:
         create = transformers.BlipTextModel
         self.text = varied(lambda: create(text, add_pooling_layer=False))
         self.head = torch_head(BLIP_TEXT["hidden_size"])
+        # As initialised, the text hardly sees the image: a wrong image would not show.
+        for name, x in [*self.vision.named_parameters(), *self.text.named_parameters()]:
+            if x.ndim == 2 and "embeddings" not in name:
+                x.data *= 8
 
     def __call__(self, ids, mask, pixels):
         with torch.no_grad():
