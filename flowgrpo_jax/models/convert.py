@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from flowgrpo_jax.models.layers import Params
+from flowgrpo_jax.models.tensors import Tensor, Tensors, from_safetensors
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 Place = Callable[[str, jax.ShapeDtypeStruct], Any]  # path, shape -> sharding or device
@@ -151,10 +151,31 @@ def from_torch_names(
     ignore: Iterable[str] = (),
 ) -> Params:
     """Our parameters from a state dict of numpy arrays. Raises ValueError on any mismatch."""
-    found = {k: tuple(v.shape) for k, v in tensors.items()}
-    _check(found, _expected(shapes, patch_size), ignore, "state dict")
-    readers = [(k, lambda v=v: np.asarray(v)) for k, v in tensors.items()]
-    return assemble(readers, shapes, dtype=dtype, patch_size=patch_size)
+    readers = {k: Tensor(tuple(v.shape), lambda v=v: np.asarray(v)) for k, v in tensors.items()}
+    return from_tensors(
+        readers, shapes, where="state dict", dtype=dtype, patch_size=patch_size, ignore=ignore
+    )
+
+
+def from_tensors(
+    tensors: Tensors,
+    shapes: Params,
+    *,
+    where: str,
+    dtype: Any = jnp.float32,
+    patch_size: int = 2,
+    ignore: Iterable[str] = (),
+    place: Place | None = None,
+) -> Params:
+    """Our parameters from a file's tensors, checked whole before the first one is read.
+
+    Args:
+      where: what the error calls the file. The others are those of `load`.
+    """
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    _check(found, _expected(shapes, patch_size), ignore, where)
+    readers = ((name, tensor.read) for name, tensor in tensors.items())
+    return assemble(readers, shapes, dtype=dtype, patch_size=patch_size, place=place)
 
 
 def shards(directory: Path) -> list[Path]:
@@ -202,19 +223,15 @@ def load(
       FileNotFoundError: no such folder, or a shard is missing.
       ValueError: lists every missing, extra or misshapen tensor.
     """
-    handles = [safe_open(f, framework="numpy") for f in shards(Path(directory))]
-    found = {
-        name: tuple(handle.get_slice(name).get_shape())
-        for handle in handles
-        for name in handle.keys()  # noqa: SIM118 (a file, no dict)
-    }
-    _check(found, _expected(shapes, patch_size), ignore, str(directory))
-    readers = (
-        (name, lambda h=handle, n=name: h.get_tensor(n))
-        for handle in handles
-        for name in handle.keys()  # noqa: SIM118 (a file, no dict)
+    return from_tensors(
+        from_safetensors(shards(Path(directory))),
+        shapes,
+        where=str(directory),
+        dtype=dtype,
+        patch_size=patch_size,
+        ignore=ignore,
+        place=place,
     )
-    return assemble(readers, shapes, dtype=dtype, patch_size=patch_size, place=place)
 
 
 def to_torch_names(params: Params, *, patch_size: int = 2) -> dict[str, np.ndarray]:

@@ -29,23 +29,31 @@ LEGACY_EOS = 2  # configs written before transformers' PR 24773 hold this wrong 
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
-    """Fields of a transformers `text_encoder/config.json` (defaults: CLIP-L of SD3)."""
+class CLIPLayers:
+    """What the transformer layers of a CLIP's towers need to know."""
 
-    vocab_size: int = 49408
+    causal: ClassVar[bool]
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     projection_dim: int = 768
-    eos_token_id: int = LEGACY_EOS
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}, known are {sorted(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class CLIPConfig(CLIPLayers):
+    """Fields of a transformers `text_encoder/config.json` (defaults: CLIP-L of SD3)."""
+
+    causal: ClassVar[bool] = True
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    eos_token_id: int = LEGACY_EOS
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,10 @@ def split_heads(x: jax.Array, heads: int) -> jax.Array:
 
 
 class CLIPAttention(nnx.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention, causal in the text towers."""
 
-    def __init__(self, config: CLIPConfig, dtype: Any, rngs: nnx.Rngs):
-        self.heads = config.num_attention_heads
+    def __init__(self, config: CLIPLayers, dtype: Any, rngs: nnx.Rngs):
+        self.heads, self.causal = config.num_attention_heads, config.causal
         width = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             Linear(width, width, dtype=dtype, rngs=rngs) for _ in range(4)
@@ -87,12 +95,12 @@ class CLIPAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(y.reshape(x.shape))
 
 
 class CLIPMLP(nnx.Module):
-    def __init__(self, config: CLIPConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPLayers, dtype: Any, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
         self.act = ACTIVATIONS[config.hidden_act]
         self.fc1 = Linear(width, inner, dtype=dtype, rngs=rngs)
@@ -102,13 +110,13 @@ class CLIPMLP(nnx.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def clip_norm(config: CLIPConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def clip_norm(config: CLIPLayers, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
     epsilon, width = config.layer_norm_eps, config.hidden_size
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 class CLIPLayer(nnx.Module):
-    def __init__(self, config: CLIPConfig, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPLayers, dtype: Any, rngs: nnx.Rngs):
         self.layer_norm1 = clip_norm(config, dtype, rngs)
         self.self_attn = CLIPAttention(config, dtype, rngs)
         self.layer_norm2 = clip_norm(config, dtype, rngs)

@@ -20,6 +20,12 @@ TABLE = {
     "shapes_unknown": "flowgrpo_jax.rewards.shapes:unknown",
     "jpeg_compressibility": "flowgrpo_jax.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "flowgrpo_jax.rewards.jpeg:incompressibility",
+    "pickscore": "flowgrpo_jax.rewards.clip:pickscore()",
+    "clipscore": "flowgrpo_jax.rewards.clip:clipscore()",
+    "hpsv2": "flowgrpo_jax.rewards.clip:hpsv2()",
+    "aesthetic": "flowgrpo_jax.rewards.clip:aesthetic()",
+    "image_similarity": "flowgrpo_jax.rewards.clip:image_similarity()",
+    "imagereward": "flowgrpo_jax.rewards.imagereward:make()",
 }
 
 

@@ -1,0 +1,178 @@
+"""Rewards built on CLIP: PickScore, CLIPScore, HPSv2.1, the LAION aesthetic score, similarity.
+
+Scales and preprocessing are those of yifan123/flow_grpo (see each function). Options of all:
+
+  path   a folder, a weight file or a hub id; the published weights by default
+  dtype  of the weights and the computation: float32 (default, as upstream), bfloat16, float16
+
+Texts are tokenised on the host, once per prompt; everything else is in the graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from flowgrpo_jax.models.clip import VIT_H_14
+from flowgrpo_jax.models.tokenizers import padded
+from flowgrpo_jax.rewards import towers
+from flowgrpo_jax.rewards.preprocess import as_pil, as_tensor
+from flowgrpo_jax.rewards.towers import CLIP_H, CLIP_L, HEAD_FILES, HPS_FILES, Tower
+from flowgrpo_jax.types import GraphReward, Metadata
+
+log = logging.getLogger(__name__)
+
+
+def pickscore(
+    path: str = "yuvalkirstain/PickScore_v1",
+    dtype: str = "float32",
+    tokenizer: str | None = CLIP_H,
+) -> GraphReward:
+    """logit / 26, about 0.75 to 0.92 (papers report the logit, 21 to 24).
+
+    Args:
+      tokenizer: where the tokenizer is, when not beside the weights.
+    Source: Kirstain et al. 2023 (arXiv 2305.01569); CLIP ViT-H/14 tuned on human choices.
+    """
+    tower = towers.clip(path, dtype, "reward.options.pickscore.path")
+    texts = _tokenised(tower, tokenizer, "reward.options.pickscore.tokenizer")
+    return _agreement(tower, dtype, texts, as_pil, lambda cosine, logit: logit / 26)
+
+
+def clipscore(path: str = CLIP_L, dtype: str = "float32") -> GraphReward:
+    """logit / 30 of OpenAI's CLIP ViT-L/14, about 0.8 to 1.1.
+
+    Source: Hessel et al. 2021 (arXiv 2104.08718); scaled and resized as upstream's clip_scorer.
+    """
+    option = "reward.options.clipscore.path"
+    tower = towers.clip(path, dtype, option)
+    texts = _tokenised(tower, None, option)
+    return _agreement(tower, dtype, texts, as_tensor, lambda cosine, logit: logit / 30)
+
+
+def hpsv2(
+    path: str = "xswu/HPSv2", dtype: str = "float32", tokenizer: str | None = CLIP_H
+) -> GraphReward:
+    """Human preference score v2.1: the cosine, about 0.2 to 0.35.
+
+    Upstream computes it under autocast (half precision, one image at a time); this is float32.
+    Without a config.json beside the weights they are taken for ViT-H/14.
+
+    Args:
+      tokenizer: where the tokenizer is, when not beside the weights.
+    Source: Wu et al. 2023 (arXiv 2306.09341); CLIP ViT-H/14 in open_clip's layout.
+    """
+    tower = towers.clip(path, dtype, "reward.options.hpsv2.path", HPS_FILES, VIT_H_14)
+    texts = _tokenised(tower, tokenizer, "reward.options.hpsv2.tokenizer")
+    return _agreement(tower, dtype, texts, as_pil, lambda cosine, logit: cosine)
+
+
+def aesthetic(
+    path: str = CLIP_L, head: str = "trl-lib/ddpo-aesthetic-predictor", dtype: str = "float32"
+) -> GraphReward:
+    """LAION's aesthetic score, about 4 to 7: a head on the L2-normalised image embedding.
+
+    Args:
+      head: the head's weights (sac+logos+ava1-l14-linearMSE.pth of improved-aesthetic-predictor).
+    """
+    tower = towers.clip(path, dtype, "reward.options.aesthetic.path")
+    file = towers.find(head, HEAD_FILES, "reward.options.aesthetic.head")
+    top = towers.read_head(file, tower.config.vision.projection_dim)
+
+    def score(weights: Any, images: jax.Array, rows: Any) -> jax.Array:
+        seen = _look(tower, dtype, weights, images, as_pil)
+        with towers.precision("float32"):  # the head's, whatever the tower's is
+            return top.apply(weights["head"], seen)
+
+    weights = {"clip": tower.params, "head": top.params}
+    return GraphReward(weights, lambda prompts, metadata: {}, score)
+
+
+def image_similarity(
+    path: str = CLIP_L, dtype: str = "float32", root: str | None = None
+) -> GraphReward:
+    """Cosine of the image's and a reference image's CLIP embeddings, at most 1.
+
+    The reference is the file metadata["image"]; an image without a readable one has no score.
+
+    Args:
+      root: the folder that relative reference paths start from; the working directory without it.
+    """
+    tower = towers.clip(path, dtype, "reward.options.image_similarity.path")
+    size = tower.config.vision.image_size
+    folder = Path(root or "").expanduser()
+
+    def prepare(prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, np.ndarray]:
+        return {"pixels": np.stack([reference(folder, m, size) for m in metadata])}
+
+    def score(weights: Any, images: jax.Array, rows: Any) -> jax.Array:
+        ours = _look(tower, dtype, weights, images, as_tensor)
+        return jnp.sum(ours * _embed(tower, dtype, weights, rows["pixels"]), axis=-1)
+
+    return GraphReward({"clip": tower.params}, prepare, score)
+
+
+def reference(folder: Path, metadata: Metadata, size: int) -> np.ndarray:
+    """A prompt's reference image as the tower reads it, f32 [size, size, 3]; NaN without one."""
+    try:
+        with Image.open(folder / metadata["image"]) as image:
+            return as_tensor(np.asarray(image.convert("RGB")), size)
+    except KeyError:  # a prompt of another task
+        pass
+    except (OSError, ValueError):
+        log.warning("reference image %s is not readable", metadata["image"], exc_info=True)
+    return np.full((size, size, 3), np.nan, np.float32)
+
+
+# ------------------------------------------------------------------------------- common to several
+
+Prepare = Callable[[Sequence[str], Sequence[Metadata]], dict[str, np.ndarray]]
+
+
+def _tokenised(tower: Tower, fallback: str | None, option: str) -> Prepare:
+    """Prompts -> {"ids": i32 [P, L]}, cut and padded to the text tower's length."""
+    tokenizer = towers.clip_tokenizer(tower.file.parent, fallback, option)
+    length = tower.config.text.max_position_embeddings
+    return lambda prompts, metadata: {"ids": padded(tokenizer, list(prompts), length)}
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _embed(tower: Tower, dtype: str, weights: Any, pixels: jax.Array) -> jax.Array:
+    with towers.precision(dtype):
+        return _unit(tower.apply(weights["clip"], pixels, method="embed_image"))
+
+
+def _look(
+    tower: Tower, dtype: str, weights: Any, images: jax.Array, preprocess: Callable[..., jax.Array]
+) -> jax.Array:
+    """Images uint8 [M, H, W, 3] -> unit embeddings f32 [M, V]."""
+    return _embed(tower, dtype, weights, preprocess(images, tower.config.vision.image_size))
+
+
+def _agreement(
+    tower: Tower,
+    dtype: str,
+    prepare: Prepare,
+    preprocess: Callable[..., jax.Array],
+    rule: Callable[[jax.Array, jax.Array], jax.Array],
+) -> GraphReward:
+    """How well image and text agree: rule(cosine f32 [M], logit f32 [M]) -> scores f32 [M]."""
+
+    def score(weights: Any, images: jax.Array, rows: Any) -> jax.Array:
+        seen = _look(tower, dtype, weights, images, preprocess)
+        with towers.precision(dtype):
+            read = _unit(tower.apply(weights["clip"], rows["ids"], method="embed_text"))
+        cosine = jnp.sum(seen * read, axis=-1)
+        return rule(cosine, cosine * tower.apply(weights["clip"], method="scale"))
+
+    return GraphReward({"clip": tower.params}, prepare, score)

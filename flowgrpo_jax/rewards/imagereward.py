@@ -1,0 +1,50 @@
+"""ImageReward-v1.0: a BLIP that reads the prompt while it looks at the image, about -2 to 2.
+
+Source: Xu et al. 2023 (arXiv 2304.05977), `inference_rank` of THUDM/ImageReward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowgrpo_jax.rewards import towers
+from flowgrpo_jax.rewards.preprocess import as_pil
+from flowgrpo_jax.rewards.towers import IMAGE_REWARD_FILES
+from flowgrpo_jax.types import GraphReward, Metadata
+
+LENGTH = 35  # tokens that are read of a prompt
+
+
+def make(
+    path: str = "THUDM/ImageReward",
+    dtype: str = "float32",
+    tokenizer: str | None = "google-bert/bert-base-uncased",
+) -> GraphReward:
+    """The reward of these weights.
+
+    Args:
+      path: a folder, a weight file or a hub id; med_config.json is read where it lies beside.
+      dtype: of both encoders; the head is float32.
+      tokenizer: where BERT's tokenizer is, when not beside the weights.
+    """
+    file = towers.find(path, IMAGE_REWARD_FILES, "reward.options.imagereward.path")
+    tower = towers.read_image_reward(file, dtype)
+    option = "reward.options.imagereward.tokenizer"
+    bert = towers.bert_tokenizer(file.parent, tokenizer, option)
+
+    def prepare(prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, np.ndarray]:
+        read = bert(list(prompts), padding="max_length", max_length=LENGTH, truncation=True)
+        shape = (len(prompts), LENGTH)
+        ids, mask = (np.asarray(read[x]).reshape(shape) for x in ("input_ids", "attention_mask"))
+        return {"ids": ids.astype(np.int32), "mask": mask.astype(bool)}
+
+    def score(weights: Any, images: jax.Array, rows: Any) -> jax.Array:
+        pixels = as_pil(images, tower.config.image_size)
+        with towers.precision(dtype):
+            return tower.apply(weights, rows["ids"], rows["mask"], pixels)
+
+    return GraphReward(tower.params, prepare, score)
