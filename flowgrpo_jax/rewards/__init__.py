@@ -20,6 +20,13 @@ TABLE = {
     "shapes_unknown": "flowgrpo_jax.rewards.shapes:unknown",
     "jpeg_compressibility": "flowgrpo_jax.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "flowgrpo_jax.rewards.jpeg:incompressibility",
+    "ocr": "flowgrpo_jax.rewards.ocr:make()",
+    "unifiedreward": "flowgrpo_jax.rewards.judge:unifiedreward()",
+    "vlm_judge": "flowgrpo_jax.rewards.judge:make()",
+    "preference": "flowgrpo_jax.rewards.preference:make()",
+    "remote": "flowgrpo_jax.rewards.remote:make()",
+    "geneval_upstream": "flowgrpo_jax.rewards.upstream:geneval()",
+    "deqa_upstream": "flowgrpo_jax.rewards.upstream:deqa()",
 }
 
 
