@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +61,7 @@ class Chat:
         """
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency} must be at least 1")
-        headers = {"Authorization": f"Bearer {secret(key_env)}"} if key_env else {}
+        headers = wire.bearer("key_env", key_env)
         limits = {"timeout": timeout, "retries": retries, "backoff": backoff, "rest": rest}
         self.replicas = wire.Replicas(urls, headers=headers, **limits)  # type: ignore[arg-type]
         self.model, self.side, self.concurrency, self.size = model, side, concurrency, cache
@@ -134,14 +133,6 @@ class Chat:
                 raise wire.Failed(f"{url} serves {served}, not model={self.model!r}")
 
         self.replicas.check(f"model {self.model!r}", probe)
-
-
-def secret(variable: str) -> str:
-    """The value of an environment variable that must be there."""
-    value = os.environ.get(variable, "")
-    if not value:
-        raise ValueError(f"the environment variable {variable} should hold a secret and is empty")
-    return value
 
 
 def _content(answer: bytes) -> str:

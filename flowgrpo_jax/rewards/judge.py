@@ -25,7 +25,8 @@ Weigh both and give one score from 1 (worst) to 5 (best), which may have decimal
 "Final Score:".
 
 Text Caption: {prompt}"""
-MARK = r"score\W{0,8}(-?\d+(?:\.\d+)?)"  # "Final Score: 4", "**Score**: 3.5", "<score>4</score>"
+# "Final Score: 4", "**Score:** 3.5", "<score>4</score>"; not the range in "score (1-5)"
+MARK = r"score\W{0,4}[:>=][^\w-]{0,4}(-?\d+(?:\.\d+)?)"
 
 
 @dataclasses.dataclass(frozen=True)

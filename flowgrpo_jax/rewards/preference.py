@@ -3,12 +3,13 @@
 Pref-GRPO (arXiv 2508.20751): a vision-language model compares the images of a prompt two by two;
 an image's reward is its win rate, from 0 to 1. A tie is half a win for both.
 
-Which images share a prompt is read from the batch: equal prompts are a group (an epoch's prompts are
-distinct). A batch may hold only a part of a group; its images are then compared with that part
-alone, so `sample.micro_batch` should be a multiple of `sample.group_size`, or at least not below it.
+Which images share a prompt is read from the batch: images with equal prompts are a group (an
+epoch's prompts are distinct). A batch may hold only a part of a group, whose images are then
+compared with each other alone: make `sample.micro_batch` a multiple of `sample.group_size`, or as
+large as it can be. An image that is alone with its prompt has nobody to win against and is invalid.
 
-Deviation: upstream gives both images half a win when a comparison fails. Here it counts for neither,
-and an image without any comparison is invalid.
+Deviation: upstream gives both images half a win when a comparison fails. Here it counts for
+neither, and an image without any comparison is invalid.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import numpy as np
 from flowgrpo_jax.rewards.chat import Chat
 from flowgrpo_jax.types import Metadata
 
-TEMPLATE = """You see two pictures that were generated from the same text caption: the first is Image
-1, the second Image 2. Compare how well each shows what the caption says, then how good it looks.
+TEMPLATE = """You see two pictures that were generated from the same text caption: the first is
+Image 1, the second Image 2. Compare how well each shows what the caption says, then its quality.
 Reason briefly, and end with your verdict in exactly one of these forms:
 <answer>Image 1 is better</answer>
 <answer>Image 2 is better</answer>
@@ -73,8 +74,8 @@ class Preference:
 def duels(prompts: Sequence[str], opponents: int | None) -> Iterator[tuple[int, int]]:
     """Pairs (shown first, shown second) of images with the same prompt, each pair once.
 
-    With `opponents` = k each image meets about k others: its next ones in the group taken as a ring.
-    Judges favour a place; an image is shown first and second about equally often.
+    With `opponents` = k each image meets about k others: its neighbours in the group, taken as a
+    ring. Judges favour a place, so an image is shown first and second about equally often.
     """
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):

@@ -9,6 +9,7 @@ import functools
 import http.client
 import itertools
 import logging
+import os
 import time
 import urllib.error
 import urllib.request
@@ -95,6 +96,15 @@ def _reason(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         text = ""
     return text or str(error.reason)
+
+
+def bearer(option: str, variable: str | None) -> dict[str, str]:
+    """The header with the secret that an environment variable holds; none for None."""
+    if variable is None:
+        return {}
+    if not (secret := os.environ.get(variable)):
+        raise ValueError(f"{option}={variable!r}: the environment variable {variable} is empty")
+    return {"Authorization": f"Bearer {secret}"}
 
 
 class Replicas:
