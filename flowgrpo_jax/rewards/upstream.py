@@ -53,8 +53,10 @@ class _Dtype:
 class _Array:
     """Stands for numpy.ndarray; `values` is the array."""
 
+    values = np.zeros(0)
+
     def __init__(self, *_: Any):
-        self.values = np.zeros(0)
+        """What the array is made of comes with its state."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
@@ -66,6 +68,8 @@ class _Array:
 
 class _Scalar:
     """Stands for a NumPy number; `values` is an array with it."""
+
+    values = np.zeros(0)
 
     def __init__(self, dtype: Any, data: Any):
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
@@ -110,7 +114,10 @@ def numbers(value: Any, n: int) -> np.ndarray:
         plain = [v.values if isinstance(v, _Array | _Scalar) else v for v in value]
         if not all(isinstance(v, int | float | np.ndarray) and np.ndim(v) == 0 for v in plain):
             raise ValueError("the answer's list holds something else than numbers")
-        values = np.array(plain, np.float64)
+        try:
+            values = np.array(plain, np.float64)
+        except OverflowError as error:
+            raise ValueError("the answer holds an integer beyond all floats") from error
     else:
         raise ValueError(f"the answer has {type(value).__name__} where numbers should be")
     if values.shape != (n,):
