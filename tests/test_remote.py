@@ -1,5 +1,5 @@
-"""The reward server as a process of its own, and its client: slow, failing, killed in the middle of a
-request, back again; wrong secrets, and requests that are too large or no requests at all."""
+"""The reward server as a process of its own, and its client: slow, failing, killed in the middle of
+a request, back again; wrong secrets, and requests that are too large or no requests at all."""
 
 import base64
 import io
@@ -255,7 +255,7 @@ def test_without_the_secret_there_is_no_score(servers, secret):
     url = servers[0].url
     if secret == "öpen sesame":
         secret = secret.encode().decode("latin-1")
-    with pytest.raises(wire.Refused, match="401.*the secret is missing or wrong"):
+    with pytest.raises(wire.Refused, match=r"401.*the secret is missing or wrong"):
         post(url, request(), secret)
     assert json.loads(post(url, request()))["valid"] == [True]
 
@@ -304,7 +304,7 @@ def test_options_that_cannot_be(options, words):
 
 def test_a_request_that_is_too_large_is_refused_and_read_no_further(servers):
     url = servers[0].url
-    with pytest.raises(wire.Refused, match="413.*1000000 bytes"):
+    with pytest.raises(wire.Refused, match=r"413.*1000000 bytes"):
         post(url, b"x" * 1_000_001)
     with pytest.raises(wire.Failed):  # 413, or the connection is cut while this is still being sent
         post(url, b"x" * 20_000_000)
