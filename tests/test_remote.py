@@ -19,7 +19,7 @@ from http_stub import Stub, free_port, nobody
 from PIL import Image
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.rewards import message, serve, wire
+from flowgrpo_jax.rewards import message, serve, wire, worker
 from flowgrpo_jax.types import GraphReward
 
 ROOT = Path(__file__).parent.parent
@@ -423,6 +423,7 @@ def test_pictures_of_other_modes_are_read_as_rgb():
         b'{"scores": [1, "2"], "valid": [true, true]}',
         b'{"scores": [1, 2], "valid": [1, 1]}',
         b'{"scores": [1, 2]}',
+        b'{"scores": [1, 1%s], "valid": [true, true]}' % (b"0" * 400),
     ],
 )
 def test_an_answer_that_is_none_makes_its_images_invalid(answer, caplog):
@@ -446,7 +447,7 @@ def test_a_reward_in_the_graph_is_served_as_well():
     def prepare(prompts, metadata):
         return np.array([len(p) if p else np.nan for p in prompts], np.float32)
 
-    served = serve.on_host(GraphReward(np.float32(2.0), prepare, score))
+    served = worker.on_host(GraphReward(np.float32(2.0), prepare, score))
     for n in (1, 3, 4, 5, 7, 8):
         images = pictures(n)
         prompts = ["x" * (i % 3) for i in range(n)]
@@ -466,12 +467,12 @@ def test_the_worker_refuses_more_than_may_wait():
         go.wait(5)
         return np.zeros(len(images)), np.ones(len(images), bool)
 
-    worker = serve.Worker(lambda: reward, batch=1, waiting=2)
-    worker.start()
+    thread = worker.Worker(lambda: reward, batch=1, waiting=2)
+    thread.start()
     job = (pictures(1), ["a"], [{}])
-    first = worker.submit(*job)
+    first = thread.submit(*job)
     assert started.wait(5)
-    waiting = [worker.submit(*job) for _ in range(2)]
-    assert worker.submit(*job) is None
+    waiting = [thread.submit(*job) for _ in range(2)]
+    assert thread.submit(*job) is None
     go.set()
     assert all(future.result(5)[1].all() for future in [first, *waiting])

@@ -81,7 +81,10 @@ def decode_scores(body: bytes, n: int) -> tuple[np.ndarray, np.ndarray]:
     scores, valid = message.get("scores"), message.get("valid")
     if not _list_of((int, float), scores, n) or not _list_of(bool, valid, n):
         raise ValueError(f"the answer must hold {n} numbers as scores and {n} booleans as valid")
-    return np.array(scores, np.float32), np.array(valid, bool)
+    try:
+        return np.array(scores, np.float32), np.array(valid, bool)
+    except OverflowError as error:
+        raise ValueError("the answer holds an integer beyond all floats") from error
 
 
 def _object(body: bytes, what: str) -> dict[str, Any]:

@@ -19,181 +19,44 @@ import argparse
 import asyncio
 import hmac
 import json
-import logging
 import os
-import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from flowgrpo_jax import rewards
 from flowgrpo_jax.rewards import message
-from flowgrpo_jax.types import GraphReward, Metadata, Reward
+from flowgrpo_jax.rewards.worker import Worker
 
-log = logging.getLogger(__name__)
-
-Scores = tuple[np.ndarray, np.ndarray]
-
-
-class Job(NamedTuple):
-    images: np.ndarray
-    prompts: Sequence[str]
-    metadata: Sequence[Metadata]
-    result: Future[Scores]
-
-
-class Worker(threading.Thread):
-    """Loads the reward, then scores what is submitted, one batch at a time."""
-
-    def __init__(self, load: Callable[[], Reward | GraphReward], batch: int, waiting: int):
-        """
-        Args:
-          batch: images of requests that are scored together at most.
-          waiting: requests that may wait.
-        """
-        super().__init__(daemon=True)
-        self.load, self.batch, self.waiting = load, batch, waiting
-        self.ready = False
-        self.on_error: Callable[[BaseException], None] = lambda error: None
-        self._jobs: deque[Job] = deque()
-        self._changed = threading.Condition()
-
-    def submit(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
-    ) -> Future[Scores] | None:
-        """The scores to come; None if too many wait already."""
-        with self._changed:
-            if len(self._jobs) >= self.waiting:
-                return None
-            job = Job(images, prompts, metadata, Future())
-            self._jobs.append(job)
-            self._changed.notify()
-        return job.result
-
-    def run(self) -> None:
-        try:
-            loaded = self.load()
-            reward = on_host(loaded) if isinstance(loaded, GraphReward) else loaded
-            self.ready = True
-            while True:
-                self._score(reward, self._next())
-        except BaseException as error:  # a server without its worker would accept and never answer
-            self.ready = False
-            self.on_error(error)
-
-    def _next(self) -> list[Job]:
-        """The first request that waits, and those after it of the same size that fit."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs)
-            jobs = [self._jobs.popleft()]
-            size = len(jobs[0].images)
-            while self._jobs and self._jobs[0].images.shape[1:] == jobs[0].images.shape[1:]:
-                size += len(self._jobs[0].images)
-                if size > self.batch:
-                    break
-                jobs.append(self._jobs.popleft())
-        return jobs
-
-    def _score(self, reward: Reward, jobs: list[Job]) -> None:
-        jobs = [job for job in jobs if not job.result.cancelled()]
-        if not jobs:
-            return
-        images = np.concatenate([job.images for job in jobs])
-        prompts = [prompt for job in jobs for prompt in job.prompts]
-        metadata = [record for job in jobs for record in job.metadata]
-        try:
-            scores, valid = (np.asarray(part) for part in reward(images, prompts, metadata))
-            if scores.shape != (len(images),) or valid.shape != (len(images),):
-                raise ValueError(f"the reward returned shapes {scores.shape} and {valid.shape}")
-        except Exception as error:
-            if len(jobs) > 1:  # one of them may be at fault: the others should not pay for it
-                for job in jobs:
-                    self._score(reward, [job])
-                return
-            log.warning("the reward failed on %d images", len(images), exc_info=True)
-            _settle(jobs[0].result, error)
-            return
-        ends = np.cumsum([len(job.images) for job in jobs])[:-1]
-        for job, *result in zip(jobs, np.split(scores, ends), np.split(valid, ends)):
-            _settle(job.result, tuple(result))
-
-
-def _settle(future: Future[Scores], outcome: Any) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
-
-
-def on_host(reward: GraphReward) -> Reward:
-    """An in-graph reward as one that takes any number of images.
-
-    Batches are filled up to a power of two, so that few sizes are compiled.
-    """
-    score = jax.jit(reward.score)
-    weights = jax.device_put(reward.weights)
-
-    def call(
-        images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        n = len(images)
-        rows = np.minimum(np.arange(1 << (n - 1).bit_length()), n - 1)
-        prepared = reward.prepare([prompts[i] for i in rows], [metadata[i] for i in rows])
-        scores = np.asarray(score(weights, images[rows], prepared), np.float32)[:n]
-        return scores, np.isfinite(scores)
-
-    return call
+LOADING = "the reward is being loaded"
 
 
 def app(name: str, worker: Worker, secret: str | None, limits: message.Limits) -> Any:
     """The web application: a Starlette object."""
     from starlette.applications import Starlette
     from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response
+    from starlette.responses import Response
     from starlette.routing import Route
-
-    def no(status: int, why: str) -> Response:
-        return JSONResponse({"error": why}, status)
 
     def authorised(request: Request) -> bool:
         given = request.headers.get("authorization", "").encode()
         return secret is None or hmac.compare_digest(given, f"Bearer {secret}".encode())
 
+    def response(status: int, body: bytes) -> Response:
+        return Response(body, status, media_type="application/json")
+
     async def health(request: Request) -> Response:
-        return JSONResponse({"alive": True})
+        return response(200, b'{"alive": true}')
 
     async def ready(request: Request) -> Response:
         if not worker.ready:
-            return no(503, "the reward is being loaded")
-        answer = {"reward": name, "authorised": authorised(request), "limits": limits._asdict()}
-        return JSONResponse(answer)
+            return response(*_no(503, LOADING))
+        state = {"reward": name, "authorised": authorised(request), "limits": limits._asdict()}
+        return response(200, json.dumps(state).encode())
 
     async def score(request: Request) -> Response:
         if not authorised(request):
-            return no(401, "the secret is missing or wrong")
-        if not worker.ready:
-            return no(503, "the reward is being loaded")
-        body = await _body(request, limits.bytes)
-        if body is None:
-            return no(413, f"a request may have {limits.bytes} bytes")
-        try:
-            job = await asyncio.to_thread(message.decode, body, limits)
-        except ValueError as error:
-            return no(400, str(error))
-        future = worker.submit(*job)
-        if future is None:
-            return no(503, f"{worker.waiting} requests are waiting already")
-        try:
-            scores, valid = await asyncio.wrap_future(future)
-        except Exception as error:
-            return no(500, f"the reward failed: {error!r}")
-        return Response(message.encode_scores(scores, valid), media_type="application/json")
+            return response(*_no(401, "the secret is missing or wrong"))
+        return response(*await _score(request.stream(), worker, limits))
 
     routes = [
         Route("/health", health),
@@ -203,14 +66,40 @@ def app(name: str, worker: Worker, secret: str | None, limits: message.Limits) -
     return Starlette(routes=routes)
 
 
-async def _body(request: Any, limit: int) -> bytes | None:
+def _no(status: int, why: str) -> tuple[int, bytes]:
+    return status, json.dumps({"error": why}).encode()
+
+
+async def _score(
+    stream: AsyncIterator[bytes], worker: Worker, limits: message.Limits
+) -> tuple[int, bytes]:
+    """Status and body of the answer to a request."""
+    if not worker.ready:
+        return _no(503, LOADING)
+    body = await _body(stream, limits.bytes)
+    if body is None:
+        return _no(413, f"a request may have {limits.bytes} bytes")
+    try:
+        job = await asyncio.to_thread(message.decode, body, limits)
+    except ValueError as error:
+        return _no(400, str(error))
+    future = worker.submit(*job)
+    if future is None:
+        return _no(503, f"{worker.waiting} requests are waiting already")
+    try:
+        return 200, message.encode_scores(*await asyncio.wrap_future(future))
+    except Exception as error:
+        return _no(500, f"the reward failed: {error!r}")
+
+
+async def _body(stream: AsyncIterator[bytes], limit: int) -> bytes | None:
     """The request's body, or None if it is too long.
 
     Up to twice the limit is read and dropped: a client that is still sending when the connection
     closes would never see the answer.
     """
     parts, size = [], 0
-    async for part in request.stream():
+    async for part in stream:
         size += len(part)
         if size > 2 * limit:
             break
