@@ -2,7 +2,9 @@
 
 A reward is any callable `(images uint8 [B, H, W, 3], prompts, metadata) -> (scores f32 [B], valid
 bool [B])`, on the host, or a `types.GraphReward`, whose scores are computed where the images are.
-To add one: write it in a file of this folder, give it a row in `TABLE`, test it.
+A host reward may have a method `ready()`: it is called before training starts, and raises when the
+reward cannot work. To add a reward: write it in a file of this folder, give it a row in `TABLE`,
+test it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,13 @@ TABLE = {
     "aesthetic": "flowgrpo_jax.rewards.clip:aesthetic()",
     "image_similarity": "flowgrpo_jax.rewards.clip:image_similarity()",
     "imagereward": "flowgrpo_jax.rewards.imagereward:make()",
+    "ocr": "flowgrpo_jax.rewards.ocr:make()",
+    "unifiedreward": "flowgrpo_jax.rewards.judge:unifiedreward()",
+    "vlm_judge": "flowgrpo_jax.rewards.judge:make()",
+    "preference": "flowgrpo_jax.rewards.preference:make()",
+    "remote": "flowgrpo_jax.rewards.remote:make()",
+    "geneval_upstream": "flowgrpo_jax.rewards.upstream:geneval()",
+    "deqa_upstream": "flowgrpo_jax.rewards.upstream:deqa()",
 }
 
 

@@ -1,0 +1,130 @@
+"""Rendered text: how much of the text that a prompt quotes can be read in its picture.
+
+PP-OCR (the detector and recogniser of PaddleOCR) through RapidOCR, whose wheel brings the models,
+on the host's CPU. The rule is that of yifan123/flow_grpo `ocr.py`: the target is what stands
+between the first two double quotes of the prompt; target and recognised text lose their spaces and
+their case; the score is 1 - distance / length of the target, from 0 to 1.
+
+Deviations:
+
+1. Upstream calls the distance 0 when the target occurs anywhere in the recognised text, so that
+   pictures full of repeated text score 1. Here what is too much counts; `strict=False` is upstream.
+2. A prompt without a quoted text, or a picture that the recogniser fails on, is invalid, not 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from flowgrpo_jax.types import Metadata, Reward
+
+log = logging.getLogger(__name__)
+
+
+def make(*, strict: bool = True, confidence: float = 0.0, workers: int | None = None) -> Reward:
+    """The reward.
+
+    Args:
+      strict: text that was not asked for costs as much as text that is missing.
+      confidence: boxes that are recognised with this confidence or less are not read; 0 to 1.
+      workers: pictures read at a time, one core each; None: as many as there are cores.
+
+    Raises ImportError without the extra `ocr`.
+    """
+    local = threading.local()  # engines keep state between their stages: one for each thread
+    recogniser()  # says at once what is missing
+    count = os.cpu_count() or 1 if workers is None else workers
+    if count < 1:
+        raise ValueError(f"workers={workers} must be at least 1, or None for one a core")
+    pool = ThreadPoolExecutor(count, thread_name_prefix="ocr")
+
+    def one(image: np.ndarray, prompt: str) -> float | None:
+        wanted = target(prompt)
+        if not wanted:
+            return None
+        if not hasattr(local, "read"):
+            local.read = recogniser(confidence)
+        try:
+            return similarity(wanted, normalised(local.read(image)), strict=strict)
+        except Exception:
+            log.warning("reading the picture of %r failed", prompt, exc_info=True)
+            return None
+
+    def reward(
+        images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        scores = list(pool.map(one, np.asarray(images), prompts))
+        if unquoted := [p for p in prompts if not target(p)]:
+            log.warning(
+                "%d of %d prompts have no text in double quotes, such as %r: their images get"
+                " weight 0",
+                len(unquoted),
+                len(prompts),
+                unquoted[0],
+            )
+        valid = np.array([score is not None for score in scores], bool)
+        return np.array([score or 0.0 for score in scores], np.float32), valid
+
+    return reward
+
+
+def recogniser(confidence: float = 0.0) -> Callable[[np.ndarray], str]:
+    """A function from a picture uint8 [H, W, 3] to its text, boxes in reading order."""
+    try:
+        import onnxruntime  # noqa: F401 - RapidOCR asks for it only when it reads
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise ImportError(
+            "the reward 'ocr' needs RapidOCR: pip install 'flowgrpo_jax[ocr]'"
+        ) from error
+    engine = RapidOCR(
+        params={
+            "Global.log_level": "error",
+            "Global.text_score": 0.0,  # filtered below, where equality is excluded as upstream
+            "Global.use_cls": False,  # no text is upside down, as upstream
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+    )
+
+    def read(image: np.ndarray) -> str:
+        found = engine(np.ascontiguousarray(image[..., ::-1]))  # RapidOCR takes BGR
+        texts = zip(found.txts or (), found.scores or ())
+        return " ".join(text for text, score in texts if score > confidence)
+
+    return read
+
+
+def target(prompt: str) -> str:
+    """What stands between the first two double quotes, normalised; "" if nothing does."""
+    parts = prompt.split('"')
+    return normalised(parts[1]) if len(parts) > 2 else ""
+
+
+def normalised(text: str) -> str:
+    """Without spaces and case: recognisers are unsure of both."""
+    return "".join(text.split()).lower()
+
+
+def similarity(wanted: str, found: str, *, strict: bool) -> float:
+    """1 - edit distance / length of `wanted`, at least 0. Both are normalised."""
+    if not strict and wanted in found:
+        return 1.0
+    return 1.0 - min(edit_distance(wanted, found), len(wanted)) / len(wanted)
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The least number of insertions, deletions and replacements of a letter that make a into b."""
+    row = list(range(len(b) + 1))  # distances from the part of a before i to every beginning of b
+    for i, letter in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            kept = diagonal + (letter != other)
+            diagonal, row[j] = row[j], min(kept, row[j] + 1, row[j - 1] + 1)
+    return row[-1]

@@ -1,0 +1,117 @@
+"""Pairwise preference: the share of its group that a judge likes less than the image.
+
+Pref-GRPO (arXiv 2508.20751): a vision-language model compares the images of a prompt two by two;
+an image's reward is its win rate, from 0 to 1. A tie is half a win for both.
+
+Which images share a prompt is read from the batch: images with equal prompts are a group (an
+epoch's prompts are distinct). A batch may hold only a part of a group, whose images are then
+compared with each other alone: make `sample.micro_batch` a multiple of `sample.group_size`, or as
+large as it can be. An image that is alone with its prompt has nobody to win against and is invalid.
+
+Deviation: upstream gives both images half a win when a comparison fails. Here it counts for
+neither, and an image without any comparison is invalid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from flowgrpo_jax.rewards.chat import Chat
+from flowgrpo_jax.types import Metadata
+
+TEMPLATE = """You see two pictures that were generated from the same text caption: the first is
+Image 1, the second Image 2. Compare how well each shows what the caption says, then its quality.
+Reason briefly, and end with your verdict in exactly one of these forms:
+<answer>Image 1 is better</answer>
+<answer>Image 2 is better</answer>
+<answer>Tie</answer>
+
+Text Caption: {prompt}"""
+VERDICT = r"<answer>\s*(?:image\s*)?(1|2|tie)\b"
+WINS = {"1": 1.0, "2": 0.0, "tie": 0.5}  # of the image that is shown first
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """A reward that asks `chat` which of two images is better."""
+
+    chat: Chat
+    template: str
+    pattern: re.Pattern[str]
+    opponents: int | None
+
+    def ready(self) -> None:
+        """Raises RuntimeError unless the endpoint is there and has the model."""
+        self.chat.ready()
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Win rates f32 [B]; valid where at least one comparison succeeded."""
+        pairs = list(duels(prompts, self.opponents))
+        questions = [
+            (self.template.replace("{prompt}", prompts[first]), [images[first], images[second]])
+            for first, second in pairs
+        ]
+        wins, fought = np.zeros(len(images)), np.zeros(len(images))
+        for (first, second), won in zip(pairs, self.chat.ask_all(questions, self.verdict)):
+            if won is not None:
+                wins[[first, second]] += won, 1.0 - won
+                fought[[first, second]] += 1
+        return (wins / np.maximum(fought, 1)).astype(np.float32), fought > 0
+
+    def verdict(self, answer: str) -> float | None:
+        """What the image shown first won: 1, 0, or 0.5 for a tie."""
+        found = self.pattern.findall(answer)
+        return WINS.get(found[-1].lower()) if found else None
+
+
+def duels(prompts: Sequence[str], opponents: int | None) -> Iterator[tuple[int, int]]:
+    """Pairs (shown first, shown second) of images with the same prompt, each pair once.
+
+    With `opponents` = k each image meets about k others: its neighbours in the group, taken as a
+    ring. Judges favour a place, so an image is shown first and second about equally often.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    for group in groups.values():
+        n = len(group)
+        reach = n // 2 if opponents is None else min((opponents + 1) // 2, n // 2)
+        for step in range(1, reach + 1):
+            # At half of an even ring the pair (i, i + n/2) comes round again from its other end.
+            starts = n // 2 if 2 * step == n else n
+            for i in range(starts):
+                yield group[i], group[(i + step) % n]
+
+
+def make(
+    url: str | Sequence[str],
+    model: str,
+    *,
+    template: str = TEMPLATE,
+    pattern: str = VERDICT,
+    opponents: int | None = None,
+    **endpoint: Any,
+) -> Preference:
+    """The reward.
+
+    Args:
+      url: address of the endpoint, such as http://127.0.0.1:8000/v1, or several of them.
+      template: the question about two pictures; {prompt} in it becomes their prompt.
+      pattern: a regular expression whose one group is 1, 2 or tie; its last match counts.
+      opponents: others that each image is compared with, about; None: all, as in the paper, which
+        for a group of 24 is 276 questions.
+      endpoint: the options of `chat.Chat`: key_env, side, max_tokens, concurrency, timeout, ...
+    """
+    compiled = re.compile(pattern, re.IGNORECASE)
+    if compiled.groups != 1:
+        raise ValueError(f"pattern={pattern!r} must have one group: 1, 2 or tie")
+    if opponents is not None and opponents < 1:
+        raise ValueError(f"opponents={opponents} must be at least 1, or None for all")
+    return Preference(Chat(url, model, **endpoint), template, compiled, opponents)

@@ -1,0 +1,100 @@
+"""A reward that a server of `rewards/serve.py` computes, on one or more machines.
+
+Images whose request failed for good are invalid, and so get weight 0; the run goes on, and stops
+when more than `reward.max_failed` of an epoch is lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from flowgrpo_jax.rewards import message, wire
+from flowgrpo_jax.types import Metadata
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Remote:
+    """A reward that asks `replicas`, `batch` images at a time."""
+
+    replicas: wire.Replicas
+    batch: int
+    form: str
+
+    def ready(self) -> None:
+        """Raises RuntimeError unless a server is ready, knows the secret and takes the batch."""
+
+        def probe(url: str) -> None:
+            url += "/ready"
+            answer = wire.request(url, None, self.replicas.headers, timeout=self.replicas.timeout)
+            try:
+                state = json.loads(answer)
+                authorised, most = state["authorised"], state["limits"]["images"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise wire.Failed(f"{url} is no flowgrpo_jax reward server") from error
+            if not authorised:
+                raise wire.Failed(f"{url} wants another secret: check secret_env on both sides")
+            if self.batch > most:
+                raise wire.Failed(f"{url} takes {most} images a request, but batch={self.batch}")
+
+        self.replicas.check("remote reward", probe)
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The servers' scores f32 [B]; valid where they came and the server called them valid."""
+        starts = range(0, len(images), self.batch)
+
+        def ask(start: int) -> tuple[np.ndarray, np.ndarray]:
+            rows = slice(start, start + self.batch)
+            n = len(images[rows])
+            body = message.encode(images[rows], prompts[rows], metadata[rows], self.form)
+            try:
+                return message.decode_scores(self.replicas.post("/score", body), n)
+            except (wire.Failed, ValueError) as error:
+                log.warning("the remote reward failed on %d images: %s", n, error)
+                return np.zeros(n, np.float32), np.zeros(n, bool)
+
+        with ThreadPoolExecutor(2 * len(self.replicas.urls)) as pool:
+            answers = list(pool.map(ask, starts))
+        scores, valid = zip(*answers)
+        return np.concatenate(scores), np.concatenate(valid)
+
+
+def make(
+    urls: str | Sequence[str],
+    *,
+    secret_env: str | None = None,
+    batch: int = 64,
+    form: str = "png",
+    timeout: float = 120.0,
+    retries: int = 3,
+    backoff: float = 0.5,
+    rest: float = 10.0,
+) -> Remote:
+    """The reward.
+
+    Args:
+      urls: addresses of servers of the same reward, http://host:port.
+      secret_env: the environment variable that holds the servers' secret.
+      batch: images of a request at most; the servers get two requests each at a time. A reward
+        that compares images with each other needs whole groups: a multiple of the group size.
+      form: "png" or, quicker on a fast network, "npy".
+      timeout, retries, backoff, rest: as in `wire.Replicas`.
+    """
+    if form not in message.FORMS:
+        raise ValueError(f"form={form!r} must be one of {', '.join(message.FORMS)}")
+    if batch < 1:
+        raise ValueError(f"batch={batch} must be at least 1")
+    headers = wire.bearer("secret_env", secret_env)
+    replicas = wire.Replicas(
+        urls, timeout=timeout, retries=retries, backoff=backoff, rest=rest, headers=headers
+    )
+    return Remote(replicas, batch, form)

@@ -1,0 +1,169 @@
+"""A reward as a server, for rewards that need another machine, another environment, or a GPU.
+
+    python -m flowgrpo_jax.rewards.serve --reward ocr --port 18090 --secret_env REWARD_SECRET
+
+`rewards/remote.py` is the client and `rewards/message.py` the format; docs/extending.md shows both.
+
+    GET  /health   200 while the process lives
+    GET  /ready    200 with {"reward", "authorised", "limits"} once the reward is loaded, else 503
+    POST /score    a request of `message`; 400 malformed, 401 wrong secret, 413 too large,
+                   500 the reward failed, 503 loading or too many waiting
+
+The reward runs in one thread. Requests that come in meanwhile wait, and are scored together as the
+next batch. A request is never split, so that rewards which compare images see them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hmac
+import json
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from flowgrpo_jax import rewards
+from flowgrpo_jax.rewards import message
+from flowgrpo_jax.rewards.worker import Worker
+
+LOADING = "the reward is being loaded"
+
+
+def app(name: str, worker: Worker, secret: str | None, limits: message.Limits) -> Any:
+    """The web application: a Starlette object."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    def authorised(request: Request) -> bool:
+        given = request.headers.get("authorization", "").encode()
+        return secret is None or hmac.compare_digest(given, f"Bearer {secret}".encode())
+
+    def response(status: int, body: bytes) -> Response:
+        return Response(body, status, media_type="application/json")
+
+    async def health(request: Request) -> Response:
+        return response(200, b'{"alive": true}')
+
+    async def ready(request: Request) -> Response:
+        if not worker.ready:
+            return response(*_no(503, LOADING))
+        state = {"reward": name, "authorised": authorised(request), "limits": limits._asdict()}
+        return response(200, json.dumps(state).encode())
+
+    async def score(request: Request) -> Response:
+        if not authorised(request):
+            return response(*_no(401, "the secret is missing or wrong"))
+        return response(*await _score(request.stream(), worker, limits))
+
+    routes = [
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/score", score, methods=["POST"]),
+    ]
+    return Starlette(routes=routes)
+
+
+def _no(status: int, why: str) -> tuple[int, bytes]:
+    return status, json.dumps({"error": why}).encode()
+
+
+async def _score(
+    stream: AsyncIterator[bytes], worker: Worker, limits: message.Limits
+) -> tuple[int, bytes]:
+    """Status and body of the answer to a request."""
+    if not worker.ready:
+        return _no(503, LOADING)
+    body = await _body(stream, limits.bytes)
+    if body is None:
+        return _no(413, f"a request may have {limits.bytes} bytes")
+    try:
+        job = await asyncio.to_thread(message.decode, body, limits)
+    except ValueError as error:
+        return _no(400, str(error))
+    future = worker.submit(*job)
+    if future is None:
+        return _no(503, f"{worker.waiting} requests are waiting already")
+    try:
+        return 200, message.encode_scores(*await asyncio.wrap_future(future))
+    except Exception as error:
+        return _no(500, f"the reward failed: {error!r}")
+
+
+async def _body(stream: AsyncIterator[bytes], limit: int) -> bytes | None:
+    """The request's body, or None if it is too long.
+
+    Up to twice the limit is read and dropped: a client that is still sending when the connection
+    closes would never see the answer.
+    """
+    parts, size = [], 0
+    async for part in stream:
+        size += len(part)
+        if size > 2 * limit:
+            break
+        if size <= limit:
+            parts.append(part)
+    return b"".join(parts) if size <= limit else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until a signal comes. Raises what the loading of the reward raises."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ImportError(
+            "the reward server needs Starlette and uvicorn: pip install 'flowgrpo_jax[serve]'"
+        ) from error
+    args = parse(arguments)
+    secret = os.environ.get(args.secret_env) if args.secret_env else None
+    if args.secret_env and not secret:
+        raise SystemExit(f"--secret_env {args.secret_env}: this environment variable is empty")
+    if not secret and args.host not in ("127.0.0.1", "::1", "localhost"):
+        raise SystemExit(f"--host {args.host} can be reached from outside: give --secret_env")
+
+    options = {args.reward: args.options}
+    worker = Worker(
+        lambda: rewards.load([args.reward], options)[args.reward], args.batch, args.waiting
+    )
+    limits = message.Limits(args.max_images, args.max_side, args.max_bytes)
+    config = uvicorn.Config(
+        app(args.reward, worker, secret, limits),
+        host=args.host,
+        port=args.port,
+        log_level="info",
+        access_log=False,
+    )
+    server, failures = uvicorn.Server(config), []
+
+    def stop(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    worker.on_error = stop
+    worker.start()
+    server.run()
+    if failures:
+        raise failures[0]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("flowgrpo_jax.rewards.serve", description="Serve a reward.")
+    add, limits = parser.add_argument, message.Limits()
+    add("--reward", required=True, choices=sorted(rewards.TABLE), metavar="NAME")
+    add("--options", type=json.loads, default={}, help="JSON object, as reward.options.NAME")
+    add("--host", default="127.0.0.1", help="0.0.0.0 for all; needs --secret_env")
+    add("--port", type=int, default=18090)
+    add("--secret_env", help="environment variable that holds the secret which clients must know")
+    add("--batch", type=int, default=64, help="images scored together at most")
+    add("--waiting", type=int, default=64, help="requests that may wait")
+    add("--max_images", type=int, default=limits.images, help="in a request")
+    add("--max_side", type=int, default=limits.side, help="of an image, px")
+    add("--max_bytes", type=int, default=limits.bytes, help="of a request")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Judges behind an OpenAI-compatible endpoint: a local server that imitates one looks at the
+pictures that it is sent, and answers well, badly, late or not at all."""
+
+import base64
+import io
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+from http_stub import Stub, nobody
+from PIL import Image
+
+from flowgrpo_jax import rewards
+from flowgrpo_jax.rewards import judge, preference
+
+MODEL = "a-judge"
+
+
+def pictures(body):
+    """The pictures and the text of a request, as the interface defines it."""
+    (message,) = json.loads(body)["messages"]
+    assert message["role"] == "user"
+    images, text = [], ""
+    for part in message["content"]:
+        if part["type"] == "image_url":
+            kind, _, data = part["image_url"]["url"].partition(",")
+            assert kind == "data:image/png;base64"
+            images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
+        else:
+            text += part["text"]
+    return images, text
+
+
+def completion(text):
+    return 200, json.dumps(
+        {"choices": [{"message": {"role": "assistant", "content": text}}]}
+    ).encode()
+
+
+def models(request, body):
+    return 200, json.dumps({"data": [{"id": "other"}, {"id": MODEL}]}).encode()
+
+
+def gray(*levels, side=8):
+    """Uniform images uint8 [B, side, side, 3]."""
+    return np.stack([np.full((side, side, 3), level, np.uint8) for level in levels])
+
+
+def load(name, stub, **options):
+    options = {"model": MODEL, "retries": 1, "backoff": 0, "timeout": 10, **options}
+    url = stub if isinstance(stub, str) else stub.url + "/v1"
+    return rewards.load([name], {name: {"url": url, **options}})[name]
+
+
+# ---------------------------------------------------------------------------------- one image
+
+
+def marks(request, body):
+    """The mean of the picture / 50 as the mark, unless the caption asks for something else."""
+    (image,), text = pictures(body)
+    caption = text.rpartition("Caption: ")[2]
+    if caption == "slow":
+        time.sleep(1.5)
+    return {
+        "garbage": (200, b"\xff\xfe not JSON"),
+        "list": (200, b"[1, 2]"),
+        "no choice": (200, b'{"choices": []}'),
+        "null": completion(None),
+        "chatter": completion("What a lovely picture!"),
+        "too high": completion("Final Score: 17"),
+        "below": completion("Final Score: -2"),
+        "error": (500, b"CUDA out of memory"),
+        "refused": (400, b"the picture is too large"),
+    }.get(caption, completion(f"It is bright.\nFinal Score: {image.mean() / 50:.1f}"))
+
+
+BAD = ["garbage", "list", "no choice", "null", "chatter", "too high", "below", "error", "refused"]
+
+
+def test_the_score_is_the_mark_over_the_best_mark():
+    with Stub(marks) as stub:
+        scores, valid = load("unifiedreward", stub)(gray(50, 250, 125), list("abc"), [{}] * 3)
+    assert scores.dtype == np.float32 and valid.dtype == bool and valid.all()
+    np.testing.assert_allclose(scores, [0.2, 1.0, 0.5], atol=1e-6)
+
+
+def test_bad_answers_make_their_images_invalid_and_no_others(caplog):
+    prompts = ["fine", *BAD, "slow", "fine too"]
+    with Stub(marks) as stub:
+        reward = load("unifiedreward", stub, timeout=0.8, retries=0)
+        scores, valid = reward(gray(*[100] * len(prompts)), prompts, [{}] * len(prompts))
+    good = [prompt.startswith("fine") for prompt in prompts]
+    np.testing.assert_array_equal(valid, good)
+    np.testing.assert_allclose(scores, np.where(good, 0.4, 0), atol=1e-6)
+    assert "10 of 12 questions failed" in caplog.text
+
+
+def test_a_passing_error_is_tried_again_and_a_lasting_one_only_so_often():
+    left = [500, 503]
+
+    def answer(request, body):
+        return (left.pop(), b"") if left else marks(request, body)
+
+    with Stub(answer) as stub:
+        _, valid = load("unifiedreward", stub, retries=2)(gray(100), ["a"], [{}])
+        assert valid.all() and len(stub.seen) == 3
+        _, valid = load("unifiedreward", stub, retries=2)(gray(100), ["error"], [{}])
+        assert not valid.any() and len(stub.seen) == 6
+
+
+def test_a_dead_endpoint_costs_a_batch_no_more_than_its_first_questions():
+    start = time.monotonic()
+    reward = load("unifiedreward", nobody(), concurrency=2, backoff=0.1)
+    _, valid = reward(gray(*range(50)), ["a"] * 50, [{}] * 50)
+    assert not valid.any() and time.monotonic() - start < 2
+
+
+def test_the_request_is_what_the_interface_says(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k3y")
+    image = np.random.default_rng(0).integers(0, 256, (1, 6, 6, 3), dtype=np.uint8)
+    with Stub(lambda request, body: completion("Final Score: 3")) as stub:
+        options = {"key_env": "JUDGE_KEY", "extra": {"seed": 7}}
+        load("unifiedreward", stub, side=None, **options)(image, ["a {red} cat"], [{}])
+        load("unifiedreward", stub, side=32)(image, ["a cat"], [{}])
+    (method, path, headers, body), (_, _, headers2, body2) = stub.seen
+    assert (method, path) == ("POST", "/v1/chat/completions")
+    assert headers["Authorization"] == "Bearer k3y" and "Authorization" not in headers2
+    fields = json.loads(body)
+    assert (fields["model"], fields["temperature"], fields["seed"]) == (MODEL, 0, 7)
+    (sent,), text = pictures(body)
+    np.testing.assert_array_equal(sent, image[0])
+    assert text.endswith("a {red} cat") and "{prompt}" not in text
+    assert pictures(body2)[0][0].shape == (32, 32, 3)
+
+
+def test_questions_are_asked_side_by_side_but_not_too_many():
+    def answer(request, body):
+        time.sleep(0.05)
+        return marks(request, body)
+
+    with Stub(answer) as stub:
+        load("unifiedreward", stub, concurrency=3)(gray(*range(60, 72)), ["a"] * 12, [{}] * 12)
+    assert 1 < stub.most <= 3
+
+
+def test_answers_are_remembered_by_picture_and_prompt():
+    with Stub(marks) as stub:
+        reward = load("unifiedreward", stub)
+        first = reward(gray(60, 70, 70), ["a", "a", "chatter"], [{}] * 3)
+        asked = len(stub.seen)
+        again = reward(gray(60, 70, 70), ["a", "a", "chatter"], [{}] * 3)
+        assert len(stub.seen) == asked + 1  # only the one without a mark
+        reward(gray(60, 71), ["b", "a"], [{}] * 2)
+        assert len(stub.seen) == asked + 3
+    np.testing.assert_array_equal(first, again)
+
+
+def test_the_memory_is_bounded():
+    with Stub(marks) as stub:
+        reward = load("unifiedreward", stub, cache=1, concurrency=1)
+        for level in (60, 70, 70, 60):
+            reward(gray(level), ["a"], [{}])
+        assert len(stub.seen) == 3
+
+
+@pytest.mark.parametrize(
+    "answer, mark",
+    [
+        ("Final Score: 4", 4),
+        ("**Final Score:** 3.5", 3.5),
+        ("the score (1-5): 2", None),
+        ("score = 2", 2),
+        ("<score>5</score>", 5),
+        ("final score: 1, no, FINAL SCORE: 2.", 2),
+        ("Final Score: 0.5", None),
+        ("Final Score: -4", None),
+        ("Final Score: five", None),
+        ("", None),
+    ],
+)
+def test_marks_are_read_from_answers(answer, mark):
+    assert judge.unifiedreward().mark(answer) == mark
+
+
+def test_a_judge_with_a_question_of_ones_own():
+    def answer(request, body):
+        _, text = pictures(body)
+        assert text == 'Is {"this"} a cat? Say beauty=N, 0 to 10.'
+        return completion("beauty=8")
+
+    template = 'Is {"this"} {prompt}? Say beauty=N, 0 to 10.'
+    with Stub(answer) as stub:
+        options = {"template": template, "pattern": r"beauty=(\d+)", "low": 0, "high": 10}
+        scores, valid = load("vlm_judge", stub, **options)(gray(1), ["a cat"], [{}])
+    assert valid.all() and scores[0] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"pattern": "score"}, "one group"), ({"low": 5}, "low=5"), ({"concurrency": 0}, "conc")],
+)
+def test_options_that_cannot_be(options, words):
+    with pytest.raises(ValueError, match=words):
+        judge.unifiedreward(**options)
+
+
+@pytest.mark.parametrize("name", ["unifiedreward", "preference"])
+def test_ready_wants_a_server_that_has_the_model(name):
+    with Stub(models) as stub:
+        load(name, stub).ready()
+        assert stub.seen[0][:2] == ("GET", "/v1/models")
+        with pytest.raises(RuntimeError, match=r"serves \['other', 'a-judge'\], not model='mine'"):
+            load(name, stub, model="mine").ready()
+        stub.answer = lambda request, body: (401, b"wrong key")
+        with pytest.raises(RuntimeError, match="wrong key"):
+            load(name, stub).ready()
+        stub.answer = lambda request, body: (200, b"<html>")
+        with pytest.raises(RuntimeError, match="not what OpenAI's interface says"):
+            load(name, stub).ready()
+    with pytest.raises(RuntimeError, match="no server is ready"):
+        load(name, nobody()).ready()
+
+
+# --------------------------------------------------------------------------------- two images
+
+
+def brighter(request, body):
+    """Prefers the brighter picture; refuses to compare black ones."""
+    (first, second), _ = pictures(body)
+    a, b = first.mean(), second.mean()
+    if min(a, b) == 0:
+        return 500, b"too dark"
+    verdict = "Tie" if a == b else f"Image {1 if a > b else 2} is better"
+    return completion(f"Image 1 is fine, Image 2 as well. <answer>{verdict}</answer>")
+
+
+def prefer(answer, images, prompts, **options):
+    with Stub(answer) as stub:
+        reward = load("preference", stub, **options)
+        return *reward(images, prompts, [{}] * len(prompts)), stub
+
+
+def test_the_reward_is_the_share_of_the_group_that_an_image_beats():
+    images = gray(10, 50, 30, 40, 20, 90, 80, 70)  # the last three are of another prompt
+    scores, valid, stub = prefer(brighter, images, ["a"] * 5 + ["b"] * 3)
+    assert valid.all() and len(stub.seen) == 10 + 3
+    np.testing.assert_allclose(scores, [0, 1, 0.5, 0.75, 0.25, 1, 0.5, 0], atol=1e-6)
+
+
+def test_a_tie_is_half_a_win_for_both():
+    scores, valid, _ = prefer(brighter, gray(10, 20, 20), ["a"] * 3)
+    assert valid.all()
+    np.testing.assert_allclose(scores, [0, 0.75, 0.75])
+
+
+def test_a_failed_comparison_counts_for_neither():
+    images = gray(10, 0, 30, 20, 0, 50)
+    scores, valid, _ = prefer(brighter, images, ["a"] * 4 + ["b", "b"], retries=0)
+    np.testing.assert_array_equal(valid, [True, False, True, True, False, False])
+    np.testing.assert_allclose(scores, [0, 0, 1, 0.5, 0, 0])
+
+
+def test_an_image_alone_with_its_prompt_is_invalid():
+    scores, valid, stub = prefer(brighter, gray(10, 20, 30), ["a", "a", "b"])
+    np.testing.assert_array_equal(valid, [True, True, False])
+    assert len(stub.seen) == 1 and scores[2] == 0
+
+
+def test_a_judge_that_favours_a_place_moves_nobody():
+    first = lambda request, body: completion("<answer>Image 1 is better</answer>")  # noqa: E731
+    scores, _, _ = prefer(first, gray(*range(1, 8)), ["a"] * 7)
+    np.testing.assert_allclose(scores, 0.5)
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_every_pair_of_a_group_meets_once(n):
+    pairs = list(preference.duels(["a"] * n, None))
+    assert sorted(tuple(sorted(pair)) for pair in pairs) == list(
+        itertools.combinations(range(n), 2)
+    )
+
+
+@pytest.mark.parametrize("n, opponents, met", [(24, 4, 4), (24, 3, 4), (7, 2, 2), (4, 9, 3)])
+def test_fewer_opponents(n, opponents, met):
+    pairs = list(preference.duels(["a"] * n, opponents))
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs)
+    counts = np.bincount(np.ravel(pairs), minlength=n)
+    np.testing.assert_array_equal(counts, met)
+
+
+@pytest.mark.parametrize(
+    "answer, won",
+    [
+        ("<answer>Image 2 is better</answer>", 0),
+        ("<think>Image 2 is better</think><answer>Image 1 is better</answer>", 1),
+        ("<answer> tie </answer>", 0.5),
+        ("<answer>1</answer>", 1),
+        ("Image 1 is better", None),
+        ("<answer>Image 3 is better</answer>", None),
+    ],
+)
+def test_verdicts_are_read_from_answers(answer, won):
+    assert preference.make("http://a", MODEL).verdict(answer) == won
+
+
+def test_preference_options_that_cannot_be():
+    with pytest.raises(ValueError, match="opponents=0"):
+        preference.make("http://a", MODEL, opponents=0)
+    with pytest.raises(ValueError, match="one group"):
+        preference.make("http://a", MODEL, pattern="(1)|(2)")

@@ -1,0 +1,158 @@
+"""The OCR reward: its rule against a search over edits and hand-worked cases, and PP-OCR itself on
+pictures with right, wrong, extra, missing and no text."""
+
+import itertools
+from collections import deque
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from flowgrpo_jax import rewards
+from flowgrpo_jax.rewards import ocr
+
+# ---------------------------------------------------------------------------------- the rule
+
+
+def distances(start, letters, longest):
+    """Distances from one word to all others, by breadth-first search over single edits."""
+    found, waiting = {start: 0}, deque([start])
+    while waiting:
+        word = waiting.popleft()
+        places = range(len(word) + 1)
+        edits = {word[:i] + word[i + 1 :] for i in places}
+        edits |= {word[:i] + c + word[i:] for i in places for c in letters}
+        edits |= {word[:i] + c + word[i + 1 :] for i in places for c in letters}
+        for new in edits:
+            if len(new) <= longest and new not in found:
+                found[new] = found[word] + 1
+                waiting.append(new)
+    return found
+
+
+def test_the_edit_distance_is_the_least_number_of_edits():
+    words = ["".join(w) for n in range(5) for w in itertools.product("ab", repeat=n)]
+    for a in words:
+        expected = distances(a, "ab", 6)
+        for b in words:
+            assert ocr.edit_distance(a, b) == expected[b], (a, b)
+
+
+# wanted, found: strict score, upstream's score
+CASES = {
+    "right": ("hello", "hello", 1, 1),
+    "one letter wrong": ("hello", "hallo", 4 / 5, 4 / 5),
+    "one letter missing": ("hello", "hell", 4 / 5, 4 / 5),
+    "nothing": ("hello", "", 0, 0),
+    "another text of the same length": ("hello", "wacky", 0, 0),
+    "a longer text that shares a letter": ("cat", "elephants", 0, 0),
+    "one letter too many": ("hello", "hellos", 4 / 5, 1),
+    "twice": ("hello", "hellohello", 0, 1),
+    "amid other text": ("cat", "acatb", 1 / 3, 1),
+    "wrong, and too long": ("cat", "cut!", 1 / 3, 1 / 3),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_score_is_the_share_of_letters_that_need_no_edit(name):
+    wanted, found, strict, upstream = CASES[name]
+    assert ocr.similarity(wanted, found, strict=True) == pytest.approx(strict)
+    assert ocr.similarity(wanted, found, strict=False) == pytest.approx(upstream)
+
+
+def test_the_target_is_in_the_first_pair_of_double_quotes():
+    assert ocr.target('a sign that says "Hot Dogs" and not "Cats"') == "hotdogs"
+    for prompt in ("a sign", 'a 5" pipe', 'an empty sign ""', 'a sign "  "', "a 'single' one"):
+        assert ocr.target(prompt) == ""
+
+
+# --------------------------------------------------------------------------- PP-OCR, for real
+
+
+def picture(*lines, side=256):
+    """Black lines on white, uint8 [side, side, 3], in the font that comes with Pillow."""
+    image = Image.new("RGB", (side, side), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(image).text((20, 40 + 70 * i), line, "black", ImageFont.load_default(40))
+    return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Scores of pictures under one prompt, strict and as upstream."""
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    strict = rewards.load(["ocr"])["ocr"]
+    lenient = rewards.load(["ocr"], {"ocr": {"strict": False, "workers": 1}})["ocr"]
+
+    def score(images, prompts):
+        results = [r(np.stack(images), prompts, [{}] * len(images)) for r in (strict, lenient)]
+        assert all(scores.dtype == np.float32 for scores, _ in results)
+        np.testing.assert_array_equal(results[0][1], results[1][1])
+        return results[0][0], results[1][0], results[0][1]
+
+    return score
+
+
+def test_pictures_score_what_can_be_read_in_them(both):
+    pictures = {
+        "right": picture("HELLO"),
+        "other case and a space": picture("Hel lo"),
+        "wrong": picture("JUMPY"),
+        "extra": picture("HELLO", "HELLO"),
+        "one letter missing": picture("HELO"),
+        "none": picture(),
+    }
+    strict, upstream, valid = both(list(pictures.values()), ['a sign "Hello"'] * len(pictures))
+    assert valid.all()
+    np.testing.assert_allclose(strict, [1, 1, 0, 0, 0.8, 0], atol=1e-6)
+    np.testing.assert_allclose(upstream, [1, 1, 0, 1, 0.8, 0], atol=1e-6)
+
+
+def test_lines_are_read_in_order_and_colours_do_not_matter(both):
+    two = picture("GRAND", "HOTEL")
+    blue = np.where(two == 0, np.array([30, 30, 200], np.uint8), two)
+    for image in (two, blue):
+        strict, _, valid = both([image], ['a facade with "Grand Hotel" on it'])
+        assert strict[0] == 1 and valid[0]
+
+
+def test_a_prompt_without_a_target_is_invalid_alone(both, caplog):
+    prompts = ['"STOP"', "a stop sign", 'a 5" pipe']
+    strict, _, valid = both([picture("STOP")] * 3, prompts)
+    np.testing.assert_array_equal(valid, [True, False, False])
+    np.testing.assert_array_equal(strict, [1, 0, 0])
+    assert "2 of 3 prompts have no text in double quotes, such as 'a stop sign'" in caplog.text
+
+
+def test_a_picture_that_cannot_be_read_is_invalid_alone(both, monkeypatch, caplog):
+    def failing(confidence=0.0):
+        read = recogniser(confidence)
+
+        def sometimes(image):
+            if not image.any():
+                raise RuntimeError("the engine failed")
+            return read(image)
+
+        return sometimes
+
+    recogniser = ocr.recogniser
+    monkeypatch.setattr(ocr, "recogniser", failing)
+    reward = ocr.make(workers=2)
+    black = np.zeros((256, 256, 3), np.uint8)
+    scores, valid = reward(np.stack([black, picture("STOP")]), ['"STOP"'] * 2, [{}] * 2)
+    np.testing.assert_array_equal(scores, [0, 1])
+    np.testing.assert_array_equal(valid, [False, True])
+    assert "the engine failed" in caplog.text
+
+
+def test_without_the_package_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "rapidocr", None)
+    with pytest.raises(ImportError, match=r"flowgrpo_jax\[ocr\]"):
+        rewards.load(["ocr"])
+
+
+def test_no_workers_is_an_error():
+    pytest.importorskip("rapidocr")
+    with pytest.raises(ValueError, match="workers=0"):
+        ocr.make(workers=0)

@@ -1,0 +1,207 @@
+"""Requests with a time limit, retries and replicas, against real servers that misbehave."""
+
+import time
+
+import pytest
+from http_stub import Stub, nobody
+
+from flowgrpo_jax.rewards import wire
+
+
+def always(status, body=b""):
+    return lambda request, _: (status, body)
+
+
+def slow(seconds, body=b"late"):
+    def answer(request, _):
+        time.sleep(seconds)
+        return 200, body
+
+    return answer
+
+
+def took(f, *arguments, **options):
+    """Seconds until f raised Failed, and what it raised."""
+    start = time.monotonic()
+    with pytest.raises(wire.Failed) as caught:
+        f(*arguments, **options)
+    return time.monotonic() - start, caught.value
+
+
+# ------------------------------------------------------------------------------- one request
+
+
+def test_a_request_and_its_answer():
+    with Stub(lambda request, body: (200, body[::-1])) as stub:
+        assert wire.request(stub.url + "/a", b"abc", {"X-Secret": "s"}, timeout=5) == b"cba"
+        assert wire.request(stub.url + "/b", timeout=5) == b""
+    (method, path, headers, body), (method2, path2, _, _) = stub.seen
+    assert (method, path, body, headers["X-Secret"]) == ("POST", "/a", b"abc", "s")
+    assert (method2, path2) == ("GET", "/b")
+
+
+@pytest.mark.parametrize(
+    "status, kind",
+    [
+        *((status, wire.Refused) for status in (400, 401, 404, 413)),
+        *((status, wire.Unavailable) for status in (408, 429, 500, 503)),
+    ],
+)
+def test_an_error_is_worth_another_try_or_not(status, kind):
+    with Stub(always(status, b"the reason")) as stub:
+        _, error = took(wire.request, stub.url, timeout=5)
+    assert type(error) is kind and f"{stub.url} answered {status}: the reason" in str(error)
+
+
+def test_nobody_there():
+    seconds, error = took(wire.request, nobody(), timeout=5)
+    assert type(error) is wire.Unreachable and seconds < 1
+
+
+def test_a_server_that_does_not_answer_in_time():
+    with Stub(slow(2.0)) as stub:
+        seconds, error = took(wire.request, stub.url, timeout=0.2)
+    assert type(error) is wire.Unreachable and 0.2 <= seconds < 1.5
+
+
+def test_an_answer_that_trickles_does_not_get_round_the_time_limit():
+    def answer(request, _):
+        request.send_response(200)
+        request.send_header("Content-Length", "100")
+        request.end_headers()
+        for _ in range(100):
+            request.wfile.write(b"x")
+            time.sleep(0.03)
+
+    with Stub(answer) as stub:
+        seconds, error = took(wire.request, stub.url, timeout=0.3)
+    assert type(error) is wire.Unreachable and 0.3 <= seconds < 2.0
+
+
+def test_an_answer_that_breaks_off():
+    def answer(request, _):
+        request.send_response(200)
+        request.send_header("Content-Length", "100")
+        request.end_headers()
+        request.wfile.write(b"a half")
+        request.close_connection = True
+
+    with Stub(answer) as stub:
+        _, error = took(wire.request, stub.url, timeout=5)
+    assert type(error) is wire.Unreachable and "broke off" in str(error)
+
+
+def test_an_answer_that_is_too_long():
+    with Stub(always(200, b"x" * 101)) as stub:
+        assert len(wire.request(stub.url, timeout=5, limit=101)) == 101
+        _, error = took(wire.request, stub.url, timeout=5, limit=100)
+    assert type(error) is wire.Refused
+
+
+def test_a_redirect_does_not_carry_the_secret_away():
+    with Stub(always(200, b"thanks")) as thief:
+        redirect = lambda request, _: request.reply(302, Location=thief.url)  # noqa: E731
+        with Stub(redirect) as stub:
+            _, error = took(wire.request, stub.url, headers={"Authorization": "s"}, timeout=5)
+    assert type(error) is wire.Refused and not thief.seen
+
+
+# ---------------------------------------------------------------------------------- replicas
+
+
+def failing(times, status=500):
+    """An answer that fails a few times first."""
+    left = [status] * times
+    return lambda request, body: (left.pop() if left else 200, b"good")
+
+
+def test_a_passing_failure_is_tried_again():
+    with Stub(failing(2)) as stub:
+        assert wire.Replicas(stub.url, retries=2, backoff=0).post("/", b"") == b"good"
+        assert len(stub.seen) == 3
+
+
+def test_tries_are_bounded_and_the_waits_double(monkeypatch):
+    waits = []
+    monkeypatch.setattr(wire.time, "sleep", waits.append)
+    with Stub(always(500, b"broken")) as stub:
+        replicas = wire.Replicas(stub.url, retries=3, backoff=0.5)
+        _, error = took(replicas.post, "/", b"")
+        assert len(stub.seen) == 4 and waits == [0.5, 1.0, 2.0]
+        assert "after 4 tries" in str(error) and "broken" in str(error)
+        took(replicas.post, "/", b"")  # a server that answers is not given up
+        assert len(stub.seen) == 8
+
+
+def test_a_refusal_is_final():
+    with Stub(always(401)) as one, Stub(always(200)) as other:
+        replicas = wire.Replicas([one.url, other.url], backoff=0)
+        _, error = took(replicas.post, "/", b"")
+    assert type(error) is wire.Refused and len(one.seen) == 1 and not other.seen
+
+
+def test_replicas_share_the_work():
+    with Stub(always(200, b"1")) as one, Stub(always(200, b"2")) as two:
+        replicas = wire.Replicas([one.url + "/", two.url])
+        assert b"".join(replicas.post("/x", b"") for _ in range(6)) == b"121212"
+        assert {path for _, path, _, _ in one.seen} == {"/x"}
+
+
+def test_another_replica_takes_over_and_the_hung_one_rests_until_it_is_back():
+    hung = slow(1.5)
+    with Stub(hung) as one, Stub(always(200, b"2")) as two:
+        replicas = wire.Replicas([one.url, two.url], timeout=0.4, retries=0, rest=0.6)
+        assert b"".join(replicas.post("/", b"") for _ in range(4)) == b"2222"
+        assert len(one.seen) == 1 and len(two.seen) == 4
+        one.answer = always(200, b"1")
+        time.sleep(0.7)
+        assert sorted(replicas.post("/", b"") for _ in range(2)) == [b"1", b"2"]
+
+
+def test_when_nobody_is_there_the_next_requests_fail_at_once_and_later_ones_try_again():
+    with Stub(slow(1.5)) as stub:
+        replicas = wire.Replicas(stub.url, timeout=0.2, retries=1, backoff=0, rest=0.5)
+        seconds, _ = took(replicas.post, "/", b"")
+        assert seconds >= 0.4 and len(stub.seen) == 2
+        seconds, error = took(replicas.post, "/", b"")
+        assert seconds < 0.1 and len(stub.seen) == 2 and "given up" in str(error)
+        stub.answer = always(200, b"back")
+        time.sleep(0.55)
+        assert replicas.post("/", b"") == b"back"
+
+
+def test_a_check_needs_one_good_replica_and_names_the_bad_ones(caplog):
+    def probe(url):
+        wire.request(url, timeout=5)
+
+    with Stub(always(200)) as good, Stub(always(503, b"loading")) as bad:
+        wire.Replicas([good.url, bad.url]).check("the reward", probe)
+        assert f"{bad.url} answered 503: loading" in caplog.text
+        gone = nobody()
+        with pytest.raises(RuntimeError, match="the reward: no server is ready") as error:
+            wire.Replicas([gone, bad.url]).check("the reward", probe)
+    assert gone in str(error.value) and "loading" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "urls, options, words",
+    [
+        ([], {}, "urls is empty"),
+        ("file:///etc/passwd", {}, "http://"),
+        (["http://a", "b:80"], {}, "'b:80' must start with http"),
+        ("http://a", {"timeout": 0}, "timeout=0 must be above 0"),
+        ("http://a", {"retries": -1}, "retries=-1"),
+    ],
+)
+def test_options_that_cannot_be(urls, options, words):
+    with pytest.raises(ValueError, match=words):
+        wire.Replicas(urls, **options)
+
+
+def test_the_secret_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("REWARD_SECRET", "s3cret")
+    assert wire.bearer("secret_env", "REWARD_SECRET") == {"Authorization": "Bearer s3cret"}
+    assert wire.bearer("secret_env", None) == {}
+    monkeypatch.delenv("REWARD_SECRET")
+    with pytest.raises(ValueError, match=r"secret_env='REWARD_SECRET'.*is empty"):
+        wire.bearer("secret_env", "REWARD_SECRET")
