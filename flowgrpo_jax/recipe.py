@@ -16,9 +16,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import grpo, programs, prompts, rewards, sde, sharding, update
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import sd3, text_cache
 from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.rewards import host
+from flowgrpo_jax.rewards.tasks import restrict
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.types import Conditioning, Metadata, Params, Trajectory
 
@@ -131,6 +133,14 @@ def check(config: ConfigDict) -> None:
         any(config.reward.weights.values()),
         f"reward.weights={config.reward.weights.to_dict()}: at least one weight must not be 0",
     )
+    used = {*config.reward.weights, *config.eval.rewards}
+    idle = sorted(set(config.reward.options) - used)
+    _require(not idle, f"reward.options names {idle}: no such reward is used here, remove them")
+    _require(
+        not (config.prompts.tasks and (config.prompts.train or config.prompts.test)),
+        "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",
+    )
+    tasks.check(config.prompts.tasks.to_dict(), used)
 
 
 def window(config: ConfigDict) -> int:
@@ -176,7 +186,13 @@ class Recipe:
         return {"transformer": self.model.base, "vae": self.model.params["vae"]}
 
     def encode(self, texts: list[str]) -> Conditioning:
-        return sharding.replicate(self.mesh, self.model.encode(texts))
+        model, config = self.model, self.config.model
+        if not config.text_cache:
+            return sharding.replicate(self.mesh, model.encode(texts))
+        settings = {"dtype": config.dtype, "t5": config.t5, "t5_length": config.t5_length}
+        mark = text_cache.fingerprint(model.directory, **settings)
+        cond = text_cache.encode_cached(model.encode, texts, config.text_cache, mark)
+        return sharding.replicate(self.mesh, cond)
 
 
 def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None) -> sd3.SD3:
@@ -186,6 +202,7 @@ def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None
         config.model.path,
         lora_spec=spec,
         dtype=jnp.dtype(config.model.dtype),
+        t5=config.model.t5,
         t5_length=config.model.t5_length,
         remat=config.model.remat,
         place=lambda path, shape: replicated,
@@ -206,11 +223,11 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     mesh = sharding.make_mesh()
     plan = make_plan(config, mesh.size)
     weights = config.reward.weights.to_dict()
-    train_prompts = prompts.load(config.prompts.train) if training else []
-    test_prompts = prompts.load(config.prompts.test) if config.prompts.test else []
-    score = _score(weights, train_prompts)
+    train_prompts, test_prompts = load_prompts(config, training)
+    score = _score(config, weights, train_prompts)
     names = tuple(config.eval.rewards) or tuple(weights)
-    score_test = _score({name: weights.get(name, 0.0) for name in names}, test_prompts, np.nan)
+    tested = {name: weights.get(name, 0.0) for name in names}
+    score_test = _score(config, tested, test_prompts, np.nan)
     model = load_model(config, mesh)
     sigmas = sde.sigma_schedule(config.sample.steps, model.shift)
     s = config.sample
@@ -243,12 +260,27 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     )
 
 
-def _score(weights: dict[str, float], records: list[Metadata], failed: float = 0.0) -> host.Score:
+def load_prompts(config: ConfigDict, training: bool) -> tuple[list[Metadata], list[Metadata]]:
+    """(train, test) records; generated training prompts keep clear of the test prompts."""
+    p = config.prompts
+    if p.tasks:
+        return tasks.splits(p.tasks.to_dict())
+    test = prompts.load(p.test) if p.test else []
+    return prompts.load(p.train, exclude=test) if training else [], test
+
+
+def _score(
+    config: ConfigDict, weights: dict[str, float], records: list[Metadata], failed: float = 0.0
+) -> host.Score:
     def lookup(ids: np.ndarray) -> tuple[list[str], list[Metadata]]:
         chosen = [records[i] for i in ids]
         return [r["prompt"] for r in chosen], chosen
 
-    loaded: Any = rewards.load(weights)
+    options = config.reward.options.to_dict()
+    loaded: Any = rewards.load(weights, {k: v for k, v in options.items() if k in weights})
+    for name, scored in tasks.scored_by(config.prompts.tasks.to_dict()).items():
+        if name in loaded:
+            loaded[name] = restrict(loaded[name], scored)
     return host.composite(loaded, weights, lookup, failed)
 
 

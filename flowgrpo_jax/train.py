@@ -28,6 +28,7 @@ from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate, save_grid
 from flowgrpo_jax.logs import Metrics
 from flowgrpo_jax.models import lora
+from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.rewards import host
 from flowgrpo_jax.types import Conditioning, PromptBatch, Rewards, TrainState, Trajectory
@@ -111,6 +112,7 @@ def one_epoch(
         seed=config.seed,
         epoch=epoch,
         tag_weights=config.prompts.tag_weights.to_dict(),
+        task_weights=tasks.weights(config.prompts.tasks.to_dict()),
     )
     cond = run.encode(batch.prompts)
 

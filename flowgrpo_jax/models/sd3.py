@@ -28,15 +28,8 @@ from flowgrpo_jax.models.vae import VAE, VAEConfig, to_uint8
 from flowgrpo_jax.types import Conditioning
 
 BUNDLED = "shapes"  # the name of the model that comes with the package
-PARTS = (
-    "scheduler",
-    "tokenizer",
-    "text_encoder",
-    "tokenizer_2",
-    "text_encoder_2",
-    "transformer",
-    "vae",
-)
+ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
 T5_PARTS = "tokenizer_3", "text_encoder_3"
 
 

@@ -11,7 +11,7 @@ The files of yifan123/flow_grpo (`dataset/*/{train,test}.txt`, `{train,test}_met
 read as they are. A record is what rewards get as metadata. Keys with a meaning here:
   "prompt"   the text
   "tag"      prompts.tag_weights and the evaluation's table go by it
-  "task"     which of several sources it is from (`mixture`); rewards/tasks.py goes by it
+  "task"     which of several sources it is from (tasks.py); rewards/tasks.py goes by it
 """
 
 from __future__ import annotations
@@ -66,20 +66,6 @@ def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
     for record in records:
         unique.setdefault(record["prompt"], record)
     return list(unique.values())
-
-
-def mixture(sources: Mapping[str, str], exclude: Iterable[Metadata] = ()) -> list[Metadata]:
-    """The records of several tasks, {task: source}, one after the other.
-
-    Each record carries its "task", and where it has no "tag" the task's name as its tag. A prompt
-    that two tasks have is two records, with two rewards.
-    """
-    exclude = list(exclude)
-    return [
-        {"tag": task, **record, "task": task}
-        for task, source in sources.items()
-        for record in load(source, exclude)
-    ]
 
 
 def _record(path: Path, number: int, line: str) -> Metadata:
