@@ -18,7 +18,8 @@ epoch; others report 0.95 after about 2,000 steps. Not run here with these weigh
 The prompts are generated, and `geneval:test` is not the benchmark's list. To compare, give
 --config.prompts.test=evaluation_metadata.jsonl (github.com/djghosh13/geneval, prompts/): training
 then keeps clear of that as well. For the split by objects train on geneval:seen and test on
-geneval:unseen. Without torch: --config.reward.options.geneval.detector=small, for a quick look.
+geneval:unseen. The detector wants pip install 'flowgrpo_jax[geneval]'; without torch there is
+--config.reward.options.geneval.detector=small, for a quick look.
 """
 
 from ml_collections import ConfigDict

@@ -7,6 +7,7 @@ that cannot run here gives its place to JPEG compressibility.
 import importlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from flowgrpo_jax import recipe, rewards
 from flowgrpo_jax.train import train
 
+ROOT = Path(__file__).parent.parent
 RECIPES = ("geneval", "ocr", "pickscore")
 VARIANTS = ("full", "fast", "single_gpu")
 EACH = [(name, variant) for name in RECIPES for variant in VARIANTS]
@@ -77,10 +79,12 @@ def test_an_unknown_variant():
 
 
 def test_a_variant_is_chosen_on_the_command_line():
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
     changed = "--config.reward.options.geneval.detector=small"
-    values(["train", "--config=configs/geneval.py:fast", changed])
+    arguments = ["train", f"--config={ROOT}/configs/geneval.py:fast", changed]
+    values = flags.FlagValues()
+    settings = {"flag_values": values, "sys_argv": arguments}
+    holder = config_flags.DEFINE_config_file("config", None, "", **settings)
+    values(arguments)
     expected = load("geneval", "fast")
     expected.reward.options.geneval.detector = "small"
     assert holder.value.to_dict() == expected.to_dict()
