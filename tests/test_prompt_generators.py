@@ -135,10 +135,13 @@ def test_as_many_of_each_tag_as_the_benchmark(held):
 
 def test_the_test_prompts_do_not_change_unnoticed(held):
     """Scores of different versions of this package are compared on them."""
-    assert [held[i]["prompt"] for i in (80, 179, 259, 353, 453)] == FIRST
-
-
-FIRST = []
+    assert [held[i]["prompt"] for i in (80, 179, 259, 353, 453)] == [
+        "a photo of a person and a baseball bat",
+        "a photo of two persons",
+        "a photo of a red car",
+        "a photo of a person left of a bicycle",
+        "a photo of a purple bicycle and a black frisbee",
+    ]
 
 
 def meaning(prompt):
@@ -226,6 +229,14 @@ def test_ocr_splits_have_their_size_and_no_text_in_common(texts):
     }
     train, test = ({same(r["target"]) for r in texts[k]} for k in ("train", "test"))
     assert not train & test and len(test) == 1018 and len(train) > 2000
+
+
+def test_the_ocr_test_prompts_do_not_change_unnoticed(texts):
+    assert [r["prompt"] for r in texts["test"][1:4]] == [
+        'A science fair project board with the heading "Endless Whale"',
+        'A digital clock radio on a nightstand whose display shows "Bright Island"',
+        'A newspaper on a park bench with the headline "Greta\'s Toy Shop"',
+    ]
 
 
 def test_ocr_prompts_are_varied(texts):
