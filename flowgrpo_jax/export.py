@@ -28,9 +28,7 @@ def export(workdir: Path, out: Path, step: int | None = None) -> list[Path]:
     config = json.loads(file.read_text())
     c = config["lora"]
     spec = LoRASpec(c["rank"], c["alpha"], tuple(c["targets"]))
-    model = sd3.load(
-        config["model"]["path"], lora_spec=spec, t5_length=config["model"]["t5_length"]
-    )
+    model = sd3.load(config["model"]["path"], lora_spec=spec, t5=False)
     source = workdir / "checkpoints" / str(step) if step is not None else workdir
     adapter = checkpoint.load_lora(source, model)
     files = lora.write(adapter, spec, out, str(config["model"]["path"]))

@@ -60,8 +60,9 @@ def t5_limit(directory: Path) -> int:
 def main(_: list[str]) -> None:
     args = flags.FLAGS
     spec = lora.read_spec(args.lora)[1] if args.lora else LoRASpec()
-    t5_length = args.t5_length or t5_limit(sd3.resolve(args.model))
-    model = sd3.load(args.model, lora_spec=spec, dtype=jnp.dtype(args.dtype), t5_length=t5_length)
+    directory = sd3.resolve(args.model, t5=args.t5)
+    settings = {"t5": args.t5, "t5_length": args.t5_length or t5_limit(directory)}
+    model = sd3.load(directory, lora_spec=spec, dtype=jnp.dtype(args.dtype), **settings)
     adapter = checkpoint.load_lora(args.lora or checkpoint.BASE, model)
     images = generate(
         model,
@@ -90,6 +91,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_integer("height", None, "Pixels; the model's own size without it.")
     flags.DEFINE_integer("width", None, "Pixels; the model's own size without it.")
+    flags.DEFINE_bool("t5", True, "Load T5; without it zeros stand for its states.")
     flags.DEFINE_integer("t5_length", None, "T5 tokens of a prompt; the model's own without it.")
     flags.DEFINE_string("dtype", "float32", "Compute dtype: float32 or bfloat16.")
     flags.DEFINE_string("out", "image.png", "PNG file to write.")

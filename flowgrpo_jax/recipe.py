@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import grpo, programs, prompts, rewards, sde, sharding, update
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import sd3, text_cache
 from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.sampler import Process
@@ -136,12 +137,19 @@ def check(config: ConfigDict) -> None:
     _require(every >= 1, f"checkpoint.every={every}: must be at least 1 epoch")
     _require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
     _require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
-    for task, weights in {"": config.reward.weights, **config.reward.tasks}.items():
-        name = f"reward.tasks.{task}" if task else "reward.weights"
-        _require(
-            any(weights.values()) or (not task and bool(config.reward.tasks)),
-            f"{name}={dict(weights)}: name at least one reward whose weight is not 0",
-        )
+    _require(
+        any(config.reward.weights.values()),
+        f"reward.weights={config.reward.weights.to_dict()}: name at least one reward whose weight"
+        " is not 0",
+    )
+    used = {*config.reward.weights, *config.eval.rewards}
+    idle = sorted(set(config.reward.options) - used)
+    _require(not idle, f"reward.options names {idle}: no such reward is used here, remove them")
+    _require(
+        not (config.prompts.tasks and (config.prompts.train or config.prompts.test)),
+        "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",
+    )
+    tasks.check(config.prompts.tasks.to_dict(), used)
 
 
 def window(config: ConfigDict) -> int:
@@ -197,7 +205,13 @@ class Recipe:
         return {"transformer": self.model.base, "vae": self.model.params["vae"]}
 
     def encode(self, texts: list[str]) -> Conditioning:
-        return sharding.replicate(self.mesh, self.model.encode(texts))
+        model, config = self.model, self.config.model
+        if not config.text_cache:
+            return sharding.replicate(self.mesh, model.encode(texts))
+        settings = {"dtype": config.dtype, "t5": config.t5, "t5_length": config.t5_length}
+        mark = text_cache.fingerprint(model.directory, **settings)
+        cond = text_cache.encode_cached(model.encode, texts, config.text_cache, mark)
+        return sharding.replicate(self.mesh, cond)
 
 
 def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None) -> sd3.SD3:
@@ -206,6 +220,7 @@ def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None
         config.model.path,
         lora_spec=spec,
         dtype=jnp.dtype(config.model.dtype),
+        t5=config.model.t5,
         t5_length=config.model.t5_length,
         remat=config.model.remat,
         place=sharding.place(mesh),
@@ -220,11 +235,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     check(config)
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
-    train_prompts = prompts.load(config.prompts.train) if training else []
-    test_prompts = prompts.load(config.prompts.test) if config.prompts.test else []
-    mix = Mix(config.reward.weights.to_dict(), config.reward.tasks.to_dict())
-    weights = {name: mix.weights.get(name, 0.0) for name in config.eval.rewards}
-    test_mix = Mix(weights, mix.tasks) if weights else mix
+    train_prompts, test_prompts = load_prompts(config, training)
+    mix, test_mix = reward_mixes(config)
     loaded = rewards.load(
         dict.fromkeys(mix.names + test_mix.names), config.reward.options.to_dict()
     )
@@ -262,6 +274,22 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         scorer,
         test_scorer,
     )
+
+
+def load_prompts(config: ConfigDict, training: bool) -> tuple[list[Metadata], list[Metadata]]:
+    """(train, test) records; generated training prompts keep clear of the test prompts."""
+    p = config.prompts
+    if p.tasks:
+        return tasks.splits(p.tasks.to_dict())
+    test = prompts.load(p.test) if p.test else []
+    return prompts.load(p.train, exclude=test) if training else [], test
+
+
+def reward_mixes(config: ConfigDict) -> tuple[Mix, Mix]:
+    """Which rewards training and evaluation take, by task where there are several."""
+    weights, chosen = config.reward.weights.to_dict(), config.prompts.tasks.to_dict()
+    tested = {name: weights.get(name, 0.0) for name in config.eval.rewards} or weights
+    return tuple(Mix(w, tasks.reward_weights(chosen, w)) for w in (weights, tested))  # type: ignore
 
 
 def _scorer(

@@ -30,6 +30,7 @@ from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.logs import Metrics
 from flowgrpo_jax.models import lora
+from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.types import Conditioning, PromptBatch, Scores, TrainState, Trajectory
@@ -130,6 +131,7 @@ def one_epoch(
         seed=config.seed,
         epoch=epoch,
         tag_weights=config.prompts.tag_weights.to_dict(),
+        task_weights=tasks.weights(config.prompts.tasks.to_dict()),
     )
     cond = run.encode(batch.prompts)
     prepared = graph.prepare(run.scorer.in_graph, batch.prompts, batch.metadata)

@@ -102,6 +102,31 @@ def test_without_t5(checkpoint, tmp_path):
     assert worst(latents, wanted) <= TOLERANCE
 
 
+@pytest.mark.parametrize("length", [1, 8, 20])
+def test_t5_switched_off(checkpoint, length):
+    """The same of a complete directory: zeros of T5's width and the length asked for."""
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(checkpoint, text_encoder_3=None)
+    wanted, _, pooled, _ = pipeline.encode_prompt(
+        PROMPTS, None, None, max_sequence_length=length, do_classifier_free_guidance=False
+    )
+    model = sd3.load(checkpoint, t5=False, t5_length=length)
+    ours = model.encode(PROMPTS)
+    assert worst(ours.tokens, wanted) <= TOLERANCE and worst(ours.pooled, pooled) <= TOLERANCE
+    assert not np.asarray(ours.tokens[:, -length:]).any()
+    assert "text_encoder_3" not in model.params and model.tokenizers.t5 is None
+    kept = sd3.load(checkpoint, t5_length=length).encode(PROMPTS)
+    assert kept.tokens.shape == ours.tokens.shape
+    assert worst(kept.tokens, wanted) > 100 * TOLERANCE
+
+
+def test_t5_without_its_tokenizer(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "tokenizer_3")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_3 does not exist.*model\.t5=False"):
+        sd3.load(tmp_path)
+    assert sd3.load(tmp_path, t5=False).encode(["a cat"]).tokens.shape[0] == 1
+
+
 def test_what_the_directory_says(checkpoint):
     model = sd3.load(checkpoint)
     assert (model.shift, model.latent_channels, model.downsampling) == (3.0, 4, 2)

@@ -28,7 +28,9 @@ from flowgrpo_jax.models.vae import VAE, VAEConfig, to_uint8
 from flowgrpo_jax.types import Conditioning
 
 BUNDLED = "shapes"  # the name of the model that comes with the package
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
+T5_PARTS = "tokenizer_3", "text_encoder_3"
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,11 @@ class SD3:
         return self.encode_text(self.text_params, self.tokenizers(prompts))
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, *, t5: bool = True) -> Path:
     """A model's directory from a path, the name of the bundled model, or a hub id.
+
+    Args:
+      t5: whether to download the largest text encoder of a model on the hub.
 
     Raises FileNotFoundError that says what to do when none of them leads to a model.
     """
@@ -94,14 +99,47 @@ def resolve(model: str | Path) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    # Folders by name: the hub repository holds the same weights a second time in other layouts.
+    parts = (*PARTS, *T5_PARTS) if t5 else PARTS
+    wanted = ["model_index.json", *(f"{part}/*" for part in parts)]
+    twice = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.bin", "*.index.fp16.json"]
     try:
-        return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=twice))
     except Exception as error:
-        raise FileNotFoundError(
-            f"model {model!r} is neither a local directory nor could it be downloaded ({error})."
-            f" For gated weights accept the licence at huggingface.co/{model} and log in with"
-            " `hf auth login`, or set config.model.path to a local copy"
-        ) from error
+        raise FileNotFoundError(_no_download(str(model), error)) from error
+
+
+def _no_download(model: str, error: Exception) -> str:
+    """What to do about a model that the hub did not hand out."""
+    from huggingface_hub import errors
+
+    page, local = f"https://huggingface.co/{model}", "set config.model.path to a local copy"
+    copy = f"`hf download {model} --local-dir DIR` on a machine that can, then {local}"
+    match error:
+        case errors.GatedRepoError():
+            problem, fix = (
+                "is gated, and this account has not been given its weights",
+                f"accept the licence at {page}, log in here with `hf auth login` (or set HF_TOKEN)"
+                f" and start again; or {local}",
+            )
+        case errors.RepositoryNotFoundError():
+            problem, fix = (
+                "is not on the hub, or is private",
+                f"check the name at {page}; for a private one log in with `hf auth login`; or"
+                f" {local}",
+            )
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | ConnectionError():
+            problem, fix = (
+                "is neither a local directory nor in the cache, and the hub cannot be reached",
+                f"go online (and unset HF_HUB_OFFLINE), or {copy}",
+            )
+        case _:
+            problem, fix = (
+                "is no local directory and could not be downloaded",
+                f"for gated weights accept the licence at {page} and log in with `hf auth login`;"
+                f" or {copy}",
+            )
+    return f"model {model!r} {problem}: {fix}. The hub said: {error}"
 
 
 def _config(directory: Path, component: str, kind: type) -> Any:
@@ -137,6 +175,7 @@ def load(
     lora_spec: LoRASpec | None = None,
     dtype: Any = jnp.float32,
     text_dtype: Any = None,
+    t5: bool = True,
     t5_length: int = 256,
     remat: bool = False,
     unroll: bool = False,
@@ -149,6 +188,8 @@ def load(
       lora_spec: the adapter to make room for; SD3's defaults without it.
       dtype: compute and storage dtype of the transformer; the VAE stays f32.
       text_dtype: of the text encoders; `dtype` without it.
+      t5: false leaves the largest text encoder out, as diffusers' `text_encoder_3=None`: zeros
+        [P, t5_length, E] stand for its states. So does a directory that lacks it.
       t5_length: T5 tokens of a prompt (the paper: 128; diffusers: 256).
       remat: recompute block activations in the backward pass.
       unroll: lay equal blocks out one by one instead of scanning them.
@@ -157,7 +198,13 @@ def load(
       FileNotFoundError: a missing directory or file, by name.
       ValueError: weights that do not fit their config, all listed.
     """
-    directory = resolve(model)
+    directory = resolve(model, t5=t5)
+    t5 = t5 and (directory / "text_encoder_3").is_dir()
+    if t5 and not (directory / "tokenizer_3").is_dir():
+        raise FileNotFoundError(
+            f"{directory}/tokenizer_3 does not exist, though text_encoder_3 does: download it as"
+            " well, or set config.model.t5=False"
+        )
     spec = lora_spec or LoRASpec()
     text_dtype = text_dtype or dtype
     config = _config(directory, "transformer", MMDiTConfig)
@@ -173,7 +220,7 @@ def load(
     )
     vae_module = nnx.eval_shape(lambda: VAE(vae_config, rngs=nnx.Rngs(0)))
     vae, vae_params, _ = _component(directory, "vae", vae_module, jnp.float32, place)
-    encode_text, text_params = _text(directory, text_dtype, t5_length, config, place)
+    encode_text, text_params = _text(directory, text_dtype, t5, t5_length, config, place)
 
     def velocity(lora, base, latents, sigma, tokens, pooled):
         x = latents.astype(dtype)
@@ -186,7 +233,7 @@ def load(
         velocity=velocity,
         decode=lambda params, z: to_uint8(vae(params, z, method="decode")),
         encode_text=encode_text,
-        tokenizers=Tokenizers.load(directory, t5_length),
+        tokenizers=Tokenizers.load(directory, t5_length, t5=t5),
         lora_shapes=lora_shapes,
         lora_spec=spec,
         shift=_shift(directory),
@@ -196,13 +243,13 @@ def load(
     )
 
 
-def _text(directory: Path, dtype: Any, t5_length: int, config: MMDiTConfig, place: Any):
+def _text(directory: Path, dtype: Any, t5: bool, t5_length: int, config: MMDiTConfig, place: Any):
     """(encode_text, params) of the two or three text encoders."""
     kinds: dict[str, tuple[Any, Any]] = {
         "text_encoder": (CLIPConfig, CLIPText),
         "text_encoder_2": (CLIPConfig, CLIPText),
     }
-    if (directory / "text_encoder_3").is_dir():
+    if t5:
         kinds["text_encoder_3"] = (T5Config, T5Encoder)
     apply, params = {}, {}
     for name, (config_kind, module_kind) in kinds.items():
@@ -213,9 +260,9 @@ def _text(directory: Path, dtype: Any, t5_length: int, config: MMDiTConfig, plac
     @jax.jit
     def encode(params: dict[str, Params], ids: Any) -> Conditioning:
         clip_l, clip_g = (apply[k](params[k], i) for k, i in zip(apply, ids[:2]))
-        t5 = apply["text_encoder_3"](params["text_encoder_3"], ids[2]) if len(apply) == 3 else None
+        states = apply["text_encoder_3"](params["text_encoder_3"], ids[2]) if t5 else None
         tokens, pooled = encode_prompt(
-            clip_l, clip_g, t5, t5_length=t5_length, width=config.joint_attention_dim
+            clip_l, clip_g, states, t5_length=t5_length, width=config.joint_attention_dim
         )
         return Conditioning(tokens=tokens, pooled=pooled)
 

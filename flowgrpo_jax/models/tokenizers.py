@@ -28,8 +28,8 @@ class Tokenizers:
     t5_length: int
 
     @classmethod
-    def load(cls, directory: str | Path, t5_length: int = 256) -> Tokenizers:
-        """From a checkpoint's root; `tokenizer_3` may be missing.
+    def load(cls, directory: str | Path, t5_length: int = 256, t5: bool = True) -> Tokenizers:
+        """From a checkpoint's root; `tokenizer_3` may be missing, and is not read without `t5`.
 
         Raises:
           FileNotFoundError: no checkpoint, no tokenizer folder, or a folder without vocabulary.
@@ -38,8 +38,8 @@ class Tokenizers:
         if t5_length < 1:
             raise ValueError(f"t5_length is {t5_length}, it must be at least 1 token")
         root = Path(directory)
-        t5 = load_t5(root / "tokenizer_3") if (root / "tokenizer_3").is_dir() else None
-        return cls(load_clip(root / "tokenizer"), load_clip(root / "tokenizer_2"), t5, t5_length)
+        third = load_t5(root / "tokenizer_3") if t5 and (root / "tokenizer_3").is_dir() else None
+        return cls(load_clip(root / "tokenizer"), load_clip(root / "tokenizer_2"), third, t5_length)
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Texts -> ids of CLIP-L and bigG, i32 [B, 77], and of T5, i32 [B, t5_length] or None."""

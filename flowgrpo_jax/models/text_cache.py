@@ -1,0 +1,75 @@
+"""Encoded prompts kept on disk: what the text encoders said once need not be computed again.
+
+One safetensors file a prompt, named by a hash of all that its states depend on. At SD3.5's sizes a
+file holds 205 x 4096 + 2048 numbers, 1.7 MB in bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save_file
+
+from flowgrpo_jax.types import Conditioning
+
+
+def fingerprint(directory: Path, **settings: object) -> str:
+    """What the states depend on apart from the prompt: the text settings, and which weights.
+
+    The weights are told apart by their files' paths, sizes and times, not by their contents.
+    """
+    root = directory.resolve()
+    files = sorted([*root.glob("text_encoder*/*"), *root.glob("tokenizer*/*")])
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr((str(root), stats, sorted(settings.items()))).encode()).hexdigest()
+
+
+def encode_cached(
+    encode: Callable[[list[str]], Conditioning],
+    texts: Sequence[str],
+    directory: str | Path,
+    fingerprint: str,
+) -> Conditioning:
+    """`encode(texts)` through the files in `directory`, which is made when it is not there.
+
+    When something is missing, `encode` gets a list as long as `texts`, filled up with repetitions:
+    a jitted encoder then sees one shape. A file that cannot be read is written again. Several
+    processes may share the directory.
+
+    Args:
+      texts: P prompts. Returns their Conditioning, in order, in the dtype that `encode` gave.
+      fingerprint: of the encoders and their settings; another one is another cache.
+    """
+    folder = Path(directory).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {t: hashlib.sha256(f"{fingerprint}\n{t}".encode()).hexdigest() for t in texts}
+    found = {t: states for t, name in names.items() if (states := _read(folder / f"{name}.st"))}
+    if missing := [t for t in names if t not in found]:
+        filled = missing + missing[-1:] * (len(texts) - len(missing))
+        fresh = jax.tree.map(np.asarray, encode(filled))
+        for i, text in enumerate(missing):
+            found[text] = {"tokens": fresh.tokens[i], "pooled": fresh.pooled[i]}
+            _write(folder / f"{names[text]}.st", found[text])
+    rows = [found[t] for t in texts]
+    return Conditioning(**{k: np.stack([row[k] for row in rows]) for k in ("tokens", "pooled")})
+
+
+def _read(file: Path) -> dict[str, np.ndarray] | None:
+    """A prompt's states, or None when there are none that can be read."""
+    try:
+        return {name: np.asarray(x) for name, x in load_file(file).items()}
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def _write(file: Path, states: dict[str, np.ndarray]) -> None:
+    """All or nothing: under another name first, for others may be reading."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    save_file({name: jax.numpy.asarray(x) for name, x in states.items()}, partial)
+    partial.replace(file)

@@ -1,0 +1,161 @@
+"""Prompt sources, and which prompts an epoch gets: a pure function of (seed, epoch).
+
+Sources by name:
+  a path ending in .txt           one prompt a line
+  a path ending in .jsonl         one record a line, with at least "prompt"
+  geneval:train  :test  :seen  :unseen   generated (geneval.py)
+  ocr:train  :test                       generated (ocr.py)
+  shapes:train  :test                    the bundled world (shapes/grammar.py)
+
+The files of yifan123/flow_grpo (`dataset/*/{train,test}.txt`, `{train,test}_metadata.jsonl`) are
+read as they are. A record is what rewards get as metadata. Keys with a meaning here:
+  "prompt"   the text
+  "tag"      prompts.tag_weights and the evaluation's table go by it
+  "task"     which of several sources it is from (tasks.py); rewards/tasks.py goes by it
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flowgrpo_jax.prompts import geneval, ocr
+from flowgrpo_jax.shapes import grammar
+from flowgrpo_jax.types import Metadata, PromptBatch
+
+# name -> prompts(split, records that must not come up in training)
+GENERATORS: dict[str, Callable[[str, Iterable[Metadata]], list[Metadata]]] = {
+    "geneval": geneval.prompts,
+    "ocr": ocr.prompts,
+    "shapes": lambda split, exclude: grammar.prompts(split),
+}
+
+
+def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
+    """All records of a source, each with its "prompt". Duplicates are dropped, the first stays.
+
+    Args:
+      exclude: records that a generator leaves out of its training prompts; files are left alone.
+
+    Raises FileNotFoundError or ValueError that names the source and what it should be.
+    """
+    name, _, split = source.partition(":")
+    if name in GENERATORS and split:
+        return GENERATORS[name](split, exclude)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        generated = ", ".join(f"{name}:train" for name in GENERATORS)
+        raise FileNotFoundError(
+            f"prompt source {source!r} is no file: give a .txt, a .jsonl or one of {generated}"
+        )
+    text = path.read_text(encoding="utf-8-sig")
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        records = [_record(path, n, line) for n, line in lines]
+    elif path.suffix == ".txt":
+        records = [{"prompt": line.strip()} for _, line in lines]
+    else:
+        raise ValueError(f"prompt source {source!r}: the suffix must be .txt or .jsonl")
+    if not records:
+        raise ValueError(f"prompt source {source!r} holds no prompt")
+    unique: dict[str, Metadata] = {}
+    for record in records:
+        unique.setdefault(record["prompt"], record)
+    return list(unique.values())
+
+
+def _record(path: Path, number: int, line: str) -> Metadata:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
+    if not isinstance(record, dict) or "prompt" not in record:
+        raise ValueError(f'{path}: line {number} is no object with a "prompt"')
+    return record
+
+
+def _batch(records: Sequence[Metadata], rows: np.ndarray) -> PromptBatch:
+    chosen = [records[i] for i in rows]
+    return PromptBatch([r["prompt"] for r in chosen], chosen, np.asarray(rows, np.int32))
+
+
+def sample(
+    records: Sequence[Metadata],
+    n: int,
+    *,
+    seed: int,
+    epoch: int,
+    tag_weights: Mapping[str, float] | None = None,
+    task_weights: Mapping[str, float] | None = None,
+) -> PromptBatch:
+    """The n distinct records of an epoch.
+
+    Args:
+      tag_weights: relative frequency of each "tag" within its task (absent: 0); a task none of
+        whose tags is named draws from all its records alike.
+      task_weights: relative frequency of each "task" (absent: 0); without it tasks are equal.
+    """
+    p = frequencies(records, tag_weights or {}, task_weights or {})
+    available = int((p > 0).sum())
+    if available < n:
+        raise ValueError(
+            f"sample.groups={n} distinct prompts an epoch, but the source has {available}:"
+            " lower sample.groups or give more prompts"
+        )
+    rng = np.random.default_rng([seed, epoch])
+    return _batch(records, rng.choice(len(records), size=n, replace=False, p=p))
+
+
+def frequencies(
+    records: Sequence[Metadata], tag_weights: Mapping[str, float], task_weights: Mapping[str, float]
+) -> np.ndarray:
+    """How often each record is drawn first: f64 [len(records)], of sum 1."""
+    kinds = [(r.get("task", ""), r.get("tag", "")) for r in records]
+    counts, tasks = Counter(kinds), Counter(task for task, _ in kinds)
+    _known("prompts.tag_weights", tag_weights, {tag for _, tag in counts}, "tags")
+    _known("prompts.tasks", task_weights, set(tasks), "tasks")
+    share = {}  # of one record of this kind
+    for task, size in tasks.items():
+        mine = {kind: n for kind, n in counts.items() if kind[0] == task}
+        if not any(tag in tag_weights for _, tag in mine):
+            within = dict.fromkeys(mine, 1 / size)
+        else:
+            total = sum(tag_weights.get(tag, 0.0) for _, tag in mine) or 1.0
+            within = {kind: tag_weights.get(kind[1], 0.0) / total / n for kind, n in mine.items()}
+        weight = task_weights.get(task, 0.0) if task_weights else 1.0
+        share |= {kind: weight * x for kind, x in within.items()}
+    p = np.array([share[kind] for kind in kinds])
+    return p / (p.sum() or 1.0)
+
+
+def _known(knob: str, weights: Mapping[str, float], names: set[str], what: str) -> None:
+    if absent := sorted(set(weights) - names):
+        raise ValueError(
+            f"{knob} names {absent}, but the source's {what} are {sorted(names)}: correct the"
+            " names, or leave it empty"
+        )
+
+
+def balanced(records: Sequence[Metadata], n: int) -> tuple[PromptBatch, np.ndarray]:
+    """n prompts for an evaluation, the tags in equal shares, and each one's repetition i32 [n].
+
+    Every tag goes through its prompts in a fixed shuffled order and starts again when it runs out;
+    a repetition gets other noise. Always the same for the same source.
+    """
+    if not records:
+        raise ValueError("no prompts to evaluate: set prompts.test to a source")
+    by_tag: dict[str, list[int]] = {}
+    for i in np.random.default_rng(0).permutation(len(records)):
+        by_tag.setdefault(records[i].get("tag", ""), []).append(int(i))
+    tags = sorted(by_tag)
+    rows, repeats = [], []
+    for k in range(n):
+        pool = by_tag[tags[k % len(tags)]]
+        turn = k // len(tags)
+        rows.append(pool[turn % len(pool)])
+        repeats.append(turn // len(pool))
+    return _batch(records, np.array(rows)), np.array(repeats, np.int32)

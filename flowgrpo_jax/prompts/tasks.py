@@ -1,0 +1,69 @@
+"""Several tasks in one run: each with its prompts, its frequency and its rewards.
+
+`prompts.tasks` of a recipe is {task: {"train": source, "test": source, "weight": frequency,
+"rewards": names}}; all but "train" may be left out: no evaluation, weight 1, every reward. Every
+record carries its task's name as "task"; that is what decides about its rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from flowgrpo_jax.prompts import load
+from flowgrpo_jax.types import Metadata
+
+Tasks = Mapping[str, Mapping[str, Any]]
+KEYS = ("train", "test", "weight", "rewards")
+
+
+def check(tasks: Tasks, rewards: Collection[str]) -> None:
+    """Raises ValueError for a key or reward that nobody knows, and for a task without a source."""
+    for name, task in tasks.items():
+        if unknown := sorted(set(task) - set(KEYS)):
+            raise ValueError(f"prompts.tasks.{name} has {unknown}: choose from {', '.join(KEYS)}")
+        if not task.get("train"):
+            raise ValueError(f"prompts.tasks.{name} has no train: name a prompt source")
+        if unknown := sorted(set(task.get("rewards") or ()) - set(rewards)):
+            raise ValueError(
+                f"prompts.tasks.{name}.rewards names {unknown}: give them a weight in"
+                f" reward.weights, which has {sorted(rewards)}"
+            )
+
+
+def mixture(sources: Mapping[str, str], exclude: Iterable[Metadata] = ()) -> list[Metadata]:
+    """The records of several tasks, {task: source}, one after the other.
+
+    Each record carries its "task", and where it has no "tag" the task's name as its tag. A prompt
+    that two tasks have is two records, with two rewards.
+    """
+    exclude = list(exclude)
+    return [
+        {"tag": task, **record, "task": task}
+        for task, source in sources.items()
+        for record in load(source, exclude)
+    ]
+
+
+def splits(tasks: Tasks) -> tuple[list[Metadata], list[Metadata]]:
+    """(train, test) records; generated training prompts keep clear of every task's test."""
+    test = mixture({name: task["test"] for name, task in tasks.items() if task.get("test")})
+    return mixture({name: task["train"] for name, task in tasks.items()}, exclude=test), test
+
+
+def weights(tasks: Tasks) -> dict[str, float]:
+    """How often each task is drawn, relative to the others."""
+    return {name: float(task.get("weight", 1.0)) for name, task in tasks.items()}
+
+
+def reward_weights(tasks: Tasks, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """{task: {reward: weight}}. A reward that no task names is for all of them."""
+    named = {reward for task in tasks.values() for reward in task.get("rewards") or ()}
+    return {
+        name: {
+            reward: weight
+            for reward, weight in weights.items()
+            if reward in (task.get("rewards") or weights) or reward not in named
+        }
+        for name, task in tasks.items()
+    }

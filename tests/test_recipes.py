@@ -1,0 +1,226 @@
+"""The paper's recipes and their variants: sound on every device count, and run end to end.
+
+A run is of the real recipe and its real prompts on a tiny random model of SD3.5's layout. A reward
+that cannot run here gives its place to JPEG compressibility.
+"""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict, config_flags
+
+from flowgrpo_jax import recipe, rewards
+from flowgrpo_jax.train import train
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ("geneval", "ocr", "pickscore")
+VARIANTS = ("full", "fast", "single_gpu")
+EACH = [(name, variant) for name in RECIPES for variant in VARIANTS]
+
+
+def load(name, *variant):
+    return importlib.import_module(f"configs.{name}").get_config(*variant)
+
+
+# ------------------------------------------------------------------------------- soundness
+
+
+@pytest.mark.parametrize("name, variant", EACH)
+def test_a_variant_is_sound_and_has_the_papers_groups(name, variant):
+    config = load(name, variant)
+    recipe.check(config)
+    for devices in (1, 2, 4, 8, 16) if variant == "single_gpu" else (1, 2, 4, 8, 16, 32):
+        plan = recipe.make_plan(config, devices)
+        assert (plan.groups, plan.group_size, plan.updates) == (48, 24, 2)
+        assert plan.micro_batches * plan.micro_batch * 2 == 1152
+    assert config.name == (name if variant == "full" else f"{name}-{variant}")
+
+
+@pytest.mark.parametrize("name, beta", [("geneval", 0.04), ("ocr", 0.04), ("pickscore", 0.01)])
+def test_full_is_the_papers_table(name, beta):
+    """Paper B.3 and upstream's config/grpo.py: KL is all that differs between the tasks."""
+    c = load(name)
+    assert c.to_dict() == load(name, "full").to_dict()
+    assert (c.model.height, c.model.width, c.model.t5_length) == (512, 512, 128)
+    assert (c.lora.rank, c.lora.alpha) == (32, 64.0)
+    assert (c.sample.steps, c.eval.steps, c.sample.guidance_scale) == (10, 40, 4.5)
+    assert (c.sample.kernel, c.sample.noise_level, c.sample.window) == ("flow_sde", 0.7, 0)
+    assert (c.train.learning_rate, c.train.clip_range, c.train.ema_decay) == (3e-4, 1e-4, 0.9)
+    assert (c.train.kl_beta, c.train.kl_weighting) == (beta, "no_dt")
+    assert list(c.reward.weights.items()) == [(name, 1.0)]
+
+
+@pytest.mark.parametrize("name, variant", EACH)
+def test_a_variant_changes_only_a_few_lines(name, variant):
+    flat = [dict(flatten(load(name, v).to_dict())) for v in ("full", variant)]
+    changed = {k for k in flat[0] if flat[0][k] != flat[1][k]}
+    fast = {"name", "train.clip_range", "train.kl_beta"}
+    fast |= {"sample.guidance_scale", "eval.guidance_scale"}
+    fast |= {f"sample.{k}" for k in ("kernel", "noise_level", "window", "window_range")}
+    small = {"sample.micro_batch", "eval.images", "eval.every"}
+    assert changed == {"full": set(), "fast": fast, "single_gpu": fast | small}[variant]
+
+
+def flatten(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_an_unknown_variant():
+    with pytest.raises(ValueError, match="geneval:quick: choose a variant from full, fast, single"):
+        load("geneval", "quick")
+
+
+def test_a_variant_is_chosen_on_the_command_line():
+    changed = "--config.reward.options.geneval.detector=small"
+    arguments = ["train", f"--config={ROOT}/configs/geneval.py:fast", changed]
+    values = flags.FlagValues()
+    settings = {"flag_values": values, "sys_argv": arguments}
+    holder = config_flags.DEFINE_config_file("config", None, "", **settings)
+    values(arguments)
+    expected = load("geneval", "fast")
+    expected.reward.options.geneval.detector = "small"
+    assert holder.value.to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_rewards_are_rows_of_the_table(name):
+    config = load(name)
+    absent = {*config.reward.weights, *config.eval.rewards} - set(rewards.TABLE)
+    if absent:
+        pytest.skip(f"no such rewards yet: {absent}")
+
+
+@pytest.mark.parametrize("name", ["geneval", "ocr"])
+def test_its_prompts_are_many_and_apart(name):
+    train_prompts, test_prompts = recipe.load_prompts(load(name), training=True)
+    apart = {r["prompt"] for r in train_prompts}.isdisjoint(r["prompt"] for r in test_prompts)
+    assert apart and len(train_prompts) >= 20_000 and len(test_prompts) >= 500
+
+
+# ------------------------------------------------------------------------------ end to end
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """The runs differ in little: what one has compiled, the others read from disk."""
+    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
+    options |= dict.fromkeys(
+        (
+            "jax_persistent_cache_min_compile_time_secs",
+            "jax_persistent_cache_min_entry_size_bytes",
+        ),
+        0,
+    )
+    before = {name: getattr(jax.config, name) for name in options}
+    for settings in (options, before):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if settings is options:
+            yield
+
+
+def runs_here(name):
+    """Of the recipes' own rewards, only OCR brings its weights along (with its extra)."""
+    if name != "ocr" or name not in rewards.TABLE:
+        return False
+    try:
+        return bool(rewards.load([name]))
+    except ImportError:
+        return False
+
+
+def tiny(config, checkpoint, tmp_path):
+    """The recipe at a size that takes seconds; its prompts, kernels and losses are as they were."""
+    c = config
+    c.epochs, c.model.path, c.model.dtype = 2, str(checkpoint), "float32"
+    c.model.height = c.model.width = 16
+    c.model.t5_length, c.lora.rank, c.lora.alpha = 8, 2, 4.0
+    c.sample.groups, c.sample.group_size, c.sample.micro_batch = 4, 4, 8
+    c.sample.steps, c.eval.steps = 6, 2
+    c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.grid = 2, 6, 8, 4
+    c.log.tensorboard = False
+    own = {
+        name: 0.0 for name in c.reward.weights if runs_here(name)
+    }  # noise scores alike: no signal
+    options = {name: c.reward.options[name] for name in own if name in c.reward.options}
+    c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0, **own})
+    c.reward.options, c.eval.rewards = ConfigDict(options), tuple(c.reward.weights)
+    if c.prompts.train.startswith("flow_grpo"):
+        for split in ("train", "test"):
+            lines = [f"a {split} picture of {n} cats, cinematic light" for n in range(30)]
+            (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+            c.prompts[split] = str(tmp_path / f"{split}.txt")
+    return c
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "name, variant, changes",
+    [
+        ("geneval", "full", {}),
+        ("ocr", "full", {}),
+        ("pickscore", "full", {}),
+        ("geneval", "fast", {"model.t5": False}),
+        ("ocr", "single_gpu", {"model.t5": False}),
+    ],
+)
+def test_two_epochs_and_an_evaluation(name, variant, changes, checkpoint, tmp_path):
+    config = tiny(load(name, variant), checkpoint, tmp_path)
+    config.update_from_flattened_dict(changes | {"model.text_cache": str(tmp_path / "texts")})
+    state = train(config, tmp_path / "run")
+    assert int(state.step) == 4
+    first, second, last = rows(tmp_path / "run")
+    for row in (first, second):
+        assert row["failed"] == 0 and row["grad_norm"] > 0 and row["ratio_gap"] < 1e-4
+        assert all(math.isfinite(row[f"reward/{name}"]) for name in config.reward.weights)
+        assert (row["kl"] > 0) == (variant == "full")
+    evaluated = {f"eval/{name}" for name in config.eval.rewards}
+    assert evaluated <= set(first) and evaluated <= set(last)
+    tags = {k.split("/")[1] for k in last if k.count("/") == 2}
+    six = {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
+    assert tags == (six if name == "geneval" else set())
+    texts = 2 * 4 + 6 + 1  # both epochs', the evaluation's and the empty one
+    assert len(list((tmp_path / "texts").iterdir())) in range(texts - 2, texts + 1)
+
+
+def test_two_tasks_in_one_run(checkpoint, tmp_path):
+    """GenEval's prompts rewarded for small files and signs for large ones, and evaluated so."""
+    c = tiny(load("geneval", "fast"), checkpoint, tmp_path)
+    c.model.t5 = False
+    c.prompts.train = c.prompts.test = ""
+    c.prompts.tasks = ConfigDict(
+        {
+            "compose": {
+                "train": "geneval:train",
+                "test": "geneval:test",
+                "rewards": ("jpeg_compressibility",),
+            },
+            "write": {
+                "train": "ocr:train",
+                "test": "ocr:test",
+                "rewards": ("jpeg_incompressibility",),
+            },
+        }
+    )
+    c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0, "jpeg_incompressibility": 1.0})
+    c.eval.rewards, c.eval.images = tuple(c.reward.weights), 7
+    train(c, tmp_path / "run")
+    first, second, last = rows(tmp_path / "run")
+    assert first["grad_norm"] > 0 and first["failed"] == second["failed"] == 0
+    small, large = (f"jpeg_{kind}ressibility" for kind in ("comp", "incomp"))
+    assert last[f"eval/write/{small}"] == 0 < last[f"eval/write/{large}"]
+    assert last[f"eval/position/{large}"] == 0 > last[f"eval/position/{small}"]

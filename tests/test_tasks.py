@@ -1,0 +1,101 @@
+"""Several tasks in one run: whose prompts, how often, and which rewards."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from flowgrpo_jax import prompts, recipe
+from flowgrpo_jax.prompts import tasks
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Two tasks' files: 10 untagged prompts, and 40 of two tags."""
+    (tmp_path / "signs.txt").write_text("\n".join(f'a sign "{n}"' for n in range(10)))
+    rows = [f'{{"prompt": "scene {n}", "tag": "{"ab"[n % 2]}"}}' for n in range(40)]
+    (tmp_path / "scenes.jsonl").write_text("\n".join(rows))
+    return {"signs": str(tmp_path / "signs.txt"), "scenes": str(tmp_path / "scenes.jsonl")}
+
+
+def test_a_record_says_which_task_it_is_of(sources):
+    records = tasks.mixture(sources)
+    assert records[0] == {"prompt": 'a sign "0"', "task": "signs", "tag": "signs"}
+    assert records[10] == {"prompt": "scene 0", "task": "scenes", "tag": "a"}
+    assert Counter(r["task"] for r in records) == {"signs": 10, "scenes": 40}
+
+
+def test_tasks_come_as_often_as_their_weights(sources):
+    """Whatever the number of their prompts; tag weights work within the task that has the tags."""
+    records = tasks.mixture(sources)
+    settings = dict(tag_weights={"a": 1.0, "b": 3.0}, task_weights={"signs": 1.0, "scenes": 3.0})
+    drawn = Counter()
+    for epoch in range(1600):
+        (record,) = prompts.sample(records, 1, seed=0, epoch=epoch, **settings).metadata
+        drawn[record["task"], record["tag"]] += 1
+    wanted = {("signs", "signs"): 1 / 4, ("scenes", "a"): 3 / 16, ("scenes", "b"): 9 / 16}
+    assert set(drawn) == set(wanted)
+    for kind, share in wanted.items():
+        assert abs(drawn[kind] - 1600 * share) < 4.5 * (1600 * share * (1 - share)) ** 0.5
+
+
+def test_without_weights_tasks_are_equal(sources):
+    records = tasks.mixture(sources)
+    p = prompts.frequencies(records, {}, {})
+    np.testing.assert_allclose(p, [1 / 20] * 10 + [1 / 80] * 40)
+
+
+def test_a_weight_for_a_task_that_is_not_there(sources):
+    with pytest.raises(ValueError, match=r"prompts\.tasks names \['x'\].*tasks are \['signs'\]"):
+        prompts.sample(
+            tasks.mixture({"signs": sources["signs"]}), 2, seed=0, epoch=0, task_weights={"x": 1}
+        )
+
+
+def test_a_test_of_one_task_is_kept_out_of_all():
+    chosen = {
+        "compose": {"train": "geneval:train", "test": "geneval:test"},
+        "compose_more": {"train": "geneval:train"},
+        "write": {"train": "ocr:train", "weight": 0.5, "rewards": ("ocr",)},
+    }
+    train, test = tasks.splits(chosen)
+    assert {r["task"] for r in train} == set(chosen) and {r["task"] for r in test} == {"compose"}
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
+    assert tasks.weights(chosen) == {"compose": 1.0, "compose_more": 1.0, "write": 0.5}
+
+
+def test_which_rewards_a_task_has():
+    chosen = {"a": {"rewards": ("x", "y")}, "b": {"rewards": ("y",)}, "c": {}}
+    weights = {"x": 1.0, "y": 2.0, "watched": 0.0}
+    assert tasks.reward_weights(chosen, weights) == {
+        "a": weights,
+        "b": {"y": 2.0, "watched": 0.0},
+        "c": weights,
+    }
+    assert tasks.reward_weights({}, weights) == {}
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ({"train": "x.txt", "wieght": 2}, r"tasks\.a has \['wieght'\]: choose from train, test"),
+        ({"test": "x.txt"}, r"tasks\.a has no train: name a prompt source"),
+        ({"train": "x.txt", "rewards": ("z",)}, r"tasks\.a\.rewards names \['z'\].*\['jpeg_comp"),
+    ],
+)
+def test_a_task_that_makes_no_sense(task, message):
+    c = base.get_config()
+    c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0})
+    c.prompts.tasks = ConfigDict({"a": task})
+    with pytest.raises(ValueError, match=message):
+        recipe.check(c)
+
+
+def test_tasks_and_a_single_source():
+    c = base.get_config()
+    c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0})
+    c.prompts.train, c.prompts.tasks = "ocr:train", ConfigDict({"a": {"train": "ocr:train"}})
+    with pytest.raises(ValueError, match=r"prompts\.tasks takes the place of prompts\.train"):
+        recipe.check(c)

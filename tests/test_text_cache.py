@@ -1,0 +1,84 @@
+"""Encoded prompts on disk: what comes back is what was encoded, and nothing is encoded twice."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowgrpo_jax.models.text_cache import encode_cached, fingerprint
+from flowgrpo_jax.types import Conditioning
+
+
+class Encoder:
+    """States that tell their text; remembers what it was asked."""
+
+    def __init__(self, dtype=jnp.float32):
+        self.dtype, self.asked = dtype, []
+
+    def __call__(self, texts):
+        self.asked.append(list(texts))
+        rows = jnp.array([[len(t), sum(map(ord, t)) / 7] for t in texts], self.dtype)
+        return Conditioning(tokens=rows[:, None, :] * jnp.ones((1, 3, 1), self.dtype), pooled=-rows)
+
+
+def same(ours, theirs):
+    for name in ("tokens", "pooled"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_what_comes_back_is_what_was_encoded(tmp_path, dtype):
+    texts = ["a cat", "", "ein Käse", "a cat"]
+    wanted = Encoder(dtype)(texts)
+    encode = Encoder(dtype)
+    for _ in range(2):
+        same(encode_cached(encode, texts, tmp_path / "new" / "folder", "x"), wanted)
+    assert len(encode.asked) == 1
+    again = Encoder(dtype)  # another process
+    same(
+        encode_cached(again, texts[::-1], tmp_path / "new" / "folder", "x"),
+        Encoder(dtype)(texts[::-1]),
+    )
+    assert again.asked == []
+
+
+def test_only_what_is_missing_is_encoded_and_in_one_shape(tmp_path):
+    encode = Encoder()
+    encode_cached(encode, ["a", "b", "c"], tmp_path, "x")
+    same(encode_cached(encode, ["d", "b", "e"], tmp_path, "x"), Encoder()(["d", "b", "e"]))
+    assert encode.asked[1] == ["d", "e", "e"]  # a jitted encoder compiles once for three texts
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_other_encoders_have_other_states(tmp_path):
+    encode_cached(Encoder(), ["a"], tmp_path, "x")
+    other = Encoder(jnp.bfloat16)
+    assert encode_cached(other, ["a"], tmp_path, "y").pooled.dtype == jnp.bfloat16
+    assert other.asked == [["a"]]
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_file_is_written_again(tmp_path, damage):
+    encode = Encoder()
+    encode_cached(encode, ["a"], tmp_path, "x")
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-5] if damage is None else damage)
+    for _ in range(2):
+        same(encode_cached(encode, ["a"], tmp_path, "x"), Encoder()(["a"]))
+    assert encode.asked == [["a"], ["a"]]
+
+
+def test_the_fingerprint_tells_models_and_settings_apart(tmp_path):
+    def model(name, content=b"1"):
+        (tmp_path / name / "text_encoder").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "text_encoder" / "model.safetensors").write_bytes(content)
+        return tmp_path / name
+
+    one, two = model("one"), model("two")
+    marks = [fingerprint(one, t5_length=n, t5=t) for n in (8, 9) for t in (True, False)]
+    marks.append(fingerprint(two, t5_length=8, t5=True))
+    assert marks[0] == fingerprint(one, t5=True, t5_length=8)
+    model("one", b"22")
+    marks.append(fingerprint(one, t5_length=8, t5=True))
+    assert len(set(marks)) == 6
