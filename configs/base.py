@@ -90,6 +90,7 @@ def get_config() -> ConfigDict:
     c.train.b1, c.train.b2, c.train.eps = 0.9, 0.999, 1e-8  # AdamW
     c.train.weight_decay = 1e-4  # AdamW
     c.train.max_grad_norm = 1.0  # clip of the global gradient norm
+    c.train.max_skipped = 5  # epochs in a row without a finite gradient before the run stops
     c.train.clip_range = (
         1e-4  # of the ratio, which is a mean over latent dimensions (see reduction)
     )

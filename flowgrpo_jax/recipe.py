@@ -15,13 +15,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import grpo, programs, prompts, rewards, sde, sharding, update
+from flowgrpo_jax import programs, prompts, rewards, sde, sharding, update
 from flowgrpo_jax.models import sd3, text_cache
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.settings import Plan, check, make_plan, window, window_range
 from flowgrpo_jax.types import (
     Conditioning,
     GraphReward,
@@ -31,138 +32,6 @@ from flowgrpo_jax.types import (
     Scores,
     Trajectory,
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The batch arithmetic that follows from the config, whatever the number of devices."""
-
-    groups: int
-    group_size: int
-    updates: int
-    micro_batch: int
-
-    @property
-    def images(self) -> int:
-        return self.groups * self.group_size
-
-    @property
-    def micro_batches(self) -> int:
-        """Of one update."""
-        return self.images // self.updates // self.micro_batch
-
-    def __str__(self) -> str:
-        return (
-            f"{self.groups} groups x {self.group_size} images = {self.images} images an epoch,"
-            f" {self.updates} updates of {self.micro_batches} micro-batches of {self.micro_batch}"
-        )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _choice(config: ConfigDict, section: str, key: str, options: Any) -> None:
-    value = config[section][key]
-    names = ", ".join(map(repr, options))
-    _require(value in tuple(options), f"{section}.{key}={value!r}: choose from {names}")
-
-
-def make_plan(config: ConfigDict, devices: int) -> Plan:
-    """Raises ValueError that names the value, the constraint and the fix."""
-    s, updates = config.sample, config.train.updates_per_epoch
-    _require(
-        s.group_size >= 2,
-        f"sample.group_size={s.group_size}: advantages are relative to the group, so at least 2",
-    )
-    _require(
-        updates >= 1 and s.groups >= 1 and s.groups % updates == 0,
-        f"sample.groups={s.groups} is not a multiple of train.updates_per_epoch={updates}: every"
-        " update needs the same number of whole groups",
-    )
-    per_update = s.groups * s.group_size // updates
-    micro = s.micro_batch or per_update
-    _require(
-        micro > 0 and per_update % micro == 0,
-        f"sample.micro_batch={micro} does not divide the {per_update} images of an update"
-        f" ({s.groups} groups x {s.group_size} / {updates} updates): choose a divisor of"
-        f" {per_update}",
-    )
-    _require(
-        micro % devices == 0,
-        f"sample.micro_batch={micro} is not a multiple of the {devices} devices it is spread over:"
-        f" choose a multiple of {devices} that divides {per_update}",
-    )
-    _require(
-        config.eval.micro_batch % devices == 0,
-        f"eval.micro_batch={config.eval.micro_batch} is not a multiple of the {devices} devices it"
-        f" is spread over: choose a multiple of {devices}, or 0",
-    )
-    return Plan(s.groups, s.group_size, updates, micro)
-
-
-def check(config: ConfigDict) -> None:
-    """Everything about the values that can be judged before anything is loaded."""
-    s, t = config.sample, config.train
-    _choice(config, "sample", "kernel", sde.KERNELS)
-    _choice(config, "sample", "density", sde.DENSITIES)
-    _choice(config, "sample", "reduction", sde.REDUCTIONS)
-    _choice(config, "train", "advantage_std", grpo.STD_MODES)
-    _choice(config, "train", "kl_weighting", sde.KL_WEIGHTINGS)
-    _choice(config, "train", "step_choice", ("random", "first"))
-    _choice(config, "reward", "host_call", ("overlap", "callback"))
-    _choice(config, "reward", "combine", grpo.COMBINATIONS)
-    _choice(config, "model", "dtype", ("float32", "bfloat16", "float16"))
-    _require(
-        s.noise_level > 0,
-        f"sample.noise_level={s.noise_level}: without noise a rollout has no log-prob to train on;"
-        " typical are 0.7 (flow_sde) and 0.8 (cps)",
-    )
-    _require(
-        s.kernel != "cps" or s.noise_level <= 1,
-        f"sample.noise_level={s.noise_level}: cps takes a share of the noise, at most 1",
-    )
-    _require(s.steps >= 2, f"sample.steps={s.steps}: a rollout that trains has at least 2 steps")
-    low, high = window_range(config)
-    size = window(config)
-    _require(
-        low >= 0 and high <= s.steps - 1 and 1 <= size <= high - low,
-        f"sample.window={size} in sample.window_range={(low, high)} does not fit into the first"
-        f" {s.steps - 1} of {s.steps} steps (the last one has almost no noise)",
-    )
-    _require(0 <= t.steps <= size, f"train.steps={t.steps}: the window has {size} steps to train")
-    _require(config.lora.rank >= 1, f"lora.rank={config.lora.rank}: must be at least 1")
-    every = config.checkpoint.every
-    _require(every >= 1, f"checkpoint.every={every}: must be at least 1 epoch")
-    _require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
-    _require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
-    _require(
-        any(config.reward.weights.values()),
-        f"reward.weights={config.reward.weights.to_dict()}: name at least one reward whose weight"
-        " is not 0",
-    )
-    used = {*config.reward.weights, *config.eval.rewards}
-    idle = sorted(set(config.reward.options) - used)
-    _require(not idle, f"reward.options names {idle}: no such reward is used here, remove them")
-    _require(
-        not (config.prompts.tasks and (config.prompts.train or config.prompts.test)),
-        "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",
-    )
-    tasks.check(config.prompts.tasks.to_dict(), used)
-
-
-def window(config: ConfigDict) -> int:
-    return config.sample.window or config.sample.steps - 1
-
-
-def window_range(config: ConfigDict) -> tuple[int, int]:
-    """Where the window may lie; (0, window) is a fixed one."""
-    low, high = config.sample.window_range
-    return (low, high) if (low, high) != (0, 0) else (0, window(config))
-
-
-# ------------------------------------------------------------------------------- what is built
 
 
 @dataclass(frozen=True)
@@ -357,15 +226,6 @@ def _programs(
             sigmas=sde.sigma_schedule(config.eval.steps, model.shift),
         ),
     )
-
-
-def trained_steps(config: ConfigDict, key: jax.Array, epoch: int) -> jax.Array:
-    """Which of the window's steps this epoch trains: i32 [K], in order."""
-    size, k = window(config), config.train.steps or window(config)
-    if k == size or config.train.step_choice == "first":
-        return jnp.arange(k)
-    key = jax.random.fold_in(jax.random.fold_in(key, epoch), 2**31 - 2)
-    return jnp.sort(jax.random.permutation(key, size)[:k])
 
 
 def describe(recipe: Recipe) -> str:

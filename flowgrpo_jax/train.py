@@ -25,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import cli, grpo, prompts, recipe, sampler, sharding, update
+from flowgrpo_jax import cli, grpo, prompts, recipe, sampler, settings, sharding, update
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.logs import Metrics
@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         smoothing=0.1,
         disable=jax.process_index() > 0,
     )
-    saved, epoch, asked = first if resume else -1, first, 0
+    saved, epoch, asked, lost = first if resume else -1, first, 0, 0
     with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
         while epoch < config.epochs:
             report: dict[str, Any] = {}
@@ -85,6 +85,13 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 asked = stop.requested
                 break
             state, figures = result
+            lost = lost + 1 if figures["skipped"] == 1 else 0
+            if lost > config.train.max_skipped:
+                raise FloatingPointError(
+                    f"no update of the last {lost} epochs had a finite gradient, more than"
+                    f" train.max_skipped={config.train.max_skipped}: go on from an earlier checkpoint"
+                    " with a lower train.learning_rate or in float32"
+                )
             figures["seconds"] = time.perf_counter() - begun
             figures["images_per_second"] = run.plan.images / figures["seconds"]
             metrics.write(epoch, figures | report)
@@ -137,7 +144,9 @@ def one_epoch(
     prepared = graph.prepare(run.scorer.in_graph, batch.prompts, batch.metadata)
 
     # Rollouts, micro-batch by micro-batch; in overlap mode each is scored while the next is drawn.
-    start = sampler.window_start(state.key, epoch, run.process.window, recipe.window_range(config))
+    start = sampler.window_start(
+        state.key, epoch, run.process.window, settings.window_range(config)
+    )
     trajectories: list[Trajectory] = []
     scored: list[Any] = []
     for ids, rows, images_of in micro_batches(run, batch):
@@ -168,8 +177,30 @@ def one_epoch(
         clip=config.train.advantage_clip,
     )
 
-    # Policy updates, each on its own groups; the first one is on policy.
-    trained = recipe.trained_steps(config, state.key, epoch)
+    # Policy updates, each on its own groups.
+    state, figures = improve(run, state, cond, null, epoch, start, trajectories, advantages)
+    figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
+    figures |= {f"reward/{name}": mean(s) for name, s in zip(run.scorer.mix.names, scores)}
+    return state, figures | {"window_start": int(start)}
+
+
+def improve(
+    run: Recipe,
+    state: TrainState,
+    cond: Conditioning,
+    null: Conditioning,
+    epoch: int,
+    start: jax.Array,
+    trajectories: list[Trajectory],
+    advantages: jax.Array,
+) -> tuple[TrainState, dict[str, float]]:
+    """The epoch's policy updates, each on its own groups; the first one is on policy.
+
+    Args:
+      start: the window's first step; trajectories: of each micro-batch; advantages: f32 [B].
+    """
+    config, plan = run.config, run.plan
+    trained = settings.trained_steps(config, state.key, epoch)
     reference = lora.reference(state.lora)
     per_micro = np.split(np.asarray(advantages), plan.updates * plan.micro_batches)
     figures: dict[str, float] = {}
@@ -204,9 +235,7 @@ def one_epoch(
             figures["ratio_gap"],
             config.train.clip_range,
         )
-    figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
-    figures |= {f"reward/{name}": mean(s) for name, s in zip(run.scorer.mix.names, scores)}
-    return state, figures | {"window_start": int(start)}
+    return state, figures
 
 
 def micro_batches(run: Recipe, batch: PromptBatch):

@@ -70,7 +70,7 @@ def test_imports_have_a_direction():
         {"sde", "grpo"},
         {"update", "sampler", "rewards", "shapes", "prompts", "sharding", "logs", "models"}
         | {"checkpoint", "cli"},
-        {"programs"},
+        {"programs", "settings"},
         {"recipe"},
         ENTRY_POINTS,
     ]

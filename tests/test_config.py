@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import recipe, rewards
+from flowgrpo_jax import recipe, rewards, settings
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("[a-z]*.py"))
@@ -30,9 +30,9 @@ def load(name, changes=None):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_sound(name):
     config = load(name)
-    recipe.check(config)
+    settings.check(config)
     for devices in (1, 2, 4):
-        recipe.make_plan(config, devices)
+        settings.make_plan(config, devices)
     if name in ("base", "shapes"):  # the others' rewards need their weights: test_recipes.py
         rewards.load([*config.reward.weights, *config.eval.rewards])
 
@@ -63,7 +63,7 @@ def test_recipe_has_the_knobs_of_base_and_no_others(name):
 )
 def test_plan_of_the_papers_48_groups_of_24(updates, micro_batch, size, count):
     changes = {"train.updates_per_epoch": updates, "sample.micro_batch": micro_batch}
-    plan = recipe.make_plan(load("base", changes), devices=1)
+    plan = settings.make_plan(load("base", changes), devices=1)
     assert (plan.images, plan.updates) == (1152, updates)
     assert (plan.micro_batch, plan.micro_batches) == (size, count)
     assert plan.images == updates * count * size
@@ -73,7 +73,7 @@ def test_plan_of_the_papers_48_groups_of_24(updates, micro_batch, size, count):
 
 def test_the_plan_does_not_depend_on_the_devices_that_share_it():
     config = load("base", {"sample.micro_batch": 32})
-    assert len({recipe.make_plan(config, devices) for devices in (1, 2, 8, 32)}) == 1
+    assert len({settings.make_plan(config, devices) for devices in (1, 2, 8, 32)}) == 1
 
 
 # ------------------------------------------------------------------------------- the errors
@@ -105,7 +105,7 @@ def test_the_plan_does_not_depend_on_the_devices_that_share_it():
 )
 def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
     with pytest.raises(ValueError, match=message):
-        recipe.make_plan(load("base", changes), devices=8)
+        settings.make_plan(load("base", changes), devices=8)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
 )
 def test_a_value_that_makes_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
-        recipe.check(load("base", changes))
+        settings.check(load("base", changes))
 
 
 @pytest.mark.parametrize("path", ["/nowhere/sd3", "./sd3", "sd3"])

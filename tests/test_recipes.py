@@ -15,7 +15,7 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
-from flowgrpo_jax import recipe, rewards
+from flowgrpo_jax import recipe, rewards, settings
 from flowgrpo_jax.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -34,9 +34,9 @@ def load(name, *variant):
 @pytest.mark.parametrize("name, variant", EACH)
 def test_a_variant_is_sound_and_has_the_papers_groups(name, variant):
     config = load(name, variant)
-    recipe.check(config)
+    settings.check(config)
     for devices in (1, 2, 4, 8, 16) if variant == "single_gpu" else (1, 2, 4, 8, 16, 32):
-        plan = recipe.make_plan(config, devices)
+        plan = settings.make_plan(config, devices)
         assert (plan.groups, plan.group_size, plan.updates) == (48, 24, 2)
         assert plan.micro_batches * plan.micro_batch * 2 == 1152
     assert config.name == (name if variant == "full" else f"{name}-{variant}")
@@ -122,8 +122,8 @@ def compiled(tmp_path_factory):
         0,
     )
     before = {name: getattr(jax.config, name) for name in options}
-    for settings in (options, before):
-        for name, value in settings.items():
+    for chosen in (options, before):
+        for name, value in chosen.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         if settings is options:

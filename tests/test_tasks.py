@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from flowgrpo_jax import prompts, recipe
+from flowgrpo_jax import prompts, settings
 from flowgrpo_jax.prompts import tasks
 
 
@@ -90,7 +90,7 @@ def test_a_task_that_makes_no_sense(task, message):
     c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0})
     c.prompts.tasks = ConfigDict({"a": task})
     with pytest.raises(ValueError, match=message):
-        recipe.check(c)
+        settings.check(c)
 
 
 def test_tasks_and_a_single_source():
@@ -98,4 +98,4 @@ def test_tasks_and_a_single_source():
     c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0})
     c.prompts.train, c.prompts.tasks = "ocr:train", ConfigDict({"a": {"train": "ocr:train"}})
     with pytest.raises(ValueError, match=r"prompts\.tasks takes the place of prompts\.train"):
-        recipe.check(c)
+        settings.check(c)

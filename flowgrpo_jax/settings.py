@@ -1,0 +1,151 @@
+"""What follows from a config before anything is loaded: is it sound, and how is the batch cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from flowgrpo_jax import grpo, sde
+from flowgrpo_jax.prompts import tasks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The batch arithmetic that follows from the config, whatever the number of devices."""
+
+    groups: int
+    group_size: int
+    updates: int
+    micro_batch: int
+
+    @property
+    def images(self) -> int:
+        return self.groups * self.group_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one update."""
+        return self.images // self.updates // self.micro_batch
+
+    def __str__(self) -> str:
+        return (
+            f"{self.groups} groups x {self.group_size} images = {self.images} images an epoch,"
+            f" {self.updates} updates of {self.micro_batches} micro-batches of {self.micro_batch}"
+        )
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def choice(config: ConfigDict, section: str, key: str, options: Any) -> None:
+    value = config[section][key]
+    names = ", ".join(map(repr, options))
+    require(value in tuple(options), f"{section}.{key}={value!r}: choose from {names}")
+
+
+def make_plan(config: ConfigDict, devices: int) -> Plan:
+    """Raises ValueError that names the value, the constraint and the fix."""
+    s, updates = config.sample, config.train.updates_per_epoch
+    require(
+        s.group_size >= 2,
+        f"sample.group_size={s.group_size}: advantages are relative to the group, so at least 2",
+    )
+    require(
+        updates >= 1 and s.groups >= 1 and s.groups % updates == 0,
+        f"sample.groups={s.groups} is not a multiple of train.updates_per_epoch={updates}: every"
+        " update needs the same number of whole groups",
+    )
+    per_update = s.groups * s.group_size // updates
+    micro = s.micro_batch or per_update
+    require(
+        micro > 0 and per_update % micro == 0,
+        f"sample.micro_batch={micro} does not divide the {per_update} images of an update"
+        f" ({s.groups} groups x {s.group_size} / {updates} updates): choose a divisor of"
+        f" {per_update}",
+    )
+    require(
+        micro % devices == 0,
+        f"sample.micro_batch={micro} is not a multiple of the {devices} devices it is spread over:"
+        f" choose a multiple of {devices} that divides {per_update}",
+    )
+    require(
+        config.eval.micro_batch % devices == 0,
+        f"eval.micro_batch={config.eval.micro_batch} is not a multiple of the {devices} devices it"
+        f" is spread over: choose a multiple of {devices}, or 0",
+    )
+    return Plan(s.groups, s.group_size, updates, micro)
+
+
+def check(config: ConfigDict) -> None:
+    """Everything about the values that can be judged before anything is loaded."""
+    s, t = config.sample, config.train
+    choice(config, "sample", "kernel", sde.KERNELS)
+    choice(config, "sample", "density", sde.DENSITIES)
+    choice(config, "sample", "reduction", sde.REDUCTIONS)
+    choice(config, "train", "advantage_std", grpo.STD_MODES)
+    choice(config, "train", "kl_weighting", sde.KL_WEIGHTINGS)
+    choice(config, "train", "step_choice", ("random", "first"))
+    choice(config, "reward", "host_call", ("overlap", "callback"))
+    choice(config, "reward", "combine", grpo.COMBINATIONS)
+    choice(config, "model", "dtype", ("float32", "bfloat16", "float16"))
+    require(
+        s.noise_level > 0,
+        f"sample.noise_level={s.noise_level}: without noise a rollout has no log-prob to train on;"
+        " typical are 0.7 (flow_sde) and 0.8 (cps)",
+    )
+    require(
+        s.kernel != "cps" or s.noise_level <= 1,
+        f"sample.noise_level={s.noise_level}: cps takes a share of the noise, at most 1",
+    )
+    require(s.steps >= 2, f"sample.steps={s.steps}: a rollout that trains has at least 2 steps")
+    low, high = window_range(config)
+    size = window(config)
+    require(
+        low >= 0 and high <= s.steps - 1 and 1 <= size <= high - low,
+        f"sample.window={size} in sample.window_range={(low, high)} does not fit into the first"
+        f" {s.steps - 1} of {s.steps} steps (the last one has almost no noise)",
+    )
+    require(0 <= t.steps <= size, f"train.steps={t.steps}: the window has {size} steps to train")
+    require(config.lora.rank >= 1, f"lora.rank={config.lora.rank}: must be at least 1")
+    every = config.checkpoint.every
+    require(every >= 1, f"checkpoint.every={every}: must be at least 1 epoch")
+    require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
+    require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
+    require(
+        any(config.reward.weights.values()),
+        f"reward.weights={config.reward.weights.to_dict()}: name at least one reward whose weight"
+        " is not 0",
+    )
+    used = {*config.reward.weights, *config.eval.rewards}
+    idle = sorted(set(config.reward.options) - used)
+    require(not idle, f"reward.options names {idle}: no such reward is used here, remove them")
+    require(
+        not (config.prompts.tasks and (config.prompts.train or config.prompts.test)),
+        "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",
+    )
+    tasks.check(config.prompts.tasks.to_dict(), used)
+
+
+def window(config: ConfigDict) -> int:
+    return config.sample.window or config.sample.steps - 1
+
+
+def window_range(config: ConfigDict) -> tuple[int, int]:
+    """Where the window may lie; (0, window) is a fixed one."""
+    low, high = config.sample.window_range
+    return (low, high) if (low, high) != (0, 0) else (0, window(config))
+
+
+def trained_steps(config: ConfigDict, key: jax.Array, epoch: int) -> jax.Array:
+    """Which of the window's steps this epoch trains: i32 [K], in order."""
+    size, k = window(config), config.train.steps or window(config)
+    if k == size or config.train.step_choice == "first":
+        return jnp.arange(k)
+    key = jax.random.fold_in(jax.random.fold_in(key, epoch), 2**31 - 2)
+    return jnp.sort(jax.random.permutation(key, size)[:k])
