@@ -89,8 +89,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
             if lost > config.train.max_skipped:
                 raise FloatingPointError(
                     f"no update of the last {lost} epochs had a finite gradient, more than"
-                    f" train.max_skipped={config.train.max_skipped}: go on from an earlier checkpoint"
-                    " with a lower train.learning_rate or in float32"
+                    f" train.max_skipped={config.train.max_skipped}: go on from an earlier"
+                    " checkpoint with a lower train.learning_rate or in float32"
                 )
             figures["seconds"] = time.perf_counter() - begun
             figures["images_per_second"] = run.plan.images / figures["seconds"]
