@@ -3,8 +3,10 @@
     python -m flowgrpo_jax.train --config configs/shapes.py
 
 Hardware: 2 CPU cores. See README.md for the curve, the time it took and what to expect.
-CPS noise in a window at the start of the rollout (composition is decided there), the ODE after it,
-no guidance: pictures stay clean while composition is explored.
+CPS noise in three steps whose place is drawn anew each epoch among those where composition is
+decided, the ODE before and after, no guidance: the policy is trained close to how it is evaluated.
+With ten steps and noise in the first five, rollouts improved faster and the 40-step ODE did not: a
+good part of what was learned made up for the coarse steps.
 """
 
 from ml_collections import ConfigDict
@@ -27,28 +29,28 @@ def get_config() -> ConfigDict:
     c.prompts.train, c.prompts.test = "shapes:train", "shapes:test"
     with c.prompts.unlocked():
         c.prompts.tag_weights = ConfigDict(
-            {  # GenEval's training mix, with the easy tags kept in sight
-                "position": 7.0,
-                "counting": 5.0,
-                "color_attr": 3.0,
+            {  # all tags alike: a small model unlearns what it is not asked for
+                "position": 1.0,
+                "counting": 1.0,
+                "color_attr": 1.0,
                 "colors": 1.0,
                 "two_object": 1.0,
-                "single_object": 0.5,
+                "single_object": 1.0,
             }
         )
 
-    c.sample.groups, c.sample.group_size = 12, 24
+    c.sample.groups, c.sample.group_size = 24, 12
     c.sample.micro_batch = 144
     c.sample.guidance_scale = 1.0
-    c.sample.kernel, c.sample.noise_level = "cps", 0.8
-    c.sample.window = 5
+    c.sample.kernel, c.sample.noise_level = "cps", 0.6
+    c.sample.steps, c.sample.window, c.sample.window_range = 20, 3, (3, 10)
 
     c.reward.weights = ConfigDict({"shapes": 1.0})
 
     c.train.updates_per_epoch = 1
-    c.train.learning_rate = 1e-3
+    c.train.learning_rate = 7e-4
     c.train.clip_range = 5e-3
-    c.train.ema_decay = 0.95
+    c.train.ema_decay = 0.98
 
     c.eval.every = 25
     c.eval.guidance_scale = 1.0
