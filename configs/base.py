@@ -127,7 +127,7 @@ def get_config() -> ConfigDict:
 def fast(c: ConfigDict) -> None:
     """Flow-GRPO-Fast without guidance: 3 noisy steps of the first 5, one forward a step.
 
-    Upstream's `geneval_sd3_fast_nocfg`. A fifth of the full recipe's arithmetic or less. Without
+    Upstream's `geneval_sd3_fast_nocfg`. About a fifth of the full recipe's arithmetic. Without
     a KL term watch the rewards that are not trained on.
     """
     c.sample.kernel, c.sample.noise_level = "cps", 0.8
