@@ -18,6 +18,9 @@ TABLE = {
     "shapes": "flowgrpo_jax.rewards.shapes:graded",
     "shapes_strict": "flowgrpo_jax.rewards.shapes:strict",
     "shapes_unknown": "flowgrpo_jax.rewards.shapes:unknown",
+    "geneval": "flowgrpo_jax.rewards.photos:graded()",
+    "geneval_strict": "flowgrpo_jax.rewards.photos:strict()",
+    "geneval_official": "flowgrpo_jax.rewards.photos:official()",
     "jpeg_compressibility": "flowgrpo_jax.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "flowgrpo_jax.rewards.jpeg:incompressibility",
 }
