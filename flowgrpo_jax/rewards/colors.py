@@ -29,6 +29,11 @@ SHADES = {
     "black": "0c0c0c 2b2b2b 454545",
     "white": "ffffff e6e6e6 c8c8c8",
 }
+_XYZ = (  # linear sRGB to CIE XYZ (IEC 61966-2-1)
+    (0.4124564, 0.3575761, 0.1804375),
+    (0.2126729, 0.7151522, 0.0721750),
+    (0.0193339, 0.1191920, 0.9503041),
+)
 CENTRE = 0.5  # share of a box's width and height, around its centre, that stands for a mask
 
 
@@ -95,10 +100,7 @@ def lab(rgb: np.ndarray) -> np.ndarray:
     """sRGB 0 to 255, [..., 3], as CIELAB of white point D65 (L 0 to 100)."""
     x = np.asarray(rgb, np.float64) / 255
     x = np.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
-    to_xyz = np.array(
-        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750]]
-        + [[0.0193339, 0.1191920, 0.9503041]]
-    )
+    to_xyz = np.array(_XYZ)
     xyz = x @ to_xyz.T / to_xyz.sum(1)  # white is (1, 1, 1)
     f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
     fx, fy, fz = np.moveaxis(f, -1, 0)

@@ -4,7 +4,7 @@ Needs torch; runs on CUDA where torch finds it.
 
 Sources: Cheng et al. 2022 (arXiv 2112.01527); sizes and the reading of masks as in mmdetection's
 `mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco`, which GenEval calls. Deviations: the picture is
-resized to a multiple of 32 px instead of padded to one (the same for square pictures), and mask
+resized up to a multiple of 32 px instead of padded to one (the same for square pictures), and mask
 logits go from the model's grid to the picture's in one step instead of two.
 """
 
@@ -83,7 +83,7 @@ def inputs(images: Any) -> Any:
 
     height, width = images.shape[1:3]
     scale = min(SHORT / min(height, width), LONG / max(height, width))
-    size = [max(STEP, round(side * scale / STEP) * STEP) for side in (height, width)]
+    size = [-(-round(side * scale) // STEP) * STEP for side in (height, width)]
     x = images.permute(0, 3, 1, 2).float() / 255
     x = torch.nn.functional.interpolate(
         x, size=size, mode="bilinear", align_corners=False, antialias=True
