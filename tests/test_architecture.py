@@ -111,9 +111,9 @@ def test_training_needs_no_torch():
     scorers = {"rewards.mask2former", "rewards.clip_colors"}
     assert {module for module in FILES if libraries(module) & torch} == scorers
     for module in scorers:
-        named = [n for n in tree(FILES[module]).body if isinstance(n, ast.Import | ast.ImportFrom)]
-        assert not {"torch", "transformers"} & {ast.unparse(n).split()[1] for n in named}
-        assert not [m for m in FILES if module in own(m) and m != "rewards.photos"]
+        top = [n for n in tree(FILES[module]).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        named = {ast.unparse(node).split()[1].partition(".")[0] for node in top}
+        assert not named & (torch | {"transformers"})
 
 
 def test_every_module_says_what_it_is_for():
