@@ -178,18 +178,18 @@ class TorchImageReward:
             patch_size=BLIP_VISION["patch_size"],
             layer_norm_eps=1e-6,
             hidden_act="gelu",
+            initializer_range=0.1,  # 1e-10 by default: the text would not see the image
         )
         text = transformers.BlipTextConfig(
-            **BLIP_TEXT, encoder_hidden_size=BLIP_VISION["vision_width"], hidden_act="gelu"
+            **BLIP_TEXT,
+            encoder_hidden_size=BLIP_VISION["vision_width"],
+            hidden_act="gelu",
+            initializer_range=0.15,
         )
         self.vision = varied(lambda: transformers.BlipVisionModel(vision))
         create = transformers.BlipTextModel
         self.text = varied(lambda: create(text, add_pooling_layer=False))
         self.head = torch_head(BLIP_TEXT["hidden_size"])
-        # As initialised, the text hardly sees the image: a wrong image would not show.
-        for name, x in [*self.vision.named_parameters(), *self.text.named_parameters()]:
-            if x.ndim == 2 and "embeddings" not in name:
-                x.data *= 8
 
     def __call__(self, ids, mask, pixels):
         with torch.no_grad():

@@ -103,6 +103,11 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
     return apply, {name(path): v.get_value() for path, v in variables.items()}
 
 
+def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[..., Any], Params]:
+    """What `functional` returns, of a model that is described but not allocated."""
+    return functional(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+
+
 def initialise(create: Callable[[nnx.Rngs], nnx.Module], seed: int) -> Params:
     """Random parameters for a model that is trained from nothing (the model in the box)."""
     return jax.jit(lambda: functional(create(nnx.Rngs(seed)))[1])()

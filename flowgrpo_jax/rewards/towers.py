@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from flowgrpo_jax.models import convert
 from flowgrpo_jax.models.blip import BLIPConfig, ImageReward
 from flowgrpo_jax.models.clip import CLIP, DualConfig, from_open_clip, is_open_clip
 from flowgrpo_jax.models.head import Head
-from flowgrpo_jax.models.layers import Params, functional
+from flowgrpo_jax.models.layers import Params, abstract
 from flowgrpo_jax.models.tensors import Tensors, open_file
 
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -185,8 +184,7 @@ def build(kind: Any, config: Any, tensors: Tensors, dtype: str, file: Path) -> T
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose from {', '.join(DTYPES)}")
     compute = jnp.dtype(dtype)
-    module = nnx.eval_shape(lambda: kind(config, dtype=compute, rngs=nnx.Rngs(0)))
-    apply, shapes = functional(module)
+    apply, shapes = abstract(lambda rngs: kind(config, dtype=compute, rngs=rngs))
     ignore = getattr(kind, "ignored", ())
     params = convert.from_tensors(tensors, shapes, where=str(file), dtype=compute, ignore=ignore)
     if compute != jnp.float32:
