@@ -43,7 +43,7 @@ def combined_advantages(
     Args:
       combine: "rewards" normalises the weighted sum of the scores. "advantages" normalises every
         reward by itself, adds them by weight and brings the sum back to a standard deviation of
-        one over the batch (GDPO, arXiv 2601.05242): a reward of small range is not drowned by one of large range.
+        one over the batch (GDPO, arXiv 2601.05242): a large range does not drown a small one.
     """
     total, valid = weighted(scores, weights)
     if combine == "rewards":
