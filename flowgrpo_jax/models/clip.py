@@ -123,11 +123,12 @@ class CLIPVision(nnx.Module):
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Normalised pixels [B, H, W, 3] -> [B, D]."""
-        x = self.embeddings["patch_embedding"](pixels)
+        embeddings: Any = self.embeddings
+        x = embeddings["patch_embedding"](pixels)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        first = self.embeddings["class_embedding"][...].astype(x.dtype)
+        first = embeddings["class_embedding"][...].astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])), x], axis=1)
-        x = x + self.embeddings["position_embedding"](jnp.arange(x.shape[1]))
+        x = x + embeddings["position_embedding"](jnp.arange(x.shape[1]))
         (layers,) = self.encoder["layers"].values()
         x = scan(layers, lambda layer, x: layer(x), self.pre_layrnorm(x))
         return self.post_layernorm(x[:, 0])
@@ -136,7 +137,11 @@ class CLIPVision(nnx.Module):
 class CLIP(CLIPText):
     """`CLIPModel`. Embeddings are float32 and not normalised."""
 
-    ignored: ClassVar = (*CLIPText.ignored, "vision_model.embeddings.position_ids", "attn_mask")
+    ignored: ClassVar[tuple[str, ...]] = (
+        *CLIPText.ignored,
+        "vision_model.embeddings.position_ids",
+        "attn_mask",
+    )
     full: ClassVar = ("logit_scale",)  # float32 in any dtype: bfloat16 would make 100 a 99
 
     def __init__(self, config: DualConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -198,7 +203,8 @@ def from_open_clip(tensors: Tensors) -> Tensors:
         stem, _, leaf = name.rpartition(".")
         block = BLOCK.fullmatch(name)
         if block:
-            out |= _block(*block.groups(), tensor)
+            visual, layer, part, leaf = block.groups()
+            out |= _block(visual, layer, part, leaf, tensor)
         elif name in TRANSPOSED:
             flipped = Tensor(tensor.shape[::-1], lambda t=tensor: t.read().T)  # type: ignore[misc]
             out[TRANSPOSED[name]] = flipped

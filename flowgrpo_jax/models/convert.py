@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def from_torch_names(
     ignore: Iterable[str] = (),
 ) -> Params:
     """Our parameters from a state dict of numpy arrays. Raises ValueError on any mismatch."""
-    readers = {k: Tensor(tuple(v.shape), lambda v=v: np.asarray(v)) for k, v in tensors.items()}
+    readers = {k: Tensor(tuple(v.shape), partial(np.asarray, v)) for k, v in tensors.items()}
     return from_tensors(
         readers, shapes, where="state dict", dtype=dtype, patch_size=patch_size, ignore=ignore
     )

@@ -12,6 +12,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def from_safetensors(files: Iterable[Path]) -> Tensors:
         handle = safe_open(file, framework="numpy")
         for name in handle.keys():  # noqa: SIM118 (a file, no dict)
             shape = tuple(handle.get_slice(name).get_shape())
-            tensors[name] = Tensor(shape, lambda h=handle, n=name: h.get_tensor(n))
+            tensors[name] = Tensor(shape, partial(handle.get_tensor, name))
     return tensors
 
 

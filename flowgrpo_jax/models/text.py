@@ -158,7 +158,9 @@ class CLIPTower(nnx.Module):
 class CLIPText(nnx.Module):
     """`CLIPTextModelWithProjection`."""
 
-    ignored: ClassVar = ("text_model.embeddings.position_ids",)  # a constant in older files
+    ignored: ClassVar[tuple[str, ...]] = (
+        "text_model.embeddings.position_ids",
+    )  # a constant in older files
 
     def __init__(self, config: CLIPConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config

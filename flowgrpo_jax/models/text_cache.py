@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
@@ -57,7 +58,8 @@ def encode_cached(
             found[text] = {"tokens": fresh.tokens[i], "pooled": fresh.pooled[i]}
             _write(folder / f"{names[text]}.st", found[text])
     rows = [found[t] for t in texts]
-    return Conditioning(**{k: np.stack([row[k] for row in rows]) for k in ("tokens", "pooled")})
+    tokens, pooled = (np.stack([row[k] for row in rows]) for k in ("tokens", "pooled"))
+    return Conditioning(jnp.asarray(tokens), jnp.asarray(pooled))
 
 
 def _read(file: Path) -> dict[str, np.ndarray] | None:

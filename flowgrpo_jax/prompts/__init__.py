@@ -118,7 +118,7 @@ def frequencies(
     counts, tasks = Counter(kinds), Counter(task for task, _ in kinds)
     _known("prompts.tag_weights", tag_weights, {tag for _, tag in counts}, "tags")
     _known("prompts.tasks", task_weights, set(tasks), "tasks")
-    share = {}  # of one record of this kind
+    share: dict[tuple[str, str], float] = {}  # of one record of this kind
     for task, size in tasks.items():
         mine = {kind: n for kind, n in counts.items() if kind[0] == task}
         if not any(tag in tag_weights for _, tag in mine):

@@ -120,8 +120,7 @@ def twins(record: Metadata) -> set[str]:
 def draw(tag: str, classes: Sequence[str], n: int, seed: int) -> list[Metadata]:
     """n distinct prompts of a tag, all of them where there are fewer; always the same."""
     colorful = [c for c in classes if c != "person"]  # as the benchmark: no coloured people
-    make: Any
-    make, choices = {
+    kinds: dict[str, tuple[Any, list[Any]]] = {
         "single_object": (single_object, [classes]),
         "two_object": (two_object, [list(permutations(classes, 2))]),
         "counting": (counting, [classes, list(COUNTS)]),
@@ -131,7 +130,8 @@ def draw(tag: str, classes: Sequence[str], n: int, seed: int) -> list[Metadata]:
             color_attr,
             [list(permutations(colorful, 2)), list(permutations(COLORS, 2))],
         ),
-    }[tag]
+    }
+    make, choices = kinds[tag]
     sizes = [len(c) for c in choices]
     size = math.prod(sizes)
     rng = np.random.default_rng([seed, list(TEST).index(tag)])

@@ -158,5 +158,5 @@ def _digest(question: Question) -> bytes:
     text, pictures = question
     digest = hashlib.sha256(json.dumps([text, [p.shape for p in pictures]]).encode())
     for picture in pictures:
-        digest.update(np.ascontiguousarray(picture))
+        digest.update(picture.tobytes())
     return digest.digest()

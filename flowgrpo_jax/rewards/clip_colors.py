@@ -39,7 +39,7 @@ def load(path: str | None = None, device: str | None = None) -> Classifier:
             " colors='pixels', an approximation without a network"
         ) from error
     try:
-        model = CLIPModel.from_pretrained(path or WEIGHTS)
+        model: Any = CLIPModel.from_pretrained(path or WEIGHTS)
         tokenizer = CLIPTokenizer.from_pretrained(path or WEIGHTS)
     except OSError as error:
         raise FileNotFoundError(

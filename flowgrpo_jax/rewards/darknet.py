@@ -61,7 +61,7 @@ def to_onnx(cfg: Path, weights: Path) -> tuple[Any, list[Head], tuple[int, int]]
         _KINDS[kind](graph, settings)
     if graph.read != len(graph.numbers):
         raise ValueError(f"{cfg} needs {graph.read} weights, {weights} has {len(graph.numbers)}")
-    shape = ["batch", int(net["channels"]), *size]
+    shape: list[str | int | None] = ["batch", int(net["channels"]), *size]
     described = helper.make_graph(
         graph.nodes,
         cfg.stem,
@@ -117,7 +117,7 @@ def _convolutional(graph: _Graph, s: dict[str, str]) -> None:
     name, channels = graph.last
     filters, size, groups = int(s["filters"]), int(s["size"]), int(s.get("groups", 1))
     bias = graph.take(filters)
-    scale = np.ones(filters, np.float32)
+    scale: np.ndarray = np.ones(filters, np.float32)
     if int(s.get("batch_normalize", 0)):  # folded into the convolution
         scale, mean, variance = graph.take(filters), graph.take(filters), graph.take(filters)
         scale = scale / np.sqrt(variance + EPSILON)

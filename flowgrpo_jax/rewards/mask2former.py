@@ -44,7 +44,7 @@ def load(path: str | None, floor: float, device: str | None = None) -> coco.Dete
             " detector='small', which is far weaker"
         ) from error
     try:
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(path or WEIGHTS)
+        model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(path or WEIGHTS)
     except OSError as error:
         raise FileNotFoundError(
             f"Mask2Former weights {path or WEIGHTS!r} are neither a local directory nor could they"
@@ -69,7 +69,7 @@ def detector(model: Any, floor: float) -> coco.Detector:
                 some = torch.tensor(images[start : start + BATCH], device=model.device)
                 out = model(pixel_values=inputs(some))
                 found += [
-                    instances(classes, masks, tuple(some.shape[1:3]), floor)
+                    instances(classes, masks, (some.shape[1], some.shape[2]), floor)
                     for classes, masks in zip(out.class_queries_logits, out.masks_queries_logits)
                 ]
         return found

@@ -19,6 +19,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def recogniser(confidence: float = 0.0) -> Callable[[np.ndarray], str]:
     )
 
     def read(image: np.ndarray) -> str:
-        found = engine(np.ascontiguousarray(image[..., ::-1]))  # RapidOCR takes BGR
+        found: Any = engine(np.ascontiguousarray(image[..., ::-1]))  # RapidOCR takes BGR
         texts = zip(found.txts or (), found.scores or ())
         return " ".join(text for text, score in texts if score > confidence)
 

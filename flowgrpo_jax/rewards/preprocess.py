@@ -89,7 +89,8 @@ def _resized(
 ) -> Any:
     """Levels f32 [..., 3, size, size] of images uint8 [..., H, W, 3]. Methods and operators only,
     so that numpy stays numpy and jax stays jax."""
-    rows, columns = square(*images.shape[-3:-1], size, kernel)
+    height, width = images.shape[-3:-1]
+    rows, columns = square(height, width, size, kernel)
     x = images.astype(np.float32).swapaxes(-1, -3).swapaxes(-1, -2)  # channels first
     with jax.default_matmul_precision("highest"):
         x = after_each(x @ columns.T)

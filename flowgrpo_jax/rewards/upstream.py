@@ -69,7 +69,7 @@ class _Array:
 class _Scalar:
     """Stands for a NumPy number; `values` is an array with it."""
 
-    values = np.zeros(0)
+    values: np.ndarray = np.zeros(0)
 
     def __init__(self, dtype: Any, data: Any):
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
