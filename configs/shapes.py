@@ -48,9 +48,9 @@ def get_config() -> ConfigDict:
     c.reward.weights = ConfigDict({"shapes": 1.0})
 
     c.train.updates_per_epoch = 1
-    c.train.learning_rate = 7e-4
+    c.train.learning_rate = 1.5e-3
     c.train.clip_range = 5e-3
-    c.train.ema_decay = 0.98
+    c.train.ema_decay = 0.97
 
     c.eval.every = 25
     c.eval.guidance_scale = 1.0
