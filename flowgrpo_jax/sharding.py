@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -120,7 +121,7 @@ def put_state(mesh: Mesh, tree: Any) -> Any:
         keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
         lora = bool(keys) and keys[-1].rpartition("/")[2] in ("lora_a", "lora_b")
         cut = spec(keys[-1], x.shape, mesh) if lora else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, cut))
+        return _put(x, NamedSharding(mesh, cut))
 
     return jax.tree_util.tree_map_with_path(put, tree)
 
@@ -134,12 +135,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """A copy of every array on every device. Host arrays must be the same in every process."""
-    return jax.device_put(tree, replicated(mesh))
+    return jax.tree.map(lambda x: _put(x, replicated(mesh)), tree)
 
 
 def split_rows(mesh: Mesh, tree: Any) -> Any:
     """Arrays [M, ...] cut along their first axis. Host arrays are whole, in every process."""
-    return jax.device_put(tree, NamedSharding(mesh, ROWS))
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, ROWS)), tree)
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """device_put, also of an array that every process has for itself onto devices of them all."""
+    local = isinstance(x, jax.Array) and x.is_fully_addressable
+    if local and not sharding.is_fully_addressable:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = _put(jax.random.key_data(x), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        x = np.asarray(x)
+    return jax.device_put(x, sharding)
 
 
 def constrain_rows(mesh: Mesh, x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import time
 import warnings
@@ -110,7 +111,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         report = evaluate_into(workdir, run, state, null, epoch)
         metrics.write(epoch, report)
         if first_process:
-            print(json.dumps({k: round(v, 4) for k, v in report.items()}))
+            print(json.dumps({k: round(v, 4) for k, v in report.items() if math.isfinite(v)}))
     checkpoints.close()
     metrics.close()
     if epoch < config.epochs and first_process:

@@ -317,7 +317,7 @@ def mask2former():
         window_size=4,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    sizes = dict(feature_size=16, mask_feature_size=16, hidden_dim=16, num_attention_heads=2)
+    sizes = dict(feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2)
     depths = dict(encoder_layers=1, decoder_layers=2, num_queries=12, num_labels=80)
     wide = dict(encoder_feedforward_dim=16, dim_feedforward=16)
     torch.manual_seed(0)

@@ -280,6 +280,7 @@ def test_a_reward_trains_alike_on_the_host_and_in_the_graph(folder, monkeypatch,
     states = []
     for name in ("host", "graph"):
         config = load(folder, epochs=1, eval__every=0, reward__combine=combine)
+        config.train.eps, config.train.learning_rate = 1.0, 1.0  # steps follow the gradient
         config.reward.weights = ConfigDict({name: 1.0, "jpeg_incompressibility": 5.0})
         config.reward.options = ConfigDict({"graph": {"scale": 1.0}} if name == "graph" else {})
         states.append(train(config, folder / f"in-{name}-{combine}"))
@@ -287,7 +288,7 @@ def test_a_reward_trains_alike_on_the_host_and_in_the_graph(folder, monkeypatch,
         assert 0 < row[f"reward/{name}"] < 255 and row["failed"] == 0
     assert any(np.abs(x).max() > 0 for k, x in states[0].lora.items() if "lora_b" in k)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * float(np.abs(b).max())),
         states[0].lora,
         states[1].lora,
     )

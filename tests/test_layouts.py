@@ -97,7 +97,7 @@ def load(folder, mesh, host_call):
     c.epochs = 2
     c.lora.rank, c.lora.alpha = 8, 8.0
     c.sample.groups, c.sample.group_size, c.sample.micro_batch = 4, 4, 8
-    c.sample.steps, c.sample.window = 4, 2
+    c.sample.steps, c.sample.window, c.sample.window_range = 4, 2, (0, 3)
     c.reward.weights = {"brightness": 1.0}
     c.reward.host_call = host_call
     c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 8, 8, 2

