@@ -87,6 +87,7 @@ def get_config() -> ConfigDict:
     c.train.updates_per_epoch = 2  # optimiser steps an epoch, each on its own groups
     c.train.learning_rate = 3e-4  # of AdamW
     c.train.warmup_steps = 0  # optimiser steps of linear warm-up
+    c.train.decay_steps = 0  # steps after which the rate falls as 1 / sqrt(step); 0: constant
     c.train.b1, c.train.b2, c.train.eps = 0.9, 0.999, 1e-8  # AdamW
     c.train.weight_decay = 1e-4  # AdamW
     c.train.max_grad_norm = 1.0  # clip of the global gradient norm

@@ -33,6 +33,9 @@ from flowgrpo_jax.types import (
     Trajectory,
 )
 
+# Knobs of `config.train` that `update.optimiser` takes by the same name.
+ADAMW = ("b1", "b2", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps")
+
 
 @dataclass(frozen=True)
 class Programs:
@@ -126,8 +129,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     )
     optimiser = update.optimiser(
         config.train.learning_rate,
-        warmup_steps=config.train.warmup_steps,
-        **{k: config.train[k] for k in ("b1", "b2", "eps", "weight_decay", "max_grad_norm")},
+        **{k: config.train[k] for k in ADAMW},
     )
     built = _programs(config, model, mesh, plan, process, optimiser, scorer)
     return Recipe(
@@ -235,6 +237,8 @@ def describe(recipe: Recipe) -> str:
     trained = sum(np.prod(x.shape) for x in model.lora_shapes.values())
     low, high = window_range(config)
     layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
+    after = config.train.decay_steps
+    decay = f", falling after {after} updates" if after else ""
     return "\n".join(
         [
             f"model       {config.model.path}, {frozen / 1e6:.1f} M frozen, {trained / 1e3:.0f} k"
@@ -246,6 +250,6 @@ def describe(recipe: Recipe) -> str:
             f" guidance {config.sample.guidance_scale}",
             f"update      {config.train.steps or window(config)} steps trained, clip"
             f" {config.train.clip_range:g}, KL {config.train.kl_beta:g},"
-            f" learning rate {config.train.learning_rate:g}",
+            f" learning rate {config.train.learning_rate:g}{decay}",
         ]
     )

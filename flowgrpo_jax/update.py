@@ -140,14 +140,29 @@ def optimiser(
     weight_decay: float = 1e-4,
     max_grad_norm: float = 1.0,
     warmup_steps: int = 0,
+    decay_steps: int = 0,
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm; optional linear warm-up."""
-    schedule: Any = learning_rate
-    if warmup_steps:
-        schedule = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    """AdamW behind a clip of the global gradient norm.
+
+    The learning rate rises linearly over `warmup_steps`, if any, and after `decay_steps`, if any,
+    falls as the inverse square root of the step. It does not depend on how long the run will be,
+    so a run that is prolonged goes on as if it had been that long from the start.
+    """
+
+    def schedule(step: jax.Array) -> jax.Array:
+        rise = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
+        fall = jnp.sqrt(decay_steps / jnp.maximum(step, decay_steps)) if decay_steps else 1.0
+        return learning_rate * rise * fall
+
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        optax.adamw(
+            schedule if warmup_steps or decay_steps else learning_rate,
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            weight_decay=weight_decay,
+        ),
     )
 
 

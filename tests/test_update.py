@@ -410,3 +410,16 @@ def test_warm_up_and_weight_decay():
         step, state = tx.update(gradient, state, params)
         steps.append(float(step["v"][0]))
     np.testing.assert_allclose(steps, -np.array([0, 0.05, 0.1, 0.1]) * (1 + 0.5 * 3), rtol=1e-5)
+
+
+def test_the_learning_rate_falls_as_the_inverse_square_root():
+    """Adam steps by the learning rate: constant to step 4, then halved at four times that."""
+    tx = update.optimiser(0.1, decay_steps=4, weight_decay=0.0)
+    params, gradient = {"v": jnp.array([3.0])}, {"v": jnp.array([1.0])}
+    state, steps = tx.init(params), []
+    for _ in range(17):
+        step, state = tx.update(gradient, state, params)
+        steps.append(-float(step["v"][0]))
+    np.testing.assert_allclose(steps[:5], 0.1, rtol=1e-4)
+    np.testing.assert_allclose([steps[9], steps[16]], [0.1 * 2 / 3, 0.05], rtol=1e-4)
+    assert all(a > b for a, b in zip(steps[4:], steps[5:]))

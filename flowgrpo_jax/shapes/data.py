@@ -17,14 +17,14 @@ from flowgrpo_jax.shapes import grammar, render
 
 # How often each tag is drawn, and the share of captions that garble their picture.
 TAG_WEIGHTS = {
-    "single_object": 1.0,
-    "two_object": 2.0,
-    "counting": 2.0,
-    "colors": 1.5,
-    "position": 3.0,
-    "color_attr": 3.0,
+    "single_object": 0.5,
+    "two_object": 3.0,
+    "counting": 1.5,
+    "colors": 1.0,
+    "position": 4.0,
+    "color_attr": 4.0,
 }
-GARBLED = 0.3
+GARBLED = 0.2
 CHUNK = 1000  # pictures per seed: the data does not depend on the number of workers
 
 
