@@ -36,7 +36,7 @@ def generate(
     """uint8 [n, height, width, 3], one image a prompt, by the deterministic ODE."""
     size = model.default_size
     latent = model.latent_shape(height or size, width or size)
-    mesh = sharding.make_mesh(devices=1)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = programs.generate(
         model,
         mesh,

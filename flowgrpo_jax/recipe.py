@@ -117,21 +117,11 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     scorer = _scorer(mix, loaded, train_prompts, mesh)
     test_scorer = _scorer(test_mix, loaded, test_prompts, mesh)
     model = load_model(config, mesh)
-    sigmas = sde.sigma_schedule(config.sample.steps, model.shift)
-    s = config.sample
-    process = Process(
-        sigmas=tuple(map(float, sigmas)),
-        kernel=s.kernel,
-        noise_level=s.noise_level,
-        window=window(config),
-        density=s.density,
-        reduction=s.reduction,
+    process = make_process(config, model.shift)
+    optimiser = make_optimiser(config)
+    built = make_programs(
+        config, model, mesh, plan, process, optimiser, _callback(config, scorer, mesh)
     )
-    optimiser = update.optimiser(
-        config.train.learning_rate,
-        **{k: config.train[k] for k in ADAMW},
-    )
-    built = _programs(config, model, mesh, plan, process, optimiser, scorer)
     return Recipe(
         config,
         model,
@@ -144,6 +134,24 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         test_prompts,
         scorer,
         test_scorer,
+    )
+
+
+def make_process(config: ConfigDict, shift: float) -> Process:
+    s = config.sample
+    return Process(
+        sigmas=tuple(map(float, sde.sigma_schedule(s.steps, shift))),
+        kernel=s.kernel,
+        noise_level=s.noise_level,
+        window=window(config),
+        density=s.density,
+        reduction=s.reduction,
+    )
+
+
+def make_optimiser(config: ConfigDict) -> Any:
+    return update.optimiser(
+        config.train.learning_rate, **{knob: config.train[knob] for knob in ADAMW}
     )
 
 
@@ -186,21 +194,26 @@ def _scorer(
     )
 
 
-def _programs(
+def _callback(config: ConfigDict, scorer: Scorer, mesh: Mesh) -> programs.HostScore | None:
+    """The host's rewards as a part of the sampling program, where the recipe wants that."""
+    names = tuple(name for name in scorer.mix.names if name not in scorer.in_graph)
+    if config.reward.host_call != "callback" or not names:
+        return None
+    return host.callback(scorer.host, names, mesh, sharding.ROWS)
+
+
+def make_programs(
     config: ConfigDict,
     model: sd3.SD3,
     mesh: Mesh,
     plan: Plan,
     process: Process,
     optimiser: Any,
-    scorer: Scorer,
+    score: programs.HostScore | None = None,
 ) -> Programs:
+    """The programs; `model` may be one that is only described."""
     s, t = config.sample, config.train
     latent = model.latent_shape(config.model.height, config.model.width)
-    called = None
-    names = tuple(name for name in scorer.mix.names if name not in scorer.in_graph)
-    if config.reward.host_call == "callback" and names:
-        called = host.callback(scorer.host, names, mesh, sharding.ROWS)
     objective = update.Objective(t.clip_range, t.kl_beta, t.kl_weighting)
     return Programs(
         sample=programs.sample(
@@ -210,7 +223,7 @@ def _programs(
             guidance=s.guidance_scale,
             latent=latent,
             same_noise=s.same_noise,
-            score=called,
+            score=score,
         ),
         accumulate=programs.accumulate(
             model,

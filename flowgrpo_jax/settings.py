@@ -118,7 +118,7 @@ def check(config: ConfigDict) -> None:
     require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
     require(
         t.warmup_steps >= 0 and t.decay_steps >= 0,
-        f"train.warmup_steps={t.warmup_steps}, train.decay_steps={t.decay_steps}: must be 0 or more",
+        f"train.warmup_steps={t.warmup_steps}, train.decay_steps={t.decay_steps}: not below 0",
     )
     require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
     require(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,13 +51,17 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: int | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """All devices (or the first `devices`) as data x fsdp x tensor; one size may be -1, the rest.
+    """All devices, or these, as data x fsdp x tensor; one size may be -1, the rest.
 
     Auto axes: the compiler chooses inner layouts. Raises ValueError when the sizes do not fit.
     """
-    chosen = jax.devices()[:devices]
+    chosen = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(AXES, (data, fsdp, tensor)))
     known = math.prod(n for n in sizes.values() if n != -1)
     open_axes = [axis for axis, n in sizes.items() if n == -1]
@@ -111,19 +116,23 @@ def place(mesh: Mesh) -> Any:
     return of
 
 
-def put_state(mesh: Mesh, tree: Any) -> Any:
-    """Training state on the devices: adapters, and what the optimiser keeps of them, by the table.
+def state_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Of training state: adapters, and what the optimiser keeps of them, by the table.
 
     A leaf belongs to the adapter when the last dictionary key on its way is a parameter's path.
     """
 
-    def put(path: tuple[Any, ...], x: Any) -> Any:
+    def of(path: tuple[Any, ...], x: Any) -> NamedSharding:
         keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
         lora = bool(keys) and keys[-1].rpartition("/")[2] in ("lora_a", "lora_b")
-        cut = spec(keys[-1], x.shape, mesh) if lora else PartitionSpec()
-        return _put(x, NamedSharding(mesh, cut))
+        return NamedSharding(mesh, spec(keys[-1], x.shape, mesh) if lora else PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(put, tree)
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def put_state(mesh: Mesh, tree: Any) -> Any:
+    """Training state on the devices."""
+    return jax.tree.map(_put, tree, state_shardings(mesh, tree))
 
 
 # --------------------------------------------------------------------------------- batches

@@ -149,7 +149,7 @@ def optimiser(
     so a run that is prolonged goes on as if it had been that long from the start.
     """
 
-    def schedule(step: jax.Array) -> jax.Array:
+    def schedule(step: Any) -> Any:
         rise = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
         fall = jnp.sqrt(decay_steps / jnp.maximum(step, decay_steps)) if decay_steps else 1.0
         return learning_rate * rise * fall

@@ -15,18 +15,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from flowgrpo_jax.models import convert, sd3
+from flowgrpo_jax.models.architecture import PUBLISHED
 from flowgrpo_jax.models.layers import functional
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.models.vae import VAE, VAEConfig
 
-MEDIUM = MMDiTConfig(dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
-LARGE = MMDiTConfig(
-    num_layers=38,
-    num_attention_heads=38,
-    caption_projection_dim=2432,
-    pos_embed_max_size=192,
-    qk_norm="rms_norm",
-)
+MEDIUM = PUBLISHED["stabilityai/stable-diffusion-3.5-medium"].transformer
+LARGE = PUBLISHED["stabilityai/stable-diffusion-3.5-large"].transformer
 SMALL = MMDiTConfig(
     num_layers=4,
     num_attention_heads=2,
@@ -233,6 +228,18 @@ def test_published_sizes(config, parameters, keys):
     assert sum(len(convert.torch_names(path)) for path in shapes) == keys
     del shapes["pos_embed/pos_embed"]
     assert sum(int(np.prod(s.shape)) for s in shapes.values()) == parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_text_encoders(name):
+    """Parameter counts of CLIP-L and bigG with their projections, and of T5 v1.1-XXL's encoder."""
+    params = sd3.describe(PUBLISHED[name], dtype=jnp.bfloat16).params
+    counts = {part: sum(x.size for x in shapes.values()) for part, shapes in params.items()}
+    assert counts["text_encoder"] == 123_650_304
+    assert counts["text_encoder_2"] == 694_659_840
+    assert counts["text_encoder_3"] == 4_762_310_656
+    assert {x.dtype for x in params["text_encoder_3"].values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in params["vae"].values()} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize(

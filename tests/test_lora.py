@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from flowgrpo_jax.models import lora, sd3
+from flowgrpo_jax.models.architecture import PUBLISHED
 from flowgrpo_jax.models.layers import functional
 from flowgrpo_jax.models.lora import JOINT_ATTENTION, LoRASpec
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -72,10 +73,8 @@ def test_start_is_what_peft_starts_with(checkpoint):
 
 def test_published_sizes():
     """Rank 32 on the joint attention of the two full-size models."""
-    medium = MMDiTConfig(dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
-    width = dict(num_attention_heads=38, caption_projection_dim=2432)
-    large = MMDiTConfig(num_layers=38, pos_embed_max_size=192, qk_norm="rms_norm", **width)
-    for config, linears, parameters in ((medium, 191, 18_776_064), (large, 303, 47_161_344)):
+    for name, linears, parameters in (("medium", 191, 18_776_064), ("large", 303, 47_161_344)):
+        config = PUBLISHED[f"stabilityai/stable-diffusion-3.5-{name}"].transformer
         shapes = shapes_of(LoRASpec(), config)[0]
         names = lora.to_torch({k: np.broadcast_to(0, v.shape) for k, v in shapes.items()})
         assert len(names) == 2 * linears

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import architecture, sd3
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.shapes import data, flow, grammar, package, pretrain, vae, verify
 
@@ -38,9 +38,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
 def test_what_is_written_is_read_back(tmp_path):
     directory = sd3.resolve("shapes")
     clip_l, clip_g = (
-        sd3._config(directory, name, CLIPConfig) for name in ("text_encoder", "text_encoder_2")
+        architecture.config(directory, name, CLIPConfig)
+        for name in ("text_encoder", "text_encoder_2")
     )
-    t5 = sd3._config(directory, "text_encoder_3", T5Config)
+    t5 = architecture.config(directory, "text_encoder_3", T5Config)
     modules = flow.makers(clip_l, clip_g, t5)
     params = {**flow.init_params(modules, seed=1), "vae": vae.init(1_000, seed=1)["params"]}
     package.write(tmp_path, params, flow.TRANSFORMER, vae.CONFIG, clip_l, clip_g, t5)

@@ -422,4 +422,4 @@ def test_the_learning_rate_falls_as_the_inverse_square_root():
         steps.append(-float(step["v"][0]))
     np.testing.assert_allclose(steps[:5], 0.1, rtol=1e-4)
     np.testing.assert_allclose([steps[9], steps[16]], [0.1 * 2 / 3, 0.05], rtol=1e-4)
-    assert all(a > b for a, b in zip(steps[4:], steps[5:]))
+    assert np.all(np.diff(steps[4:]) < 0)

@@ -1,16 +1,15 @@
 """Stable Diffusion 3 and 3.5 as plain functions and flat parameter dicts.
 
 `load` reads a directory in diffusers layout and returns an `SD3`: pure functions (velocity, decode,
-encode_text), the frozen weights they take, and the shapes of the trainable adapter. This is where
-modules end: nothing outside `models/` knows about Flax.
+encode_text), the frozen weights they take, and the shapes of the trainable adapter. `describe`
+makes the same from an architecture alone, with shapes in place of weights. This is where modules
+end: nothing outside `models/` knows about Flax.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flowgrpo_jax.models import convert, layers, lora
+from flowgrpo_jax.models import architecture, convert, layers, lora
+from flowgrpo_jax.models.architecture import Architecture
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
-from flowgrpo_jax.models.text import CLIPConfig, CLIPText, T5Config, T5Encoder, encode_prompt
+from flowgrpo_jax.models.mmdit import MMDiT
+from flowgrpo_jax.models.text import CLIPText, T5Encoder, encode_prompt
 from flowgrpo_jax.models.tokenizers import Tokenizers
-from flowgrpo_jax.models.vae import VAE, VAEConfig, to_uint8
+from flowgrpo_jax.models.vae import VAE, to_uint8
 from flowgrpo_jax.types import Conditioning
 
 BUNDLED = "shapes"  # the name of the model that comes with the package
 ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
 T5_PARTS = "tokenizer_3", "text_encoder_3"
+TEXT: dict[str, Any] = {
+    "text_encoder": CLIPText,
+    "text_encoder_2": CLIPText,
+    "text_encoder_3": T5Encoder,
+}
 
 
 @dataclass(frozen=True)
 class SD3:
-    """A loaded model. `params` is frozen: {"transformer", "vae", "text_encoder", ...}.
+    """A model. `params` is frozen: {"transformer", "vae", "text_encoder", ...}, each {path: array},
+    or {path: ShapeDtypeStruct} where it is only described, without directory and tokenizers.
 
     velocity(lora, base, latents [B, H, W, C] f32, sigma [B], tokens [B, L, E], pooled [B, V])
       -> f32 [B, H, W, C]
@@ -43,18 +49,18 @@ class SD3:
     encode_text(text, ids) -> Conditioning of P prompts
     """
 
-    directory: Path
     params: dict[str, Params]
     velocity: Callable[..., jax.Array]
     decode: Callable[[Params, jax.Array], jax.Array]
     encode_text: Callable[[dict[str, Params], Any], Conditioning]
-    tokenizers: Tokenizers
     lora_shapes: Params
     lora_spec: LoRASpec
     shift: float
     latent_channels: int
     downsampling: int
     default_size: int
+    directory: Path = Path()
+    tokenizers: Tokenizers | None = None
 
     @property
     def base(self) -> Params:
@@ -76,6 +82,8 @@ class SD3:
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Prompts (P strings) to their text states, each prompt once."""
+        if self.tokenizers is None:
+            raise ValueError("this model is only described: `load` it to encode prompts")
         return self.encode_text(self.text_params, self.tokenizers(prompts))
 
 
@@ -142,133 +150,123 @@ def _no_download(model: str, error: Exception) -> str:
     return f"model {model!r} {problem}: {fix}. The hub said: {error}"
 
 
-def _config(directory: Path, component: str, kind: type) -> Any:
-    """A component's config.json as our record; fields that we do not use are passed over."""
-    file = directory / component / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist: {directory} is no complete SD3 model")
-    fields = {f.name for f in dataclasses.fields(kind)}
-    raw = {k: v for k, v in json.loads(file.read_text()).items() if k in fields}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-
-
-def _component(
-    directory: Path, name: str, module: nnx.Module, dtype: Any, place: Any, **kwargs: Any
-):
-    """(apply, frozen params, lora shapes) of a component that is described but not yet loaded."""
-    apply, shapes = layers.functional(module)
-    lora_shapes, base_shapes = lora.split(shapes)
-    params = convert.load(
-        directory / name,
-        base_shapes,
-        dtype=dtype,
-        ignore=getattr(module, "ignored", ()),
-        place=place and (lambda path, shape: place(f"{name}/{path}", shape)),
-        **kwargs,
-    )
-    return apply, params, lora_shapes
-
-
 def load(
     model: str | Path,
     *,
-    lora_spec: LoRASpec | None = None,
-    dtype: Any = jnp.float32,
-    text_dtype: Any = None,
     t5: bool = True,
     t5_length: int = 256,
-    remat: bool = False,
-    unroll: bool = False,
     place: convert.Place | None = None,
+    **settings: Any,
 ) -> SD3:
     """Load a model of the SD3 family.
 
     Args:
       model: a directory in diffusers layout, "shapes" or a hub id.
-      lora_spec: the adapter to make room for; SD3's defaults without it.
-      dtype: compute and storage dtype of the transformer; the VAE stays f32.
-      text_dtype: of the text encoders; `dtype` without it.
       t5: false leaves the largest text encoder out, as diffusers' `text_encoder_3=None`: zeros
         [P, t5_length, E] stand for its states. So does a directory that lacks it.
       t5_length: T5 tokens of a prompt (the paper: 128; diffusers: 256).
-      remat: recompute block activations in the backward pass.
-      unroll: lay equal blocks out one by one instead of scanning them.
       place: sharding of each frozen parameter, given component/path and its shape.
+      settings: `describe` takes the rest.
     Raises:
       FileNotFoundError: a missing directory or file, by name.
       ValueError: weights that do not fit their config, all listed.
     """
     directory = resolve(model, t5=t5)
-    t5 = t5 and (directory / "text_encoder_3").is_dir()
+    parts = architecture.read(directory, t5=t5)
+    t5 = parts.text_encoder_3 is not None
     if t5 and not (directory / "tokenizer_3").is_dir():
         raise FileNotFoundError(
             f"{directory}/tokenizer_3 does not exist, though text_encoder_3 does: download it as"
             " well, or set config.model.t5=False"
         )
+    described = describe(parts, t5_length=t5_length, **settings)
+
+    def read(name: str, shapes: Params) -> Params:
+        return convert.load(
+            directory / name,
+            shapes,
+            dtype=next(iter(shapes.values())).dtype,
+            patch_size=parts.transformer.patch_size,
+            ignore=getattr(TEXT.get(name), "ignored", ()),
+            place=place and (lambda path, shape: place(f"{name}/{path}", shape)),
+        )
+
+    return replace(
+        described,
+        params={name: read(name, shapes) for name, shapes in described.params.items()},
+        directory=directory,
+        tokenizers=Tokenizers.load(directory, t5_length, t5=t5),
+    )
+
+
+def describe(
+    parts: Architecture,
+    *,
+    lora_spec: LoRASpec | None = None,
+    dtype: Any = jnp.float32,
+    text_dtype: Any = None,
+    t5_length: int = 256,
+    remat: bool = False,
+    unroll: bool = False,
+) -> SD3:
+    """The functions of a model, and the shapes of what they take; nothing is allocated.
+
+    Args:
+      lora_spec: the adapter to make room for; SD3's defaults without it.
+      dtype: compute and storage dtype of the transformer; the VAE stays f32.
+      text_dtype: of the text encoders; `dtype` without it.
+      t5_length: T5 tokens of a prompt.
+      remat: recompute block activations in the backward pass.
+      unroll: lay equal blocks out one by one instead of scanning them.
+    """
     spec = lora_spec or LoRASpec()
     text_dtype = text_dtype or dtype
-    config = _config(directory, "transformer", MMDiTConfig)
-    vae_config = _config(directory, "vae", VAEConfig)
 
-    def transformer() -> MMDiT:
-        return MMDiT(config, dtype=dtype, remat=remat, unroll=unroll, rngs=nnx.Rngs(0))
+    def part(create: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> tuple[Any, Params]:
+        apply, shapes = layers.abstract(create)
+        return apply, {k: jax.ShapeDtypeStruct(v.shape, dtype) for k, v in shapes.items()}
 
-    module = nnx.eval_shape(transformer)
-    lora.add(module, spec)
-    mmdit, base, lora_shapes = _component(
-        directory, "transformer", module, dtype, place, patch_size=config.patch_size
-    )
-    vae_module = nnx.eval_shape(lambda: VAE(vae_config, rngs=nnx.Rngs(0)))
-    vae, vae_params, _ = _component(directory, "vae", vae_module, jnp.float32, place)
-    encode_text, text_params = _text(directory, text_dtype, t5, t5_length, config, place)
+    def adapted(rngs: nnx.Rngs) -> MMDiT:
+        module = MMDiT(parts.transformer, dtype=dtype, remat=remat, unroll=unroll, rngs=rngs)
+        lora.add(module, spec)
+        return module
+
+    def encoder(name: str) -> tuple[Any, Params]:
+        fields = getattr(parts, name)
+        return part(lambda rngs: TEXT[name](fields, dtype=text_dtype, rngs=rngs), text_dtype)
+
+    mmdit, shapes = part(adapted, dtype)
+    lora_shapes, base = lora.split(shapes)
+    vae, vae_shapes = part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
+    text = {name: encoder(name) for name in TEXT if getattr(parts, name) is not None}
 
     def velocity(lora, base, latents, sigma, tokens, pooled):
         x = latents.astype(dtype)
         v = mmdit({**base, **lora}, x, 1000 * sigma, tokens.astype(dtype), pooled.astype(dtype))
         return v.astype(jnp.float32)
 
-    return SD3(
-        directory=directory,
-        params={"transformer": base, "vae": vae_params, **text_params},
-        velocity=velocity,
-        decode=lambda params, z: to_uint8(vae(params, z, method="decode")),
-        encode_text=encode_text,
-        tokenizers=Tokenizers.load(directory, t5_length, t5=t5),
-        lora_shapes=lora_shapes,
-        lora_spec=spec,
-        shift=_shift(directory),
-        latent_channels=config.in_channels,
-        downsampling=vae_config.downsampling,
-        default_size=config.sample_size * vae_config.downsampling,
-    )
-
-
-def _text(directory: Path, dtype: Any, t5: bool, t5_length: int, config: MMDiTConfig, place: Any):
-    """(encode_text, params) of the two or three text encoders."""
-    kinds: dict[str, tuple[Any, Any]] = {
-        "text_encoder": (CLIPConfig, CLIPText),
-        "text_encoder_2": (CLIPConfig, CLIPText),
-    }
-    if t5:
-        kinds["text_encoder_3"] = (T5Config, T5Encoder)
-    apply, params = {}, {}
-    for name, (config_kind, module_kind) in kinds.items():
-        fields = _config(directory, name, config_kind)
-        module = nnx.eval_shape(lambda f=fields, m=module_kind: m(f, dtype=dtype, rngs=nnx.Rngs(0)))
-        apply[name], params[name], _ = _component(directory, name, module, dtype, place)
-
     @jax.jit
-    def encode(params: dict[str, Params], ids: Any) -> Conditioning:
-        clip_l, clip_g = (apply[k](params[k], i) for k, i in zip(apply, ids[:2]))
-        states = apply["text_encoder_3"](params["text_encoder_3"], ids[2]) if t5 else None
+    def encode_text(params: dict[str, Params], ids: Any) -> Conditioning:
+        states = [apply(params[name], i) for (name, (apply, _)), i in zip(text.items(), ids)]
+        clip_l, clip_g, *t5 = states
         tokens, pooled = encode_prompt(
-            clip_l, clip_g, states, t5_length=t5_length, width=config.joint_attention_dim
+            clip_l,
+            clip_g,
+            t5[0] if t5 else None,
+            t5_length=t5_length,
+            width=parts.transformer.joint_attention_dim,
         )
         return Conditioning(tokens=tokens, pooled=pooled)
 
-    return encode, params
-
-
-def _shift(directory: Path) -> float:
-    file = directory / "scheduler" / "scheduler_config.json"
-    return float(json.loads(file.read_text()).get("shift", 1.0)) if file.exists() else 3.0
+    return SD3(
+        params={"transformer": base, "vae": vae_shapes, **{k: v[1] for k, v in text.items()}},
+        velocity=velocity,
+        decode=lambda params, z: to_uint8(vae(params, z, method="decode")),
+        encode_text=encode_text,
+        lora_shapes=lora_shapes,
+        lora_spec=spec,
+        shift=parts.shift,
+        latent_channels=parts.transformer.in_channels,
+        downsampling=parts.vae.downsampling,
+        default_size=parts.transformer.sample_size * parts.vae.downsampling,
+    )

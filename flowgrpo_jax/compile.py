@@ -1,0 +1,318 @@
+"""Compile a recipe for a TPU pod without the pod, and say whether it fits and what it costs.
+
+    python -m flowgrpo_jax.compile --config configs/geneval.py:fast --topology v5e:4x4 \
+        [--config.mesh.fsdp=4] [--out report.json]
+
+The programs of an epoch are compiled ahead of time for real chips, on any machine, by the compiler
+that the pod would use (`pip install -e '.[tpu]'`). Needs no weights: published models are known by
+name, others by the configs in their directory. Prints for each program the memory of a chip
+against what it has, the arithmetic, what goes over the links, and the least time that these take.
+
+Left out: rewards (in the graph or on the host) and the host's work. Times are lower bounds: products
+at the chip's peak, or the links at theirs, whichever takes longer; memory traffic is not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from flowgrpo_jax import cli, cost, recipe, settings, sharding, update
+from flowgrpo_jax.models import architecture, sd3
+from flowgrpo_jax.models.architecture import PUBLISHED, Architecture
+from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.settings import Plan
+from flowgrpo_jax.types import Trajectory
+
+
+class Chip(NamedTuple):
+    """One chip of a TPU generation (jax-ml.github.io/scaling-book, cloud.google.com/tpu/docs)."""
+
+    memory: float  # bytes of HBM
+    peak: float  # bf16 FLOP/s
+    links: float  # bytes/s along one axis of the torus, both directions
+
+
+CHIPS = {
+    "v4": Chip(32e9, 275e12, 90e9),
+    "v5e": Chip(16e9, 197e12, 90e9),
+    "v5p": Chip(95e9, 459e12, 180e9),
+    "v6e": Chip(32e9, 918e12, 180e9),
+}
+
+
+class Program(NamedTuple):
+    """A program of a run, ready to be lowered."""
+
+    name: str
+    calls: int  # an epoch
+    run: Any  # jitted
+    args: tuple[Any, ...]  # shapes with their layout
+
+
+class Report(NamedTuple):
+    """What one program needs. Memory in bytes a chip."""
+
+    program: str
+    calls: int
+    flops: float  # a call, over all chips
+    memory: float  # with all that stays on the chip meanwhile
+    temporaries: float
+    links: float  # bytes that a chip sends, a call
+    collectives: dict[str, tuple[int, float]]  # kind -> how often, bytes
+    seconds: float  # a call, at least
+    error: str  # why it did not compile; empty when it did
+
+
+# ----------------------------------------------------------------------------------- shapes
+
+
+def describe(config: ConfigDict) -> tuple[sd3.SD3, Architecture]:
+    """The recipe's model without its weights."""
+    name, t5 = config.model.path, config.model.t5
+    parts = PUBLISHED.get(name) or architecture.read(sd3.resolve(name, t5=t5), t5=t5)
+    if not t5:
+        parts = dataclasses.replace(parts, text_encoder_3=None)
+    model = sd3.describe(
+        parts,
+        lora_spec=LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets)),
+        dtype=jnp.dtype(config.model.dtype),
+        t5_length=config.model.t5_length,
+        remat=config.model.remat,
+    )
+    return model, parts
+
+
+def laid_out(tree: Any, layout: Any) -> Any:
+    """Shapes with a layout, one for all or a tree of them: what `lower` takes for arrays."""
+    if isinstance(layout, jax.sharding.Sharding):
+        layout = jax.tree.map(lambda _: layout, tree)
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, layout
+    )
+
+
+def chip_bytes(tree: Any) -> float:
+    """Bytes that laid out shapes take on one chip."""
+    return float(
+        sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+    )
+
+
+def programs(
+    config: ConfigDict, model: sd3.SD3, parts: Architecture, mesh: Mesh, plan: Plan
+) -> tuple[list[Program], Any]:
+    """Every program of a run, and what stays on the devices all the while."""
+    place, everywhere = sharding.place(mesh), sharding.replicated(mesh)
+    rows = NamedSharding(mesh, sharding.ROWS)
+    rows_second = NamedSharding(mesh, PartitionSpec(None, *sharding.ROWS))
+
+    def array(layout: Any, *shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+
+    def frozen(part: str) -> dict[str, Any]:
+        shapes = model.params[part]
+        return laid_out(shapes, {path: place(f"{part}/{path}", x) for path, x in shapes.items()})
+
+    weights = {part: frozen(part) for part in ("transformer", "vae")}
+    text = {part: frozen(part) for part in model.text_params}
+    optimiser = recipe.make_optimiser(config)
+    shapes = jax.eval_shape(lambda: jax.random.key(0))
+    adapter = jax.eval_shape(model.init_lora, shapes)
+    state = jax.eval_shape(lambda lora, key: update.init(lora, optimiser, key), adapter, shapes)
+    state = laid_out(state, sharding.state_shardings(mesh, state))
+
+    lengths = [parts.text_encoder.max_position_embeddings] * 2 + [config.model.t5_length]
+    ids = tuple(array(everywhere, plan.groups, n) for n in lengths)
+    cond = laid_out(jax.eval_shape(model.encode_text, text, ids), everywhere)
+    null = jax.tree.map(lambda x: array(everywhere, 1, *x.shape[1:], dtype=x.dtype), cond)
+
+    process = recipe.make_process(config, model.shift)
+    built = recipe.make_programs(config, model, mesh, plan, process, optimiser)
+    m, scalar = plan.micro_batch, array(everywhere)
+    one_each = array(rows, m)
+    latent = model.latent_shape(config.model.height, config.model.width)
+    trajectory = Trajectory(
+        x=array(rows_second, process.window + 1, m, *latent, dtype=jnp.float32),
+        log_prob=array(rows_second, process.window, m, dtype=jnp.float32),
+        latents=array(rows, m, *latent, dtype=jnp.float32),
+        prompt=one_each,
+    )
+    gradient, figures = jax.eval_shape(update.empty, state.lora)
+    gradient = laid_out(gradient, sharding.state_shardings(mesh, gradient))
+    figures = laid_out(figures, everywhere)
+    trained = array(everywhere, config.train.steps or process.window)
+    advantage = array(rows, m, dtype=jnp.float32)
+    micro = config.eval.micro_batch or m
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro))
+
+    sampling = (state.lora, weights, cond, null)
+    accumulating = (gradient, figures, state.lora, state.lora, weights["transformer"], cond, null)
+    batches = plan.updates * plan.micro_batches
+    evaluated = -(-config.eval.images // micro)
+    return [
+        Program("text", 1, model.encode_text, (text, ids)),
+        Program(
+            "sample",
+            batches,
+            built.sample,
+            (*sampling, state.key, 0, scalar, one_each, one_each, one_each),
+        ),
+        Program(
+            "accumulate",
+            batches,
+            built.accumulate,
+            (*accumulating, trajectory, advantage, scalar, trained),
+        ),
+        Program("apply", plan.updates, built.apply, (state, gradient)),
+        Program(
+            "evaluate",
+            evaluated,
+            built.generate,
+            (*sampling, array(rows, micro), laid_out(keys, rows)),
+        ),
+    ], (weights, text, state, cond, null, [trajectory] * batches)
+
+
+# ------------------------------------------------------------------------------------ report
+
+
+def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
+    """Compile a program for its mesh and say what it needs."""
+    traced = program.run.trace(*program.args)
+    work = cost.flops(traced.jaxpr)
+    shapes = [x for x in jax.tree.leaves(program.args) if hasattr(x, "sharding")]
+    # What is resident and also an argument is there once.
+    others = chip_bytes(resident) - chip_bytes(
+        [x for x in shapes if any(x is y for y in jax.tree.leaves(resident))]
+    )
+    empty = Report(
+        program.name, program.calls, work, 0.0, 0.0, 0.0, {}, work / chips / chip.peak, ""
+    )
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "hbm" not in str(error).lower():
+            raise
+        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        memory = float(used[1]) * 2**30 + others if used else math.inf
+        return empty._replace(memory=memory, error="does not fit")
+    needs = compiled.memory_analysis()
+    found = cost.collectives(compiled.as_text())
+    sent = sum(c.bytes for c in found)
+    return empty._replace(
+        memory=others
+        + needs.argument_size_in_bytes
+        + needs.output_size_in_bytes
+        - needs.alias_size_in_bytes
+        + needs.temp_size_in_bytes,
+        temporaries=float(needs.temp_size_in_bytes),
+        links=sent,
+        collectives={c.kind: (c.times, c.bytes) for c in found},
+        seconds=max(work / chips / chip.peak, sent / chip.links),
+    )
+
+
+def table(reports: list[Report], resident: float, chip: Chip) -> str:
+    lines = [
+        f"{'program':<11}{'calls':>6}{'GB a chip':>11}{'of':>6}{'TFLOP':>10}{'GB sent':>9}"
+        f"{'s at least':>12}  collectives"
+    ]
+    for r in reports:
+        kinds = ", ".join(f"{n} {kind}" for kind, (n, _) in r.collectives.items())
+        lines.append(
+            f"{r.program:<11}{r.calls:>6}{r.memory / 1e9:>11.2f}{chip.memory / 1e9:>6.0f}"
+            f"{r.flops / 1e12:>10.1f}{r.links / 1e9:>9.2f}{r.seconds:>12.3f}"
+            f"  {r.error.upper() or kinds or '-'}"
+        )
+    epoch = sum(r.calls * r.seconds for r in reports if r.program != "evaluate")
+    lines.append(
+        f"always on a chip: {resident / 1e9:.2f} GB; an epoch takes {epoch:.1f} s at least"
+    )
+    return "\n".join(lines)
+
+
+def advice(reports: list[Report], resident: float, chip: Chip, mesh: Mesh) -> str:
+    """Whether the recipe fits, and else which knobs would make it fit."""
+    over = [r for r in reports if r.error or r.memory > chip.memory]
+    if not over:
+        return "it fits"
+    largest = max(over, key=lambda r: r.memory)
+    knobs = []
+    if resident > chip.memory / 3:
+        knobs.append(
+            f"config.mesh.fsdp={2 * mesh.shape['fsdp']} or more (weights and text encoders are"
+            f" {resident / 1e9:.1f} GB of it)"
+        )
+    if largest.memory - resident > chip.memory / 3:
+        knobs.append("a smaller config.sample.micro_batch (and config.eval.micro_batch)")
+        knobs.append("config.model.remat=True, if it is not")
+    return (
+        f"does not fit: {', '.join(r.program for r in over)} (up to {largest.memory / 1e9:.1f} GB"
+        f" of {chip.memory / 1e9:.0f}); try {'; '.join(knobs) or 'config.model.t5=False'}"
+    )
+
+
+def topology(name: str) -> tuple[Chip, list[Any]]:
+    """The chip and the devices of a topology such as v5e:4x4."""
+    kind = name.partition(":")[0]
+    if kind not in CHIPS:
+        raise ValueError(f"--topology={name}: {kind!r} is not one of {', '.join(CHIPS)}")
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:
+        raise ValueError(
+            f"--topology={name}: {error}. It takes `pip install -e '.[tpu]'` and a name such as"
+            " v5e:4x4, v6e:2x4 or v5p:2x2x2"
+        ) from error
+    return CHIPS[kind], list(found.devices)
+
+
+def main(_: list[str]) -> None:
+    config = cli.config()
+    settings.check(config)
+    chip, devices = topology(flags.FLAGS.topology)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    plan = settings.make_plan(config, sharding.row_shards(mesh))
+    model, parts = describe(config)
+    layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    print(f"{config.name}: {config.model.path} on {flags.FLAGS.topology}, {layout}\n{plan}")
+    listed, stays = programs(config, model, parts, mesh, plan)
+    reports = [inspect(program, stays, chip, mesh.size) for program in listed]
+    resident = chip_bytes(stays)
+    verdict = advice(reports, resident, chip, mesh)
+    print(table(reports, resident, chip), verdict, sep="\n")
+    if flags.FLAGS.out:
+        result = {
+            "config": config.to_dict(),
+            "topology": flags.FLAGS.topology,
+            "jax": jax.__version__,
+            "resident": resident,
+            "verdict": verdict,
+            "programs": [r._asdict() for r in reports],
+        }
+        Path(flags.FLAGS.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    cli.define_flags(config=True)
+    flags.DEFINE_string("topology", None, "Chips to compile for, e.g. v5e:4x4.", required=True)
+    flags.DEFINE_string("out", None, "JSON file to write the report to.")
+    app.run(main)

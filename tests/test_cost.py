@@ -1,0 +1,158 @@
+"""Arithmetic and communication against counts by hand, and a recipe compiled for TPU chips."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flowgrpo_jax import cost
+
+LAYERS, ROWS, WIDTH = 6, 64, 32
+
+
+def layers_loss(w, x):
+    """LAYERS products [ROWS, WIDTH] x [WIDTH, WIDTH] in a loop."""
+    return jnp.square(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]).sum()
+
+
+W = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)
+X = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
+ONCE = 2 * LAYERS * ROWS * WIDTH * WIDTH
+
+
+def count(f, *args):
+    return cost.flops(jax.jit(f).trace(*args).jaxpr)
+
+
+def test_products_in_loops_gradients_and_recomputation():
+    """A gradient costs three forwards: with respect to the weights and to what came before.
+    Recomputing the layers costs one more."""
+    assert count(layers_loss, W, X) == ONCE
+    assert count(jax.grad(layers_loss), W, X) == 3 * ONCE
+
+    def recomputed(w, x):
+        body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jnp.square(jax.lax.scan(body, x, w)[0]).sum()
+
+    assert count(jax.grad(recomputed), W, X) == 4 * ONCE
+
+
+def test_convolutions_and_conditions():
+    image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 3, 5), jnp.float32)
+
+    def conv(x, k):
+        return jax.lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    work = 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
+    assert count(conv, image, kernel) == work
+
+    def either(flag, x, k):
+        return jax.lax.cond(flag, lambda: conv(conv(x, k)[..., :3], k), lambda: conv(x, k))
+
+    assert count(either, jax.ShapeDtypeStruct((), bool), image, kernel) == 2 * work
+
+
+def test_a_loop_of_unknown_length_is_an_error():
+    def f(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ x, x)
+
+    with pytest.raises(ValueError, match="length is not known"):
+        count(f, jax.ShapeDtypeStruct((4, 4), jnp.float32))
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, "tests")
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from flowgrpo_jax import cost
+from test_cost import W, X, layers_loss
+
+def laid_out(mesh, x, spec):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+def collectives(devices):
+    mesh = Mesh(devices, ("fsdp",))
+    w, x = laid_out(mesh, W, P(None, "fsdp")), laid_out(mesh, X, P("fsdp"))
+    out = NamedSharding(mesh, P()), NamedSharding(mesh, P())
+    compiled = jax.jit(jax.value_and_grad(layers_loss), out_shardings=out).lower(w, x).compile()
+    return cost.collectives(compiled.as_text())
+"""
+
+
+def run(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM + code],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **env},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    ).stdout
+
+
+def check(found):
+    """Rows and weights cut over 4: each layer gathers its weights on the way there and back and
+    sums their gradient; the loss is summed once. A chip sends 3/4 of what it gathers and twice 3/4
+    of what it sums; the TPU multiplies in bfloat16 and gathers as much."""
+    size = WIDTH * WIDTH * 4
+    kinds = {kind: (times, sent) for kind, times, sent in found}
+    gathered, summed = kinds["all-gather"], kinds["all-reduce"]
+    assert gathered[0] == 2 * LAYERS
+    assert gathered[1] in (2 * LAYERS * size * 3 / 4, LAYERS * size * 3 / 4)
+    assert summed == (LAYERS + 1, (LAYERS * size + 4) * 2 * 3 / 4)
+
+
+def test_collectives_in_loops():
+    out = run(
+        "print([tuple(c) for c in collectives(jax.devices())])",
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+    )
+    check(eval(out))
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="pip install 'flowgrpo_jax[tpu]'"
+)
+
+
+@needs_libtpu
+def test_collectives_of_tpu_chips():
+    out = run("""
+from jax.experimental import topologies
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+print([tuple(c) for c in collectives(devices)])
+""")
+    check(eval(out))
+
+
+@needs_libtpu
+def test_the_recipe_in_the_box_compiles_for_a_pod(tmp_path):
+    """Every program; and data parallelism moves the gradient of the adapter, not activations."""
+    out = tmp_path / "report.json"
+    command = ["--config", "configs/shapes.py", "--topology", "v5e:2x2", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "flowgrpo_jax.compile", *command],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "it fits" in done.stdout
+    report = json.loads(out.read_text())
+    programs = {p["program"]: p for p in report["programs"]}
+    assert set(programs) == {"text", "sample", "accumulate", "apply", "evaluate"}
+    assert 0 < report["resident"] < 1e9
+    for name in ("sample", "evaluate", "text", "apply"):
+        assert programs[name]["links"] < 1e5, programs[name]
+    adapter = 4 * 16 * 2 * 128 * 8 * 6  # bytes: rank 16, eight square linears in six blocks
+    assert 0 < programs["accumulate"]["links"] < 4 * adapter
+    assert set(programs["accumulate"]["collectives"]) == {"all-reduce"}
