@@ -99,7 +99,7 @@ def load_lora(source: epath.PathLike, model: SD3) -> Params:
     if str(source) == BASE:
         return lora.reference(model.init_lora(jax.random.key(0)))
     path = epath.Path(source)
-    step = int(path.name) if path.name.isdigit() and path.parent.is_dir() else None
+    step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
     folder = path.parent if step is not None else path
     if not folder.exists():
         raise FileNotFoundError(

@@ -9,9 +9,12 @@ import sys
 from types import FrameType, TracebackType
 
 import jax
+import numpy as np
 from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
+
+from flowgrpo_jax import sharding
 
 CONFIG_FILE = "config.json"
 RESTART = 75  # exit status after SIGTERM: saved, to be started again (sysexits.h: EX_TEMPFAIL)
@@ -69,8 +72,8 @@ def config() -> ConfigDict:
     return flags.FLAGS.config
 
 
-def prepare(workdir: epath.Path, config: ConfigDict, resume: bool) -> None:
-    """Make the work directory and write the resolved config.
+def prepare(workdir: epath.Path, resume: bool) -> None:
+    """Make the work directory.
 
     Raises FileExistsError when it holds another run and this is no resume.
     """
@@ -80,9 +83,17 @@ def prepare(workdir: epath.Path, config: ConfigDict, resume: bool) -> None:
             " --workdir"
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() > 0:
-        return
-    (workdir / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def record(workdir: epath.Path, config: ConfigDict) -> None:
+    """Write the resolved config. A resumed run does so once its checkpoint has been read, so that a
+    wrong setting does not replace the record of the right one."""
+    if jax.process_index() == 0:
+        (workdir / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its argument is the signal's number."""
 
 
 class Stop:
@@ -95,6 +106,11 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = 0
+
+    def check(self) -> None:
+        """Raise Stopped when any process has been asked to stop. All processes call this alike."""
+        if number := int(sharding.everyone(np.array(self.requested)).max()):
+            raise Stopped(number)
 
     def __enter__(self) -> Stop:
         self._previous = {s: signal.signal(s, self._request) for s in self.signals}

@@ -8,13 +8,13 @@ that the pod would use (`pip install -e '.[tpu]'`). Needs no weights: published 
 name, others by the configs in their directory. Prints for each program the memory of a chip
 against what it has, the arithmetic, what goes over the links, and the least time that these take.
 
-Left out: rewards (in the graph or on the host) and the host's work. Times are lower bounds: products
-at the chip's peak, or the links at theirs, whichever takes longer; memory traffic is not counted.
+Left out: rewards (in the graph or on the host) and the host's work. Times are lower bounds:
+products at the chip's peak, or the links at theirs, whichever takes longer; memory traffic is not
+counted.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -30,8 +30,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import cli, cost, recipe, settings, sharding, update
-from flowgrpo_jax.models import architecture, sd3
-from flowgrpo_jax.models.architecture import PUBLISHED, Architecture
+from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models.architecture import Architecture
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.settings import Plan
 from flowgrpo_jax.types import Trajectory
@@ -81,10 +81,7 @@ class Report(NamedTuple):
 
 def describe(config: ConfigDict) -> tuple[sd3.SD3, Architecture]:
     """The recipe's model without its weights."""
-    name, t5 = config.model.path, config.model.t5
-    parts = PUBLISHED.get(name) or architecture.read(sd3.resolve(name, t5=t5), t5=t5)
-    if not t5:
-        parts = dataclasses.replace(parts, text_encoder_3=None)
+    parts = sd3.find_architecture(config.model.path, t5=config.model.t5)
     model = sd3.describe(
         parts,
         lora_spec=LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets)),

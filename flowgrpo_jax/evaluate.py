@@ -12,6 +12,7 @@ all images and per tag as JSON, and a grid of pictures next to it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,11 +28,17 @@ from flowgrpo_jax.types import Conditioning, Params, PromptBatch
 
 
 def evaluate(
-    run: Recipe, lora: Params, null: Conditioning, *, progress: bool = False
+    run: Recipe,
+    lora: Params,
+    null: Conditioning,
+    *,
+    progress: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], np.ndarray, PromptBatch]:
     """Means of every reward, overall and per tag, the images uint8 [n, ...] and their prompts.
 
-    A failed reward counts in no mean; `failed` is the share of images with one.
+    A failed reward counts in no mean; `failed` is the share of images with one. `check` is called
+    before every micro-batch and may raise.
     """
     config = run.config.eval
     micro = config.micro_batch or run.plan.micro_batch
@@ -49,6 +56,7 @@ def evaluate(
     images, graphed = [], []
     padded = np.arange(-(-config.images // micro) * micro) % config.images  # static shapes
     for part in tqdm(np.split(padded, len(padded) // micro), desc="evaluate", disable=not progress):
+        check()
         keys = sampler.image_keys(key, 0, batch.ids[part], repeats[part])
         row, keys = sharding.split_rows(run.mesh, (rows[part].astype(np.int32), keys))
         images.append(run.programs.generate(lora, run.weights, cond, null, row, keys))
@@ -118,7 +126,7 @@ def main(_: list[str]) -> None:
     out = epath.Path(flags.FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {"checkpoint": flags.FLAGS.checkpoint, "config": config.eval.to_dict(), **result}
-    out.write_text(json.dumps(record, indent=2) + "\n")
+    out.write_text(json.dumps(logs.plain(record), indent=2) + "\n")
     save_grid(out.with_suffix(".png"), images, batch, config.eval.grid)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from etils import epath
 
 from flowgrpo_jax import checkpoint
 from flowgrpo_jax.cli import CONFIG_FILE
@@ -20,15 +21,17 @@ from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 
 
-def export(workdir: Path, out: Path, step: int | None = None) -> list[Path]:
+def export(workdir: epath.PathLike, out: Path, step: int | None = None) -> list[Path]:
     """Write the EMA weights of a run's newest checkpoint (or of `step`) under `out`."""
+    workdir = epath.Path(workdir)
     file = workdir / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: {workdir} is no work directory of train")
     config = json.loads(file.read_text())
     c = config["lora"]
     spec = LoRASpec(c["rank"], c["alpha"], tuple(c["targets"]))
-    model = sd3.load(config["model"]["path"], lora_spec=spec, t5=False)
+    parts = sd3.find_architecture(config["model"]["path"], t5=False)
+    model = sd3.describe(parts, lora_spec=spec)
     source = workdir / "checkpoints" / str(step) if step is not None else workdir
     adapter = checkpoint.load_lora(source, model)
     files = lora.write(adapter, spec, out, str(config["model"]["path"]))
@@ -41,7 +44,7 @@ def export(workdir: Path, out: Path, step: int | None = None) -> list[Path]:
 
 def main(_: list[str]) -> None:
     args = flags.FLAGS
-    for file in export(Path(args.workdir), Path(args.out), args.step):
+    for file in export(args.workdir, Path(args.out), args.step):
         print(file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ class Metrics:
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
         if not self.active:
             return
-        row = {"epoch": epoch, **{k: _plain(v) for k, v in values.items()}}
+        row = {"epoch": epoch, **plain(values)}
         line = json.dumps(row) + "\n"
         if "://" in str(self.file):  # nothing can be appended to in a bucket
             self.text += line
@@ -82,9 +83,11 @@ def read(file: epath.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _plain(value: Any) -> float | int | None:
-    """A number as JSON knows it: what is not finite becomes null."""
-    if isinstance(value, int):
+def plain(value: Any) -> Any:
+    """As JSON knows it: numbers that are not finite become null, also inside of dictionaries."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (str, int, list, tuple)) or value is None:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
@@ -97,8 +100,14 @@ def _start_wandb(workdir: epath.Path, config: Mapping[str, Any] | None) -> Any:
         raise ImportError(
             "log.wandb=True, but wandb is not installed: pip install wandb, or set it to False"
         ) from error
+    mark = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
     return wandb.init(
-        project="flowgrpo_jax", dir=str(workdir), config=dict(config or {}), resume="allow"
+        project="flowgrpo_jax",
+        name=workdir.name,
+        id=mark,  # of the work directory: a resumed run goes on in the same place
+        resume="allow",
+        dir=str(workdir),
+        config=dict(config or {}),
     )
 
 

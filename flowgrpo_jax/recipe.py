@@ -82,7 +82,14 @@ class Recipe:
             return sharding.replicate(self.mesh, model.encode(texts))
         settings = {"dtype": config.dtype, "t5": config.t5, "t5_length": config.t5_length}
         mark = text_cache.fingerprint(model.directory, **settings)
-        cond = text_cache.encode_cached(model.encode, texts, config.text_cache, mark)
+        cond = text_cache.encode_cached(
+            model.encode,
+            texts,
+            config.text_cache,
+            mark,
+            everyone=sharding.everyone,
+            whole=sharding.whole,
+        )
         return sharding.replicate(self.mesh, cond)
 
 

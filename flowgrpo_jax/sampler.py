@@ -66,14 +66,17 @@ def guided(velocity: Callable[..., jax.Array], scale: float) -> Callable[..., ja
         return velocity(lora, base, x, sigmas, cond.tokens[prompt], cond.pooled[prompt])
 
     def double(lora, base, x, sigma, cond, null, prompt):
+        # Each image's two branches side by side: put end to end they would have to move between
+        # devices, which hold a part of the rows each.
         def both(n: jax.Array, c: jax.Array) -> jax.Array:
-            return jnp.concatenate([jnp.broadcast_to(n, c.shape), c])
+            pair = jnp.stack([jnp.broadcast_to(n, c.shape), c], axis=1)
+            return pair.reshape(2 * c.shape[0], *c.shape[1:])
 
         sigmas = jnp.broadcast_to(sigma, (2 * x.shape[0],))
         tokens = both(null.tokens, cond.tokens[prompt])
         pooled = both(null.pooled, cond.pooled[prompt])
-        v = velocity(lora, base, jnp.concatenate([x, x]), sigmas, tokens, pooled)
-        v_null, v_prompt = jnp.split(v, 2)
+        v = velocity(lora, base, both(x, x), sigmas, tokens, pooled)
+        v_null, v_prompt = jnp.moveaxis(v.reshape(-1, 2, *v.shape[1:]), 1, 0)
         return v_null + scale * (v_prompt - v_null)
 
     return single if scale == 1.0 else double

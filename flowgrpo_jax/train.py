@@ -15,6 +15,7 @@ import math
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,7 +48,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     first_process = jax.process_index() == 0
     if first_process:
         print(recipe.describe(run))
-    cli.prepare(workdir, config, resume)
+    cli.prepare(workdir, resume)
 
     key = jax.random.key(config.seed)
     adapter = sharding.put_state(run.mesh, run.model.init_lora(key))
@@ -56,8 +57,11 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     null = run.encode([""])
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     first = 0
-    if resume:
+    if resume and checkpoints.steps():
         state, first = checkpoints.resume(state)
+    elif resume:  # launchers always say --resume; the first time there is nothing yet
+        log.warning("no checkpoint in %s: starting from epoch 0", checkpoints.directory)
+    cli.record(workdir, config)
     metrics = Metrics(
         workdir,
         first,
@@ -75,37 +79,45 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         disable=jax.process_index() > 0,
     )
     saved, epoch, asked, lost = first if resume else -1, first, 0, 0
-    with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
-        while epoch < config.epochs:
-            report: dict[str, Any] = {}
-            if run.test_prompts and config.eval.every and epoch % config.eval.every == 0:
-                report |= evaluate_into(workdir, run, state, null, epoch)
-            begun = time.perf_counter()
-            result = one_epoch(run, state, null, epoch, pool, stop)
-            if result is None:  # asked to stop while sampling: this epoch never happened
-                asked = stop.requested
-                break
-            state, figures = result
-            lost = lost + 1 if figures["skipped"] == 1 else 0
-            if lost > config.train.max_skipped:
-                raise FloatingPointError(
-                    f"no update of the last {lost} epochs had a finite gradient, more than"
-                    f" train.max_skipped={config.train.max_skipped}: go on from an earlier"
-                    " checkpoint with a lower train.learning_rate or in float32"
-                )
-            figures["seconds"] = time.perf_counter() - begun
-            figures["images_per_second"] = run.plan.images / figures["seconds"]
-            metrics.write(epoch, figures | report)
-            show(bar, figures, report)
-            epoch += 1
-            if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
-                checkpoints.save(epoch, state, {"epoch": epoch, "config": config.to_dict()})
-                saved = epoch
-            asked = int(sharding.everyone(np.array(stop.requested)).max())
-            if asked:
-                break
+
+    def save() -> None:
+        nonlocal saved
         if saved != epoch:
             checkpoints.save(epoch, state, {"epoch": epoch, "config": config.to_dict()})
+            saved = epoch
+
+    with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
+        try:
+            while epoch < config.epochs:
+                stop.check()
+                report: dict[str, Any] = {}
+                if run.test_prompts and config.eval.every and epoch % config.eval.every == 0:
+                    report |= evaluate_into(workdir, run, state, null, epoch, stop.check)
+                begun = time.perf_counter()
+                state, figures = one_epoch(run, state, null, epoch, pool, stop)
+                lost = lost + 1 if figures["skipped"] > 1 - 1e-6 else 0
+                if lost > config.train.max_skipped:
+                    raise Hopeless(
+                        f"no update of the last {lost} epochs had a finite gradient, more than"
+                        f" train.max_skipped={config.train.max_skipped}: go on from an earlier"
+                        " checkpoint with a lower train.learning_rate or in float32"
+                    )
+                figures["seconds"] = time.perf_counter() - begun
+                figures["images_per_second"] = run.plan.images / figures["seconds"]
+                metrics.write(epoch, figures | report)
+                show(bar, figures, report)
+                epoch += 1
+                if epoch % config.checkpoint.every == 0:
+                    save()
+        except cli.Stopped as stopped:  # the epoch that it interrupts never happened
+            asked = stopped.args[0]
+        except Exception as error:
+            # What was trained is kept. Saving takes all processes: not if one failed alone.
+            if isinstance(error, Hopeless) or jax.process_count() == 1:
+                save()
+                checkpoints.close()
+            raise
+        save()
     bar.close()
     if epoch == config.epochs and run.test_prompts and config.eval.every:
         report = evaluate_into(workdir, run, state, null, epoch)
@@ -121,6 +133,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     return state
 
 
+class Hopeless(RuntimeError):
+    """The run cannot go on; all processes find so alike, in the same epoch."""
+
+
 def one_epoch(
     run: Recipe,
     state: TrainState,
@@ -128,8 +144,8 @@ def one_epoch(
     epoch: int,
     pool: ThreadPoolExecutor,
     stop: cli.Stop,
-) -> tuple[TrainState, dict[str, float]] | None:
-    """One epoch of Flow-GRPO: the new state and its figures, or None when asked to stop."""
+) -> tuple[TrainState, dict[str, float]]:
+    """One epoch of Flow-GRPO: the new state and its figures. Raises cli.Stopped when asked to."""
     config, plan = run.config, run.plan
 
     # Prompts, encoded once each.
@@ -150,22 +166,25 @@ def one_epoch(
     )
     trajectories: list[Trajectory] = []
     scored: list[Any] = []
+    on_host = set(run.scorer.mix.names) - set(run.scorer.in_graph)
     for ids, rows, images_of in micro_batches(run, batch):
-        if stop.requested and jax.process_count() == 1:
-            return None
+        stop.check()
         trajectory, images, called = run.programs.sample(
             state.lora, run.weights, cond, null, state.key, epoch, start, ids, rows, images_of
         )
         trajectories.append(trajectory)
         scored.append(run.scorer.graph(images, prepared, rows))
-        scored.append(called or host.overlap(pool, run.scorer.host, images, ids))
+        if called or not on_host:
+            scored.append(called)
+        else:
+            scored.append(host.overlap(pool, run.scorer.host, images, ids))
 
     # Rewards and advantages.
     scores, weights = gather(run, scored, batch)
     total, valid = map(np.asarray, grpo.weighted(jnp.asarray(scores), jnp.asarray(weights)))
     failed = 1.0 - float(np.mean(valid))
     if failed > config.reward.max_failed:
-        raise RuntimeError(
+        raise Hopeless(
             f"the reward failed on {failed:.0%} of epoch {epoch}'s images, more than"
             f" reward.max_failed={config.reward.max_failed:.0%}: see the warnings above"
         )
@@ -179,7 +198,7 @@ def one_epoch(
     )
 
     # Policy updates, each on its own groups.
-    state, figures = improve(run, state, cond, null, epoch, start, trajectories, advantages)
+    state, figures = improve(run, state, cond, null, epoch, start, trajectories, advantages, stop)
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": mean(s) for name, s in zip(run.scorer.mix.names, scores)}
     return state, figures | {"window_start": int(start)}
@@ -194,6 +213,7 @@ def improve(
     start: jax.Array,
     trajectories: list[Trajectory],
     advantages: jax.Array,
+    stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
     """The epoch's policy updates, each on its own groups; the first one is on policy.
 
@@ -208,6 +228,7 @@ def improve(
     for u in range(plan.updates):
         gradient, sums = update.empty(state.lora)
         for m in range(u * plan.micro_batches, (u + 1) * plan.micro_batches):
+            stop.check()
             gradient, sums = run.programs.accumulate(
                 gradient,
                 sums,
@@ -278,10 +299,15 @@ def reward_figures(total: np.ndarray, group_size: int) -> dict[str, float]:
 
 
 def evaluate_into(
-    workdir: epath.Path, run: Recipe, state: TrainState, null: Conditioning, epoch: int
+    workdir: epath.Path,
+    run: Recipe,
+    state: TrainState,
+    null: Conditioning,
+    epoch: int,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Evaluate the EMA weights and leave a grid of the same prompts and seeds as always."""
-    result, images, batch = evaluate(run, state.ema, null)
+    result, images, batch = evaluate(run, state.ema, null, check=check)
     save_grid(workdir / "samples" / f"epoch-{epoch:05d}.png", images, batch, run.config.eval.grid)
     tags = {
         f"eval/{tag}/{name}": value

@@ -150,7 +150,7 @@ def optimiser(
     """
 
     def schedule(step: Any) -> Any:
-        rise = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
+        rise = jnp.minimum(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         fall = jnp.sqrt(decay_steps / jnp.maximum(step, decay_steps)) if decay_steps else 1.0
         return learning_rate * rise * fall
 

@@ -29,7 +29,7 @@ from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.rewards.mix import Mix
-from flowgrpo_jax.train import train
+from flowgrpo_jax.train import one_epoch, train
 from flowgrpo_jax.types import GraphReward
 
 ROOT = Path(__file__).parent.parent
@@ -193,9 +193,22 @@ def test_two_epochs_and_two_more_are_four(folder, half, whole):
     assert [*map(timeless, rows(folder / "resumed"))] == [*map(timeless, rows(whole.workdir))]
 
 
-def test_nothing_to_resume(folder):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*start without --resume"):
-        train(load(folder), folder / "nothing", resume=True)
+def test_with_nothing_to_resume_it_starts(folder, half, caplog):
+    """Launchers always say --resume; the first time there is nothing yet."""
+    config = load(folder, epochs=1, eval__every=0)
+    assert int(train(config, folder / "nothing", resume=True).step) == 2
+    assert "nothing/checkpoints: starting from epoch 0" in caplog.text
+    (ours,), theirs = rows(folder / "nothing"), rows(half)[0]
+    assert timeless(ours) == timeless(theirs, prefix="eval/")
+
+
+def test_a_resume_that_fails_leaves_the_record_alone(folder, half):
+    workdir = folder / "wrong-rank"
+    shutil.copytree(half, workdir)
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"none of the checkpoints .*lora\.rank"):
+        train(load(folder, lora__rank=3), workdir, resume=True)
+    assert (workdir / "config.json").read_text() == before
 
 
 def test_sigterm_saves_and_stops(folder, whole):
@@ -261,6 +274,23 @@ def test_a_reward_that_always_fails_ends_the_run(folder, monkeypatch):
         train(config, folder / "broken")
 
 
+def test_what_was_trained_before_an_error_is_kept(folder, half, monkeypatch):
+    """Whatever ends the run: the epochs since the last checkpoint are in a new one."""
+
+    def fails_later(run, state, null, epoch, *rest):
+        if epoch == 1:
+            raise MemoryError("no room")
+        return one_epoch(run, state, null, epoch, *rest)
+
+    monkeypatch.setattr("flowgrpo_jax.train.one_epoch", fails_later)
+    config = load(folder, eval__every=0, checkpoint__every=1000)
+    with pytest.raises(MemoryError):
+        train(config, folder / "cut-short")
+    assert Checkpoints(folder / "cut-short" / "checkpoints").steps() == [1]
+    (ours,) = rows(folder / "cut-short")
+    assert timeless(ours) == timeless(rows(half)[0], prefix="eval/")
+
+
 def brightness(images, prompts, metadata):
     return images.mean((1, 2, 3), dtype=np.float32), np.ones(len(images), bool)
 
@@ -296,7 +326,7 @@ def test_a_reward_trains_alike_on_the_host_and_in_the_graph(folder, monkeypatch,
 
 def test_updates_that_are_never_finite_end_the_run(folder):
     config = load(folder, eval__every=0, train__max_skipped=1, train__kl_beta=float("inf"))
-    with pytest.raises(FloatingPointError, match=r"last 2 epochs .*train\.max_skipped=1"):
+    with pytest.raises(RuntimeError, match=r"last 2 epochs .*train\.max_skipped=1"):
         train(config, folder / "infinite")
 
 

@@ -98,6 +98,7 @@ def load(folder, mesh, host_call):
     c.lora.rank, c.lora.alpha = 8, 8.0
     c.sample.groups, c.sample.group_size, c.sample.micro_batch = 4, 4, 8
     c.sample.steps, c.sample.window, c.sample.window_range = 4, 2, (0, 3)
+    c.sample.guidance_scale = c.eval.guidance_scale = 2.0
     c.reward.weights = {"brightness": 1.0}
     c.reward.host_call = host_call
     c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 8, 8, 2
@@ -107,14 +108,18 @@ def load(folder, mesh, host_call):
     return c
 
 
-def run(folder, name, mesh, host_call):
-    """What each child process does."""
+def run(folder, name, mesh, host_call, epochs):
+    """What each child process does; it goes on with the run where there is one."""
     cli.connect()
     rewards.TABLE["brightness"] = "test_layouts:brightness"
-    train(load(Path(folder), mesh, host_call), Path(folder) / name)
+    config = load(Path(folder), mesh, host_call)
+    if jax.process_count() > 1:  # each with a cache of its own, as on machines without shared disks
+        config.model.text_cache = f"{folder}/texts-{jax.process_index()}"
+    config.epochs = epochs
+    train(config, Path(folder) / name, resume=(Path(folder) / name).exists())
 
 
-def start(folder, name, mesh, host_call="overlap", *, devices, processes=1):
+def start(folder, name, mesh, host_call="overlap", *, devices, processes=1, epochs=2):
     """The run in child processes, which share the given number of devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -133,7 +138,7 @@ def start(folder, name, mesh, host_call="overlap", *, devices, processes=1):
                 "FLOWGRPO_PROCESSES": str(processes),
                 "FLOWGRPO_PROCESS": str(i),
             }
-        call = f"test_layouts.run({str(folder)!r}, {name!r}, {mesh!r}, {host_call!r})"
+        call = f"test_layouts.run{(str(folder), name, mesh, host_call, epochs)!r}"
         children.append(
             subprocess.Popen(
                 [sys.executable, "-c", f"import test_layouts; {call}"],
@@ -203,6 +208,15 @@ def test_two_processes_train_as_one(folder, one_device, host_call):
     name = f"two-{host_call}"
     start(folder, name, {"data": 4, "fsdp": 2}, host_call, devices=8, processes=2)
     same(outcome(folder, name), one_device)
+
+
+def test_a_run_goes_on_in_another_layout(folder, one_device):
+    """An epoch on 8 devices of two processes, an epoch on one device."""
+    start(folder, "moved", {"data": 2, "fsdp": 4}, devices=8, processes=2, epochs=1)
+    start(folder, "moved", {"data": 1}, devices=1)
+    ours, theirs = outcome(folder, "moved"), one_device
+    assert [row["epoch"] for row in ours[0]] == [0, 1, 2]
+    same(ours, theirs)
 
 
 # ------------------------------------------------------------------------------ the table

@@ -51,6 +51,20 @@ def test_only_what_is_missing_is_encoded_and_in_one_shape(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_processes_encode_what_one_of_them_lacks(tmp_path):
+    """The encoders may be spread over all: each has to take part, with the same texts."""
+    encode = Encoder()
+    encode_cached(encode, ["a", "b"], tmp_path, "x")
+
+    def everyone(lacking):
+        assert not lacking.any()  # we have them all; the other one lacks "b"
+        return np.stack([lacking, [False, True]])
+
+    ours = encode_cached(encode, ["a", "b"], tmp_path, "x", everyone=everyone)
+    same(ours, Encoder()(["a", "b"]))
+    assert encode.asked[1] == ["b", "b"]
+
+
 def test_other_encoders_have_other_states(tmp_path):
     encode_cached(Encoder(), ["a"], tmp_path, "x")
     other = Encoder(jnp.bfloat16)

@@ -402,14 +402,14 @@ def test_the_global_norm_is_clipped(size, limit, kept):
 
 
 def test_warm_up_and_weight_decay():
-    """Adam steps by the learning rate; it warms up from 0 and decays the weights by its share."""
+    """Adam steps by the learning rate; it warms up from its first step on and decays weights."""
     tx = update.optimiser(0.1, warmup_steps=2, weight_decay=0.5)
     params, gradient = {"v": jnp.array([3.0])}, {"v": jnp.array([1.0])}
     state, steps = tx.init(params), []
     for _ in range(4):
         step, state = tx.update(gradient, state, params)
         steps.append(float(step["v"][0]))
-    np.testing.assert_allclose(steps, -np.array([0, 0.05, 0.1, 0.1]) * (1 + 0.5 * 3), rtol=1e-5)
+    np.testing.assert_allclose(steps, -np.array([0.05, 0.1, 0.1, 0.1]) * (1 + 0.5 * 3), rtol=1e-5)
 
 
 def test_the_learning_rate_falls_as_the_inverse_square_root():

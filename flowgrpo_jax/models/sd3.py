@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flowgrpo_jax.models import architecture, convert, layers, lora
-from flowgrpo_jax.models.architecture import Architecture
+from flowgrpo_jax.models.architecture import PUBLISHED, Architecture
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.mmdit import MMDiT
@@ -31,6 +31,7 @@ BUNDLED = "shapes"  # the name of the model that comes with the package
 ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
 T5_PARTS = "tokenizer_3", "text_encoder_3"
+TEXTS = 64  # prompts that are encoded at once
 TEXT: dict[str, Any] = {
     "text_encoder": CLIPText,
     "text_encoder_2": CLIPText,
@@ -81,10 +82,17 @@ class SD3:
         return height // self.downsampling, width // self.downsampling, self.latent_channels
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Prompts (P strings) to their text states, each prompt once."""
+        """Prompts (P strings) to their text states, each prompt once; many go in equal parts, for
+        T5's activations are large."""
         if self.tokenizers is None:
             raise ValueError("this model is only described: `load` it to encode prompts")
-        return self.encode_text(self.text_params, self.tokenizers(prompts))
+        size = min(len(prompts), TEXTS)
+        padded = prompts + prompts[-1:] * (-len(prompts) % size)
+        parts = [
+            self.encode_text(self.text_params, self.tokenizers(padded[i : i + size]))
+            for i in range(0, len(padded), size)
+        ]
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs)[: len(prompts)], *parts)
 
 
 def resolve(model: str | Path, *, t5: bool = True) -> Path:
@@ -115,6 +123,12 @@ def resolve(model: str | Path, *, t5: bool = True) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=twice))
     except Exception as error:
         raise FileNotFoundError(_no_download(str(model), error)) from error
+
+
+def find_architecture(model: str | Path, *, t5: bool = True) -> Architecture:
+    """Of a model that `resolve` knows; for the published ones nothing is downloaded."""
+    parts = PUBLISHED.get(str(model)) or architecture.read(resolve(model, t5=t5), t5=t5)
+    return parts if t5 else replace(parts, text_encoder_3=None)
 
 
 def _no_download(model: str, error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def encode_cached(
     texts: Sequence[str],
     directory: str | Path,
     fingerprint: str,
+    *,
+    everyone: Callable[[np.ndarray], np.ndarray] = lambda x: x[None],
+    whole: Callable[[jax.Array], np.ndarray] = np.asarray,
 ) -> Conditioning:
     """`encode(texts)` through the files in `directory`, which is made when it is not there.
 
@@ -46,14 +50,18 @@ def encode_cached(
     Args:
       texts: P prompts. Returns their Conditioning, in order, in the dtype that `encode` gave.
       fingerprint: of the encoders and their settings; another one is another cache.
+      everyone: [processes, ...] of every process's array: all encode what one of them lacks, since
+        the encoders may be spread over them all.
+      whole: fetches an array that may be spread over processes.
     """
     folder = Path(directory).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     names = {t: hashlib.sha256(f"{fingerprint}\n{t}".encode()).hexdigest() for t in texts}
     found = {t: states for t, name in names.items() if (states := _read(folder / f"{name}.st"))}
-    if missing := [t for t in names if t not in found]:
+    lacking = np.any(everyone(np.array([t not in found for t in names])), axis=0).tolist()
+    if missing := [t for t, lacks in zip(names, lacking) if lacks]:
         filled = missing + missing[-1:] * (len(texts) - len(missing))
-        fresh = jax.tree.map(np.asarray, encode(filled))
+        fresh = jax.tree.map(whole, encode(filled))
         for i, text in enumerate(missing):
             found[text] = {"tokens": fresh.tokens[i], "pooled": fresh.pooled[i]}
             _write(folder / f"{names[text]}.st", found[text])
@@ -72,6 +80,6 @@ def _read(file: Path) -> dict[str, np.ndarray] | None:
 
 def _write(file: Path, states: dict[str, np.ndarray]) -> None:
     """All or nothing: under another name first, for others may be reading."""
-    partial = file.with_suffix(f".{os.getpid()}")
+    partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
     save_file({name: jax.numpy.asarray(x) for name, x in states.items()}, partial)
     partial.replace(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ def main() -> None:
         vae_params = package.read(args.start_from, {"vae": vae.create})["vae"]
     else:
         vae_params = train_vae(args.workdir, pictures, args.vae_steps, args.seed)["params"]
-    cache = args.workdir / f"latents-{args.seed}-{args.pictures}-{args.vae_steps}.npy"
+    weights = b"".join(np.asarray(x).tobytes() for x in vae_params.values())
+    autoencoder = hashlib.sha256(weights).hexdigest()
+    cache = args.workdir / f"latents-{args.seed}-{args.pictures}-{autoencoder[:12]}.npy"
     if not cache.exists():
         np.save(cache, vae.encode_all(vae_params, pictures.images))
     latents = np.load(cache)
