@@ -109,14 +109,14 @@ def load(folder, mesh, host_call):
 
 
 def run(folder, name, mesh, host_call, epochs):
-    """What each child process does; it goes on with the run where there is one."""
+    """What each child process does, as launchers have it done."""
     cli.connect()
     rewards.TABLE["brightness"] = "test_layouts:brightness"
     config = load(Path(folder), mesh, host_call)
     if jax.process_count() > 1:  # each with a cache of its own, as on machines without shared disks
         config.model.text_cache = f"{folder}/texts-{jax.process_index()}"
     config.epochs = epochs
-    train(config, Path(folder) / name, resume=(Path(folder) / name).exists())
+    train(config, Path(folder) / name, resume=True)
 
 
 def start(folder, name, mesh, host_call="overlap", *, devices, processes=1, epochs=2):
