@@ -48,7 +48,8 @@ def get_config() -> ConfigDict:
     c.reward.weights = ConfigDict({"shapes": 1.0})
 
     c.train.updates_per_epoch = 1
-    c.train.learning_rate = 1.5e-3
+    c.train.learning_rate, c.train.decay_steps = 1.5e-3, 40
+    c.train.b2 = 0.95  # gradients grow as pictures get better: a longer memory makes steps too long
     c.train.clip_range = 5e-3
     c.train.ema_decay = 0.97
 

@@ -123,11 +123,11 @@ def programs(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
     def frozen(part: str) -> dict[str, Any]:
-        shapes = model.params[part]
+        shapes = (model.params | model.text_shapes)[part]
         return laid_out(shapes, {path: place(f"{part}/{path}", x) for path, x in shapes.items()})
 
     weights = {part: frozen(part) for part in ("transformer", "vae")}
-    text = {part: frozen(part) for part in model.text_params}
+    text = {part: frozen(part) for part in model.text_shapes}
     optimiser = recipe.make_optimiser(config)
     shapes = jax.eval_shape(lambda: jax.random.key(0))
     adapter = jax.eval_shape(model.init_lora, shapes)

@@ -28,6 +28,7 @@ from flowgrpo_jax.types import (
     GraphReward,
     Metadata,
     Params,
+    PromptBatch,
     Reward,
     Scores,
     Trajectory,
@@ -77,20 +78,24 @@ class Recipe:
         return {"transformer": self.model.base, "vae": self.model.params["vae"]}
 
     def encode(self, texts: list[str]) -> Conditioning:
-        model, config = self.model, self.config.model
-        if not config.text_cache:
-            return sharding.replicate(self.mesh, model.encode(texts))
-        settings = {"dtype": config.dtype, "t5": config.t5, "t5_length": config.t5_length}
-        mark = text_cache.fingerprint(model.directory, **settings)
-        cond = text_cache.encode_cached(
-            model.encode,
-            texts,
-            config.text_cache,
-            mark,
-            everyone=sharding.everyone,
-            whole=sharding.whole,
-        )
-        return sharding.replicate(self.mesh, cond)
+        return encode(self.config, self.model, self.mesh, texts)
+
+
+def encode(config: ConfigDict, model: sd3.SD3, mesh: Mesh, texts: list[str]) -> Conditioning:
+    """The prompts' states on every device, through the cache where there is one."""
+    c = config.model
+    if not c.text_cache:
+        return sharding.replicate(mesh, model.encode(texts))
+    mark = text_cache.fingerprint(model.directory, dtype=c.dtype, t5=c.t5, t5_length=c.t5_length)
+    cond = text_cache.encode_cached(
+        model.encode,
+        texts,
+        c.text_cache,
+        mark,
+        everyone=sharding.everyone,
+        whole=sharding.whole,
+    )
+    return sharding.replicate(mesh, cond)
 
 
 def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None) -> sd3.SD3:
@@ -169,6 +174,18 @@ def load_prompts(config: ConfigDict, training: bool) -> tuple[list[Metadata], li
         return tasks.splits(p.tasks.to_dict())
     test = prompts.load(p.test) if p.test else []
     return prompts.load(p.train, exclude=test) if training else [], test
+
+
+def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> PromptBatch:
+    """The prompts of an epoch: a pure function of the seed and the epoch."""
+    return prompts.sample(
+        records,
+        config.sample.groups,
+        seed=config.seed,
+        epoch=epoch,
+        tag_weights=config.prompts.tag_weights.to_dict(),
+        task_weights=tasks.weights(config.prompts.tasks.to_dict()),
+    )
 
 
 def reward_mixes(config: ConfigDict) -> tuple[Mix, Mix]:
@@ -253,7 +270,8 @@ def make_programs(
 def describe(recipe: Recipe) -> str:
     """What a run prints first: the derived numbers."""
     model, config = recipe.model, recipe.config
-    frozen = sum(x.size for part in model.params.values() for x in part.values())
+    parts = (model.params | model.text_shapes).values()
+    frozen = sum(x.size for part in parts for x in part.values())
     trained = sum(np.prod(x.shape) for x in model.lora_shapes.values())
     low, high = window_range(config)
     layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())

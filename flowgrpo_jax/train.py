@@ -27,12 +27,11 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import cli, grpo, prompts, recipe, sampler, settings, sharding, update
+from flowgrpo_jax import cli, grpo, recipe, sampler, settings, sharding, update
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.logs import Metrics
 from flowgrpo_jax.models import lora
-from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.types import Conditioning, PromptBatch, Scores, TrainState, Trajectory
@@ -149,14 +148,7 @@ def one_epoch(
     config, plan = run.config, run.plan
 
     # Prompts, encoded once each.
-    batch = prompts.sample(
-        run.train_prompts,
-        plan.groups,
-        seed=config.seed,
-        epoch=epoch,
-        tag_weights=config.prompts.tag_weights.to_dict(),
-        task_weights=tasks.weights(config.prompts.tasks.to_dict()),
-    )
+    batch = recipe.draw_prompts(config, run.train_prompts, epoch)
     cond = run.encode(batch.prompts)
     prepared = graph.prepare(run.scorer.in_graph, batch.prompts, batch.metadata)
 

@@ -80,7 +80,8 @@ def test_every_component_goes_in_and_out_unchanged(checkpoint):
     model = sd3.load(checkpoint)
     for name in COMPONENTS:
         (file,) = (checkpoint / name).glob("*.safetensors")
-        assert_equal(convert.to_torch_names(model.params[name]), load_file(file))
+        params = (model.params | model.read_text())[name]
+        assert_equal(convert.to_torch_names(params), load_file(file))
 
 
 def test_what_we_save_loads_in_diffusers(checkpoint, tmp_path):
@@ -233,7 +234,8 @@ def test_published_sizes(config, parameters, keys):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_text_encoders(name):
     """Parameter counts of CLIP-L and bigG with their projections, and of T5 v1.1-XXL's encoder."""
-    params = sd3.describe(PUBLISHED[name], dtype=jnp.bfloat16).params
+    model = sd3.describe(PUBLISHED[name], dtype=jnp.bfloat16)
+    params = model.params | model.text_shapes
     counts = {part: sum(x.size for x in shapes.values()) for part, shapes in params.items()}
     assert counts["text_encoder"] == 123_650_304
     assert counts["text_encoder_2"] == 694_659_840

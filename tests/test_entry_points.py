@@ -164,6 +164,24 @@ def test_a_run_leaves_everything_behind(folder, half):
     assert b"ratio_gap" in events.read_bytes()
 
 
+def test_prompts_that_were_encoded_ahead_need_no_encoder(folder, half, monkeypatch):
+    """And train exactly as those that are encoded on the way."""
+    texts = folder / "texts"
+    arguments = "--config=tiny.py", "--epochs=2", f"--config.model.text_cache={texts}"
+    out = call(folder, "encode", *arguments)
+    count = len(list(texts.iterdir()))
+    assert f"{count} prompts are in {texts}" in out and 10 < count <= 1 + 4 + 12
+
+    def load_weights(directory, *args, **kwargs):
+        assert "text_encoder" not in directory.name, "an encoder was loaded"
+        return real(directory, *args, **kwargs)
+
+    real = sd3.convert.load
+    monkeypatch.setattr(sd3.convert, "load", load_weights)
+    train(load(folder, epochs=2, model__text_cache=str(texts)), folder / "ahead")
+    assert [*map(timeless, rows(folder / "ahead"))] == [*map(timeless, rows(half))]
+
+
 def test_training_changes_the_policy(whole):
     state = whole.state
     assert int(state.step) == 8

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ import pytest
 from flax import nnx
 
 from flowgrpo_jax import cli, recipe, rewards, sharding
-from flowgrpo_jax.checkpoint import load_lora
+from flowgrpo_jax.checkpoint import Checkpoints, load_lora
 from flowgrpo_jax.models import layers, lora
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -83,8 +85,14 @@ def write_model(folder):
     package.write(folder, params, MMDIT, vae, *clips, t5, dtype=np.float32)
 
 
+calls: list[int] = []
+
+
 def brightness(images, prompts, metadata):
-    """Hardly moves when a value is rounded the other way."""
+    """Hardly moves when a value is rounded the other way. Kills its process at a call asked for."""
+    calls.append(len(images))
+    if os.environ.get("KILL_AT_CALL") == str(len(calls)):
+        os.kill(os.getpid(), signal.SIGKILL)
     return images.mean((1, 2, 3)) / 255, np.ones(len(images), bool)
 
 
@@ -104,6 +112,7 @@ def load(folder, mesh, host_call):
     c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 8, 8, 2
     c.eval.rewards = ()
     c.train.eps, c.train.learning_rate = 1.0, 1.0  # steps follow the gradient, not its sign
+    c.checkpoint.every = 1
     c.mesh.update(mesh)
     return c
 
@@ -119,8 +128,9 @@ def run(folder, name, mesh, host_call, epochs):
     train(config, Path(folder) / name, resume=True)
 
 
-def start(folder, name, mesh, host_call="overlap", *, devices, processes=1, epochs=2):
-    """The run in child processes, which share the given number of devices."""
+def spawn(folder, name, mesh, host_call="overlap", *, devices, processes=1, epochs=2, last=()):
+    """The run in child processes, which share the given number of devices; the last one gets more
+    environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -138,6 +148,8 @@ def start(folder, name, mesh, host_call="overlap", *, devices, processes=1, epoc
                 "FLOWGRPO_PROCESSES": str(processes),
                 "FLOWGRPO_PROCESS": str(i),
             }
+        if i == processes - 1:
+            env |= dict(last)
         call = f"test_layouts.run{(str(folder), name, mesh, host_call, epochs)!r}"
         children.append(
             subprocess.Popen(
@@ -148,7 +160,12 @@ def start(folder, name, mesh, host_call="overlap", *, devices, processes=1, epoc
                 text=True,
             )
         )
-    for child in children:
+    return children
+
+
+def start(*run, **settings):
+    """The same, until it has ended well."""
+    for child in spawn(*run, **settings):
         out, _ = child.communicate(timeout=300)
         assert child.returncode == 0, out
 
@@ -208,6 +225,25 @@ def test_two_processes_train_as_one(folder, one_device, host_call):
     name = f"two-{host_call}"
     start(folder, name, {"data": 4, "fsdp": 2}, host_call, devices=8, processes=2)
     same(outcome(folder, name), one_device)
+
+
+def test_a_killed_process_ends_the_run_and_a_restart_goes_on(folder):
+    """One of two processes is killed in the middle of the second epoch. The other one ends in
+    bounded time, and the restarted run is, bit for bit, the one that was never killed."""
+    layout = {"data": 4, "fsdp": 2}
+    start(folder, "never-killed", layout, devices=8, processes=2)
+    begun = time.monotonic()
+    children = spawn(folder, "killed", layout, devices=8, processes=2, last={"KILL_AT_CALL": "4"})
+    (other, _), _ = (child.communicate(timeout=400) for child in children)
+    assert children[1].returncode == -signal.SIGKILL
+    assert children[0].returncode > 0 or children[0].returncode == -signal.SIGABRT, other
+    assert time.monotonic() - begun < 300
+    assert Checkpoints(folder / "killed" / "checkpoints").steps() == [1]
+    start(folder, "killed", layout, devices=8, processes=2)
+    ours, theirs = outcome(folder, "killed"), outcome(folder, "never-killed")
+    assert ours[0] == theirs[0]
+    for path, x in theirs[1].items():
+        np.testing.assert_array_equal(ours[1][path], x)
 
 
 def test_a_run_goes_on_in_another_layout(folder, one_device):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ TEXT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SD3:
-    """A model. `params` is frozen: {"transformer", "vae", "text_encoder", ...}, each {path: array},
-    or {path: ShapeDtypeStruct} where it is only described, without directory and tokenizers.
+    """A model. `params` is frozen: {"transformer", "vae"}, each {path: array}, or {path:
+    ShapeDtypeStruct} where it is only described. The text encoders are read when they are needed.
 
     velocity(lora, base, latents [B, H, W, C] f32, sigma [B], tokens [B, L, E], pooled [B, V])
       -> f32 [B, H, W, C]
@@ -60,16 +61,14 @@ class SD3:
     latent_channels: int
     downsampling: int
     default_size: int
-    directory: Path = Path()
+    text_shapes: dict[str, Params]  # {"text_encoder", ...} -> {path: ShapeDtypeStruct}
+    read_text: Callable[[], dict[str, Params]] | None = None  # their weights, from then on kept
     tokenizers: Tokenizers | None = None
+    directory: Path = Path()
 
     @property
     def base(self) -> Params:
         return self.params["transformer"]
-
-    @property
-    def text_params(self) -> dict[str, Params]:
-        return {k: v for k, v in self.params.items() if k.startswith("text_encoder")}
 
     def init_lora(self, key: jax.Array) -> Params:
         return lora.init(key, self.lora_shapes)
@@ -84,12 +83,13 @@ class SD3:
     def encode(self, prompts: list[str]) -> Conditioning:
         """Prompts (P strings) to their text states, each prompt once; many go in equal parts, for
         T5's activations are large."""
-        if self.tokenizers is None:
+        if self.read_text is None or self.tokenizers is None:
             raise ValueError("this model is only described: `load` it to encode prompts")
+        text = self.read_text()
         size = min(len(prompts), TEXTS)
         padded = prompts + prompts[-1:] * (-len(prompts) % size)
         parts = [
-            self.encode_text(self.text_params, self.tokenizers(padded[i : i + size]))
+            self.encode_text(text, self.tokenizers(padded[i : i + size]))
             for i in range(0, len(padded), size)
         ]
         return jax.tree.map(lambda *xs: jnp.concatenate(xs)[: len(prompts)], *parts)
@@ -205,11 +205,15 @@ def load(
             place=place and (lambda path, shape: place(f"{name}/{path}", shape)),
         )
 
+    def read_all(parts: dict[str, Params]) -> dict[str, Params]:
+        return {name: read(name, shapes) for name, shapes in parts.items()}
+
     return replace(
         described,
-        params={name: read(name, shapes) for name, shapes in described.params.items()},
-        directory=directory,
+        params=read_all(described.params),
+        read_text=cache(lambda: read_all(described.text_shapes)),
         tokenizers=Tokenizers.load(directory, t5_length, t5=t5),
+        directory=directory,
     )
 
 
@@ -273,7 +277,7 @@ def describe(
         return Conditioning(tokens=tokens, pooled=pooled)
 
     return SD3(
-        params={"transformer": base, "vae": vae_shapes, **{k: v[1] for k, v in text.items()}},
+        params={"transformer": base, "vae": vae_shapes},
         velocity=velocity,
         decode=lambda params, z: to_uint8(vae(params, z, method="decode")),
         encode_text=encode_text,
@@ -283,4 +287,5 @@ def describe(
         latent_channels=parts.transformer.in_channels,
         downsampling=parts.vae.downsampling,
         default_size=parts.transformer.sample_size * parts.vae.downsampling,
+        text_shapes={name: shapes for name, (_, shapes) in text.items()},
     )
