@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 
 from flowgrpo_jax.rewards.colors import COLORS, Classifier, Crop, on_grey
+from flowgrpo_jax.rewards.preprocess import MEAN, STD
 
 WEIGHTS = "openai/clip-vit-large-patch14"
 SENTENCES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green, blue
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def load(path: str | None = None, device: str | None = None) -> Classifier:
@@ -97,5 +96,4 @@ def pixel_values(image: np.ndarray, side: int) -> np.ndarray:
     fitted = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     middle = np.asarray(fitted.crop((left, top, left + side, top + side)), np.float32)
-    normal = (middle / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    return normal.transpose(2, 0, 1)
+    return ((middle / 255 - MEAN) / STD).transpose(2, 0, 1)
