@@ -1,7 +1,8 @@
 """Every knob, with one sentence each. Recipes start from here and change a few lines.
 
-Any knob can be set on the command line: `--config.train.learning_rate=1e-4`. Recipes of the paper's
-tasks have variants, chosen as `--config configs/geneval.py:fast`: `variant` below.
+Any knob that a recipe lists can be set on the command line: `--config.train.learning_rate=1e-4`.
+Recipes of the paper's tasks have variants, chosen as `--config configs/geneval.py:fast`: `variant`
+below.
 """
 
 from ml_collections import ConfigDict
@@ -74,7 +75,9 @@ def get_config() -> ConfigDict:
     c.reward.combine = (
         "rewards"  # rewards: weighted sum; advantages: each normalised by itself first (GDPO)
     )
-    c.reward.options = ConfigDict()  # {name: {option: value}}, for rewards that take any
+    c.reward.options = (
+        ConfigDict()  # {name: {option: value}}; a recipe lists all that its rewards take
+    )
     c.reward.host_call = (
         "overlap"  # overlap (threads between programs) or callback (inside the program)
     )
@@ -111,7 +114,7 @@ def get_config() -> ConfigDict:
     c.eval.micro_batch = 0  # images at once; 0: sample's
     c.eval.steps = 40  # ODE steps
     c.eval.guidance_scale = 4.5  # guidance in evaluation
-    c.eval.rewards = ()  # names to average; empty: the training rewards
+    c.eval.rewards = ()  # names of rewards to measure; empty: the training rewards
     c.eval.seed = 1234  # of the evaluation's noise, the same every time
     c.eval.grid = 36  # images in the sample grid
 

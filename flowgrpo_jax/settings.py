@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import grpo, sde
+from flowgrpo_jax import grpo, rewards, sde
 from flowgrpo_jax.prompts import tasks
 
 
@@ -127,8 +127,11 @@ def check(config: ConfigDict) -> None:
         " is not 0",
     )
     used = {*config.reward.weights, *config.eval.rewards}
-    idle = sorted(set(config.reward.options) - used)
-    require(not idle, f"reward.options names {idle}: no such reward is used here, remove them")
+    unknown = sorted(set(config.reward.options) - set(rewards.TABLE))
+    require(
+        not unknown,
+        f"reward.options names {unknown}: no such reward, choose from {sorted(rewards.TABLE)}",
+    )
     require(
         not (config.prompts.tasks and (config.prompts.train or config.prompts.test)),
         "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",

@@ -136,8 +136,8 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
         ({"reward.weights": ConfigDict()}, r"reward\.weights=\{\}: name at least one"),
         ({"reward.combine": "sum"}, r"reward\.combine='sum': choose from 'rewards', 'advantages'"),
         (
-            {"reward.options": ConfigDict({"ocr": {"strict": True}})},
-            r"reward\.options names \['ocr'\]: no such reward",
+            {"reward.options": ConfigDict({"ocrr": {"strict": True}})},
+            r"reward\.options names \['ocrr'\]: no such reward, choose from .*'ocr'",
         ),
         (
             {"reward.weights": ConfigDict({"shapes": 0.0})},

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
-from flowgrpo_jax import grpo, rewards, sharding
-from flowgrpo_jax.rewards import graph, host
+from configs import ocr as ocr_recipe
+from configs import shapes
+from flowgrpo_jax import grpo, recipe, rewards, sharding
+from flowgrpo_jax.rewards import graph, host, ocr
 from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.shapes.render import Thing, render
@@ -74,6 +77,27 @@ def test_shapes_unknown_is_the_share_of_objects_without_a_shape():
 def test_an_unknown_name_is_an_error_that_lists_the_others():
     with pytest.raises(ValueError, match=r"'beauty' is unknown.*jpeg_compressibility.*shapes"):
         rewards.load(["shapes", "beauty"])
+
+
+def test_the_ocr_recipe_evaluates_by_the_papers_rule_as_well(monkeypatch):
+    """Full marks to what the paper's reward pays for and ours does not: the target, twice."""
+    monkeypatch.setattr(ocr, "recogniser", lambda confidence=0.0: lambda image: "STOP stop")
+    config = ocr_recipe.get_config()
+    made = rewards.load(config.eval.rewards, config.reward.options.to_dict())
+    scores = {name: r(PICTURES[:1], ['a sign "Stop"'], [{}])[0][0] for name, r in made.items()}
+    assert scores == {"ocr": 0, "ocr_lenient": 1}
+
+
+def test_a_row_that_shares_options_may_have_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ocr, "make", lambda **options: seen.append(options))
+    rewards.load(["ocr_lenient", "ocr"], {"ocr": {"workers": 2, "strict": True}})
+    rewards.load(["ocr_lenient"], {"ocr_lenient": {"workers": 3}, "ocr": {"workers": 2}})
+    assert seen == [
+        {"workers": 2, "strict": False},
+        {"workers": 2, "strict": True},
+        {"workers": 3, "strict": False},
+    ]
 
 
 # ------------------------------------------------------------------------ guarded and combined

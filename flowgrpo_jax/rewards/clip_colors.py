@@ -35,7 +35,7 @@ def load(path: str | None = None, device: str | None = None) -> Classifier:
     except ImportError as error:
         raise ImportError(
             "colors='clip' needs torch: `pip install 'flowgrpo_jax[torch]'`, or set"
-            " colors='pixels', an approximation without a network"
+            " reward.options.geneval.colors=pixels, an approximation without a network"
         ) from error
     try:
         model: Any = CLIPModel.from_pretrained(path or WEIGHTS)
@@ -43,7 +43,7 @@ def load(path: str | None = None, device: str | None = None) -> Classifier:
     except OSError as error:
         raise FileNotFoundError(
             f"CLIP weights {path or WEIGHTS!r} are neither a local directory nor could they be"
-            f" downloaded ({error}). Set clip_path to a local copy"
+            f" downloaded ({error}). Set reward.options.geneval.clip_path to a local copy"
         ) from error
     return classifier(
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
