@@ -227,6 +227,59 @@ def test_a_reward_in_the_graph_gets_the_rows_of_its_prompts():
     np.testing.assert_array_equal(scores["length"], [12, 3, np.nan])  # not finite: failed
 
 
+TOWER = {"kernel": np.full((4, 2), 3.0, np.float32), "bias": np.arange(2.0, dtype=np.float32)}
+
+
+def on_tower(head):
+    """A reward with a head of its own on the weights that several share."""
+
+    def score(weights, images, prepared):
+        sums = [x.sum() for x in (*weights["tower"].values(), weights["head"])]
+        return jnp.full(len(images), sum(sums))
+
+    return GraphReward({"tower": TOWER, "head": np.float32(head)}, lambda p, m: {}, score)
+
+
+def test_weights_that_rewards_share_are_placed_once():
+    placed = []
+
+    def place(x):
+        placed.append(x)
+        return jnp.asarray(x)
+
+    pair, once = {"one": on_tower(1), "two": on_tower(2)}, graph.once(place)
+    training, testing = graph.composite({"two": pair["two"]}, once), graph.composite(pair, once)
+    assert len(placed) == len(TOWER) + 2
+    images, rows = PICTURES[:3], np.zeros(3, int)
+    for score in (training, testing):
+        for name, scores in score(images, {"one": {}, "two": {}}, rows).items():
+            np.testing.assert_array_equal(scores, [25 + {"one": 1, "two": 2}[name]] * 3)
+
+
+def test_an_array_does_not_take_the_place_of_one_that_is_gone():
+    """Told apart by identity, which Python gives to the next array when one is gone."""
+    once = graph.once(lambda x: x.copy())
+    for n in range(50):
+        np.testing.assert_array_equal(once({"w": np.full(1000, n)})["w"], n)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_recipe_s_scorers_place_what_they_share_once(training, monkeypatch):
+    placed = []
+    names = ("trained", "watched", "tested")
+    for name in names:
+        monkeypatch.setitem(rewards.TABLE, name, f"{__name__}:on_tower()")
+    monkeypatch.setattr(sharding, "replicate", lambda mesh, x: placed.append(x) or jnp.asarray(x))
+    config = shapes.get_config()
+    config.reward.weights = ConfigDict({"trained": 1.0, "watched": 0.0})
+    config.reward.options = ConfigDict({name: {"head": 1} for name in names})
+    config.eval.rewards = ("watched", "tested")
+    scorer, test_scorer = recipe.scorers(config, sharding.make_mesh(), [], [], training=training)
+    assert test_scorer.mix.names == tuple(test_scorer.in_graph) == ("watched", "tested")
+    assert scorer.mix.names == tuple(scorer.in_graph) == ("trained", "watched") * training
+    assert len(placed) == len(TOWER) + (3 if training else 2)
+
+
 # ----------------------------------------------------------------------- called in two ways
 
 
