@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = "stabilityai/stable-diffusion-3.5-medium"  # directory, hub id, or "shapes"
     c.model.dtype = (
-        "bfloat16"  # compute and storage dtype of the frozen transformer and text encoders
+        "bfloat16"  # or float32: of the frozen transformer and text encoders, and what they compute
     )
     c.model.height, c.model.width = 512, 512  # image size in pixels
     c.model.t5 = True  # load the largest text encoder; without it zeros stand for its states

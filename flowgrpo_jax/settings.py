@@ -93,7 +93,12 @@ def check(config: ConfigDict) -> None:
     choice(config, "train", "step_choice", ("random", "first"))
     choice(config, "reward", "host_call", ("overlap", "callback"))
     choice(config, "reward", "combine", grpo.COMBINATIONS)
-    choice(config, "model", "dtype", ("float32", "bfloat16", "float16"))
+    require(
+        config.model.dtype != "float16",
+        "model.dtype='float16': gradients would underflow, for there is no loss scaling, and T5"
+        " overflows; use 'bfloat16', or 'float32'",
+    )
+    choice(config, "model", "dtype", ("float32", "bfloat16"))
     require(
         s.noise_level > 0,
         f"sample.noise_level={s.noise_level}: without noise a rollout has no log-prob to train on;"
