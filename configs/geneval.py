@@ -5,24 +5,35 @@
     python -m flowgrpo_jax.train --config configs/geneval.py:single_gpu  # fast, on one device
 
 Hardware: all have the paper's 48 groups of 24 an epoch on any 1, 2, 4, 8, 16 or 32 devices (for
-single_gpu up to 16). Memory of a device, by arithmetic and not measured: 16.4 GB of frozen weights
-(9.5 of them T5) and, for each image of its share of the micro-batch, 0.9 GB (fast: 0.8):
+single_gpu up to 16). What JAX needs of a device's memory, by arithmetic and not measured: 16.4 GB
+of frozen weights (9.5 of them T5) and, for each image of its share of the micro-batch, 0.9 GB
+(fast: 0.8):
 
     full, fast    32 devices 25 GB, 16 devices 33 GB, 8 devices 49 GB;
                   fewer: --config.sample.micro_batch=96 or 48 (27 GB on 4 devices with 48)
     single_gpu    31 GB; 16 GB with --config.model.t5=False --config.sample.micro_batch=8
 
+Of each GPU, JAX takes 75 % at the start and never more, so these figures must be below that; the
+environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 gives it more, 0.6 less. The rest of GPU 0
+is for the detector and its CLIP, which every process runs in torch: 2 GB of weights, and what 8
+pictures of 800 px take. --config.reward.options.geneval.device=cpu moves them; with two GPUs,
+cuda:1 and JAX_CUDA_VISIBLE_DEVICES=0 give them one of their own.
+
 Expected (paper, its own prompts, KL on): 0.63 to 0.95 on GenEval, with two optimiser steps an
-epoch; others report 0.95 after about 2,000 steps. Not run here with these weights.
+epoch; others report 0.95 after about 2,000 steps. Not run here with these weights. GenEval's
+number is the evaluation's `geneval_official`; `geneval_strict` forgives no surplus object either,
+and `geneval` is the graded score that is trained on. One detector serves all three.
 
 The prompts are generated, and `geneval:test` is not the benchmark's list. To compare, give
 --config.prompts.test=evaluation_metadata.jsonl (github.com/djghosh13/geneval, prompts/): training
 then keeps clear of that as well. For the split by objects train on geneval:seen and test on
-geneval:unseen. The detector wants pip install 'flowgrpo_jax[geneval]'; without torch there is
---config.reward.options.geneval.detector=small, for a quick look.
+geneval:unseen. The detector and the colours want pip install 'flowgrpo_jax[torch]'. Without torch
+there is --config.reward.options.geneval.detector=small, for a quick look, which wants
+'flowgrpo_jax[geneval]' and takes colours from pixels.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder  # a value that is None until it is set
 
 from configs import base
 
@@ -46,11 +57,26 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.sample.micro_batch = 288
 
     c.reward.weights = ConfigDict({"geneval": 1.0})
-    c.reward.options = ConfigDict({"geneval": {"detector": "mask2former"}})
+    c.reward.options = ConfigDict(
+        {
+            "geneval": {  # also for geneval_strict and geneval_official
+                "detector": "mask2former",  # or small
+                "colors": placeholder(str),  # clip or pixels; None: pixels for small, else clip
+                "threshold": 0.3,  # confidence that an object must exceed
+                "counting_threshold": 0.9,  # the same where the prompt counts; try 0.5 for small
+                "detector_path": placeholder(str),  # where their weights are; None: the published
+                "clip_path": placeholder(str),
+                "device": placeholder(str),  # of torch: cpu, cuda:1, ...; None: cuda where present
+                "position_bug": False,  # upstream's: a wrong relation is paid for
+                "clamp_counts": True,  # False is upstream's: far too many objects cost extra
+            }
+        }
+    )
 
     # Upstream's KL leaves |dt| out; "exact" wants about a tenth of this beta.
     c.train.kl_beta, c.train.kl_weighting = 0.04, "no_dt"
 
     c.eval.every = c.checkpoint.every = 60
     c.eval.images = 2_208  # 368 of each tag; the benchmark has 4 of each of 553 prompts
+    c.eval.rewards = ("geneval", "geneval_strict", "geneval_official")
     return base.variant(c, variant)

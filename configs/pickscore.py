@@ -5,8 +5,11 @@
     python -m flowgrpo_jax.train --config configs/pickscore.py:fast        # CPS window, no guidance
     python -m flowgrpo_jax.train --config configs/pickscore.py:single_gpu  # fast, on one device
 
-Hardware and memory: as configs/geneval.py, and 4 GB for the reward's CLIP-H in float32. Any other
-.txt of prompts does as well: --config.prompts.train=FILE --config.prompts.test=FILE.
+Hardware and memory: as configs/geneval.py, without a detector, and on every device 11 GB more for
+the rewards in float32: 4 for PickScore's CLIP-H, and for the evaluation 4 for HPSv2's, 2 for
+ImageReward and 2 for the CLIP-L of the other two; --config.eval.rewards="('pickscore',)" does
+without those. Any other .txt of prompts does as well: --config.prompts.train=FILE
+--config.prompts.test=FILE.
 
 Expected (paper): PickScore 21.72 to 23.31 with the KL, 23.41 without (the reward divides by 26:
 0.835 to 0.897). Not run here with these weights. A preference model can be pleased by pictures
@@ -19,6 +22,7 @@ from ml_collections import ConfigDict
 from configs import base
 
 PROMPTS = "flow_grpo/dataset/pickscore"
+CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 def get_config(variant: str = "full") -> ConfigDict:
@@ -30,6 +34,27 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.sample.micro_batch = 288
 
     c.reward.weights = ConfigDict({"pickscore": 1.0})
+    c.reward.options = ConfigDict(
+        {  # path, head: a folder, a file or a hub id; tokenizer: where none is beside the weights
+            "pickscore": {
+                "path": "yuvalkirstain/PickScore_v1",
+                "dtype": "float32",  # or bfloat16, float16: of the weights and the computation
+                "tokenizer": CLIP_H,
+            },
+            "clipscore": {"path": CLIP_L, "dtype": "float32"},
+            "aesthetic": {
+                "path": CLIP_L,
+                "head": "trl-lib/ddpo-aesthetic-predictor",
+                "dtype": "float32",
+            },
+            "hpsv2": {"path": "xswu/HPSv2", "dtype": "float32", "tokenizer": CLIP_H},
+            "imagereward": {
+                "path": "THUDM/ImageReward",
+                "dtype": "float32",
+                "tokenizer": "google-bert/bert-base-uncased",
+            },
+        }
+    )
 
     # Upstream's KL leaves |dt| out; "exact" wants about a tenth of this beta.
     c.train.kl_beta, c.train.kl_weighting = 0.01, "no_dt"

@@ -1,6 +1,7 @@
 """From a config to the parts that an entry point runs: checked, derived, built.
 
-The only file below the entry points that sees a config; everything it calls takes plain arguments.
+With settings.py the only file below the entry points that sees a config; everything else that it
+calls takes plain arguments.
 """
 
 from __future__ import annotations
@@ -120,14 +121,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
     train_prompts, test_prompts = load_prompts(config, training)
-    mix, test_mix = reward_mixes(config)
-    loaded = rewards.load(
-        dict.fromkeys(mix.names + test_mix.names), config.reward.options.to_dict()
-    )
-    for reward in loaded.values():
-        getattr(reward, "ready", lambda: None)()  # a remote one raises where nobody answers
-    scorer = _scorer(mix, loaded, train_prompts, mesh)
-    test_scorer = _scorer(test_mix, loaded, test_prompts, mesh)
+    scorer, test_scorer = scorers(config, mesh, train_prompts, test_prompts, training=training)
     model = load_model(config, mesh)
     process = make_process(config, model.shift)
     optimiser = make_optimiser(config)
@@ -195,8 +189,36 @@ def reward_mixes(config: ConfigDict) -> tuple[Mix, Mix]:
     return tuple(Mix(w, tasks.reward_weights(chosen, w)) for w in (weights, tested))  # type: ignore
 
 
+def scorers(
+    config: ConfigDict,
+    mesh: Mesh,
+    train_prompts: list[Metadata],
+    test_prompts: list[Metadata],
+    *,
+    training: bool = True,
+) -> tuple[Scorer, Scorer]:
+    """Of training, which without `training` has no rewards, and of evaluation.
+
+    Both share what they load, and what lies on the devices. Raises what loading a reward raises,
+    and RuntimeError where a reward on another machine does not answer.
+    """
+    mix, test_mix = reward_mixes(config)
+    mix = mix if training else Mix({})
+    loaded = rewards.load(
+        dict.fromkeys(mix.names + test_mix.names), config.reward.options.to_dict()
+    )
+    for reward in loaded.values():
+        getattr(reward, "ready", lambda: None)()  # a remote one raises where nobody answers
+    place = graph.once(lambda array: sharding.replicate(mesh, array))
+    train_scorer = _scorer(mix, loaded, train_prompts, place)
+    return train_scorer, _scorer(test_mix, loaded, test_prompts, place)
+
+
 def _scorer(
-    mix: Mix, loaded: dict[str, Reward | GraphReward], records: list[Metadata], mesh: Mesh
+    mix: Mix,
+    loaded: dict[str, Reward | GraphReward],
+    records: list[Metadata],
+    place: Callable[[Any], Any],
 ) -> Scorer:
     def lookup(ids: np.ndarray) -> tuple[list[str], list[Metadata]]:
         chosen = [records[i] for i in ids]
@@ -214,7 +236,7 @@ def _scorer(
         mix,
         host.composite(on_host, lookup, mix.applies),
         in_graph,
-        graph.composite(in_graph, lambda weights: sharding.replicate(mesh, weights)),
+        graph.composite(in_graph, place),
     )
 
 

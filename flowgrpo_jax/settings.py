@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import grpo, sde
+from flowgrpo_jax import grpo, rewards, sde
 from flowgrpo_jax.prompts import tasks
 
 
@@ -93,7 +93,12 @@ def check(config: ConfigDict) -> None:
     choice(config, "train", "step_choice", ("random", "first"))
     choice(config, "reward", "host_call", ("overlap", "callback"))
     choice(config, "reward", "combine", grpo.COMBINATIONS)
-    choice(config, "model", "dtype", ("float32", "bfloat16", "float16"))
+    require(
+        config.model.dtype != "float16",
+        "model.dtype='float16': gradients would underflow, for there is no loss scaling, and T5"
+        " overflows; use 'bfloat16', or 'float32'",
+    )
+    choice(config, "model", "dtype", ("float32", "bfloat16"))
     require(
         s.noise_level > 0,
         f"sample.noise_level={s.noise_level}: without noise a rollout has no log-prob to train on;"
@@ -127,8 +132,11 @@ def check(config: ConfigDict) -> None:
         " is not 0",
     )
     used = {*config.reward.weights, *config.eval.rewards}
-    idle = sorted(set(config.reward.options) - used)
-    require(not idle, f"reward.options names {idle}: no such reward is used here, remove them")
+    unknown = sorted(set(config.reward.options) - set(rewards.TABLE))
+    require(
+        not unknown,
+        f"reward.options names {unknown}: no such reward, choose from {sorted(rewards.TABLE)}",
+    )
     require(
         not (config.prompts.tasks and (config.prompts.train or config.prompts.test)),
         "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",

@@ -194,5 +194,5 @@ def test_absent_clip_weights_are_an_error(tmp_path):
     pytest.importorskip("torch")
     from flowgrpo_jax.rewards import clip_colors
 
-    with pytest.raises(FileNotFoundError, match="Set clip_path to a local copy"):
+    with pytest.raises(FileNotFoundError, match=r"geneval\.clip_path to a local copy"):
         clip_colors.load(str(tmp_path / "nowhere"), "cpu")

@@ -115,7 +115,8 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
         ({"sample.density": "t"}, r"sample\.density='t': choose from .*'gaussian'"),
         ({"train.advantage_std": "prompt"}, r"train\.advantage_std='prompt': choose .*'group'"),
         ({"reward.host_call": "http"}, r"reward\.host_call='http': .*'overlap', 'callback'"),
-        ({"model.dtype": "int8"}, r"model\.dtype='int8': choose from 'float32', 'bfloat16'"),
+        ({"model.dtype": "int8"}, r"model\.dtype='int8': choose from 'float32', 'bfloat16'$"),
+        ({"model.dtype": "float16"}, r"model\.dtype='float16': .*no loss scaling.*use 'bfloat16'"),
         ({"sample.noise_level": 0.0}, r"sample\.noise_level=0\.0: .*no log-prob.*0\.7"),
         (
             {"sample.kernel": "cps", "sample.noise_level": 1.2},
@@ -136,8 +137,8 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
         ({"reward.weights": ConfigDict()}, r"reward\.weights=\{\}: name at least one"),
         ({"reward.combine": "sum"}, r"reward\.combine='sum': choose from 'rewards', 'advantages'"),
         (
-            {"reward.options": ConfigDict({"ocr": {"strict": True}})},
-            r"reward\.options names \['ocr'\]: no such reward",
+            {"reward.options": ConfigDict({"ocrr": {"strict": True}})},
+            r"reward\.options names \['ocrr'\]: no such reward, choose from .*'ocr'",
         ),
         (
             {"reward.weights": ConfigDict({"shapes": 0.0})},

@@ -413,5 +413,5 @@ def test_mask2former_loads_from_a_directory(mask2former, tmp_path):
 
 def test_absent_mask2former_weights_are_an_error(tmp_path):
     pytest.importorskip("torch")
-    with pytest.raises(FileNotFoundError, match="Set detector_path to a local copy"):
+    with pytest.raises(FileNotFoundError, match=r"geneval\.detector_path to a local copy"):
         coco.load("mask2former", str(tmp_path / "nowhere"), 0.3, "cpu")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import geneval as recipe
 from flowgrpo_jax import rewards
-from flowgrpo_jax.rewards import coco, host, photos, yolo
+from flowgrpo_jax.rewards import clip_colors, coco, host, photos, yolo
 from flowgrpo_jax.rewards.coco import Found
 
 LEFT, RIGHT, BELOW = (0, 0, 10, 10), (20, 0, 30, 10), (0, 20, 10, 30)
@@ -212,6 +213,59 @@ def test_rows_look_at_a_batch_once():
     assert len(told.calls) == 3
 
 
+LOADED = []  # what was loaded, with which arguments
+
+
+def load_detector(*arguments):
+    LOADED.append(("detector", *arguments))
+    return Told([left_dog], [left_dog])
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Stand-ins for what has weights; the list of what was loaded."""
+
+    def load_colors(*arguments):
+        LOADED.append(("colors", *arguments))
+        return lambda crops: ["blue"] * len(crops)
+
+    for name in coco.DETECTORS:
+        monkeypatch.setitem(coco.DETECTORS, name, f"{__name__}:load_detector")
+    monkeypatch.setattr(clip_colors, "load", load_colors)
+    LOADED.clear()
+    photos.judge.cache_clear()
+    yield LOADED
+    photos.judge.cache_clear()
+
+
+def test_the_recipe_evaluates_all_rows_with_one_detector(loaded):
+    config = recipe.get_config()
+    assert set(config.eval.rewards) == set(ROWS)
+    rewards.load(config.eval.rewards, config.reward.options.to_dict())
+    rewards.load(config.reward.weights, config.reward.options.to_dict())
+    assert loaded == [("detector", None, 0.3, None), ("colors", None, None)]
+    rewards.load(ROWS)  # defaults that are not written down
+    rewards.load(ROWS, {"geneval": {"detector": "mask2former", "colors": "clip"}})
+    assert len(loaded) == 2
+
+
+def test_all_rows_take_the_options_of_the_first(loaded):
+    made = rewards.load(ROWS, {"geneval": {"threshold": 0.2, "device": "cuda:3"}})
+    assert loaded == [("detector", None, 0.2, "cuda:3"), ("colors", None, "cuda:3")]
+    asked = np.stack([picture(0)]), [""], [single(color="blue")]
+    assert [made[row](*asked)[0][0] for row in ROWS] == [1, 1, 1]
+    rewards.load(["geneval_strict"], {"geneval_strict": {"threshold": 0.1}})
+    assert loaded[2:] == [("detector", None, 0.1, None), ("colors", None, None)]
+
+
+def test_the_small_detector_comes_with_colours_that_need_no_torch(loaded):
+    asked = np.stack([picture(0, (LEFT, RED))]), [""], [single(color="red")]
+    for colors, graded in ((None, 1), ("pixels", 1), ("clip", 1 / 2)):
+        made = rewards.load(["geneval"], {"geneval": {"detector": "small", "colors": colors}})
+        assert made["geneval"](*asked)[0][0] == graded
+    assert [what for what, *_ in loaded] == ["detector", "detector", "colors"]
+
+
 def test_few_batches_are_kept():
     told = Told(*[[dog]] * 40)
     for n in range(40):
@@ -392,9 +446,9 @@ def test_the_default_detector_says_what_it_needs(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"flowgrpo_jax\[torch\].*detector='small'"):
+    with pytest.raises(ImportError, match=r"flowgrpo_jax\[torch\].*geneval\.detector=small"):
         coco.load("mask2former", None, 0.3, None)
-    with pytest.raises(ImportError, match=r"flowgrpo_jax\[torch\].*colors='pixels'"):
+    with pytest.raises(ImportError, match=r"flowgrpo_jax\[torch\].*geneval\.colors=pixels"):
         photos.make(Told(), "clip")
     with pytest.raises(ImportError, match=r"flowgrpo_jax\[geneval\]"):
         coco.load("small", None, 0.3, None)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flowgrpo_jax import prompts
-from flowgrpo_jax.prompts import geneval, ocr
+from flowgrpo_jax.prompts import geneval
 from flowgrpo_jax.rewards.geneval import Detection, score
 
 ROOT = Path(__file__).parent.parent
@@ -248,25 +248,21 @@ def test_ocr_prompts_are_varied(texts):
     assert min(words[n] for n in (1, 2, 3)) > 10
 
 
-def test_texts_of_a_given_file_are_not_trained_on(texts):
-    taken = texts["train"][5]["target"]
-    records = prompts.load("ocr:train", [{"prompt": f'Neon says "{taken.upper()}" now'}])
+@pytest.mark.parametrize("space", [" ", "\t", "\u00a0", "  "])
+def test_texts_of_a_given_file_are_not_trained_on(texts, space):
+    taken = next(r["target"] for r in texts["train"] if " " in r["target"])
+    written = taken.upper().replace(" ", space)
+    records = prompts.load("ocr:train", [{"prompt": f'Neon says "{written}" now'}])
     assert same(taken) not in {same(r["target"]) for r in records} and len(records) == 20_000
-
-
-@pytest.mark.parametrize(
-    "prompt, wanted", [('a "b c" d "e"', "b c"), ("a 'b' c", ""), ('a "b', ""), ("", "")]
-)
-def test_target(prompt, wanted):
-    assert ocr.target(prompt) == wanted
 
 
 # ------------------------------------------------------------------------------- every host
 
 
 CHILD = """
-import hashlib, json
+import hashlib, json, sys
 from flowgrpo_jax import prompts
+assert not {"torch", "onnx", "onnxruntime", "rapidocr"} & set(sys.modules)
 for source in ("geneval:train", "ocr:train"):
     records = prompts.load(source, [{"prompt": 'a photo of a cup and an oven "OPEN"'}])
     batches = [prompts.sample(records, 48, seed=3, epoch=e).prompts for e in range(3)]

@@ -4,9 +4,12 @@ A run is of the real recipe and its real prompts on a tiny random model of SD3.5
 that cannot run here gives its place to JPEG compressibility.
 """
 
+import configparser
 import importlib
+import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -16,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
 from flowgrpo_jax import recipe, rewards, settings
+from flowgrpo_jax.rewards import photos
 from flowgrpo_jax.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +55,10 @@ def test_full_is_the_papers_table(name, beta):
     assert (c.lora.rank, c.lora.alpha) == (32, 64.0)
     assert (c.sample.steps, c.eval.steps, c.sample.guidance_scale) == (10, 40, 4.5)
     assert (c.sample.kernel, c.sample.noise_level, c.sample.window) == ("flow_sde", 0.7, 0)
-    assert (c.train.learning_rate, c.train.clip_range, c.train.ema_decay) == (3e-4, 1e-4, 0.9)
+    assert (c.train.learning_rate, c.train.clip_range) == (3e-4, 1e-4)
+    # Upstream steps its EMA after each micro-batch, 2 for an update on its 32 devices, but only
+    # while (updates + 1) % 8 == 0: a factor of 0.9 twice every 8 updates.
+    assert c.train.ema_decay == pytest.approx((0.9**2) ** (1 / 8), abs=1e-3)
     assert (c.train.kl_beta, c.train.kl_weighting) == (beta, "no_dt")
     assert list(c.reward.weights.items()) == [(name, 1.0)]
 
@@ -80,16 +87,70 @@ def test_an_unknown_variant():
         load("geneval", "quick")
 
 
-def test_a_variant_is_chosen_on_the_command_line():
-    changed = "--config.reward.options.geneval.detector=small"
-    arguments = ["train", f"--config={ROOT}/configs/geneval.py:fast", changed]
+def parsed(name, changes):
+    """A recipe as the command line reads it: {"reward.threads": 2} is --config.reward.threads=2."""
+    arguments = ["train", f"--config={ROOT}/configs/{name}"]
+    arguments += [f"--config.{knob}={value}" for knob, value in changes.items()]
     values = flags.FlagValues()
     settings = {"flag_values": values, "sys_argv": arguments}
     holder = config_flags.DEFINE_config_file("config", None, "", **settings)
     values(arguments)
+    return holder.value
+
+
+def test_a_variant_is_chosen_on_the_command_line():
+    changed = {"reward.options.geneval.detector": "small"}
     expected = load("geneval", "fast")
     expected.reward.options.geneval.detector = "small"
-    assert holder.value.to_dict() == expected.to_dict()
+    assert parsed("geneval.py:fast", changed).to_dict() == expected.to_dict()
+
+
+def options_of(name):
+    """{option: default} of a reward, by its code."""
+    module, _, function = rewards.TABLE[name].partition(":")
+    make = getattr(importlib.import_module(module), function.removesuffix("()"))
+    make = photos.make if make is photos.graded else make
+    return {k: p.default for k, p in inspect.signature(make).parameters.items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_lists_every_option_of_its_rewards(name):
+    """The command line can set nothing else. Rows that share a reward's options need none."""
+    config = load(name)
+    used = {*config.reward.weights, *config.eval.rewards} - set(rewards.VIEWS)
+    assert config.reward.options.to_dict() == {reward: options_of(reward) for reward in used}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_an_error_says_to_set_can_be_set(name):
+    sources = "".join(f.read_text() for f in (ROOT / "flowgrpo_jax" / "rewards").glob("*.py"))
+    said = set(re.findall(r"reward\.options\.([a-z]\w*)\.([a-z]\w*)", sources))
+    listed = load(name).reward.options
+    changes = {f"reward.options.{r}.{option}": "/x" for r, option in said if r in listed}
+    assert len(changes) >= {"geneval": 4, "ocr": 0, "pickscore": 9}[name]
+    changed = dict(flatten(parsed(f"{name}.py", changes).to_dict()))
+    assert {knob: changed[knob] for knob in changes} == changes
+
+
+def test_fewer_monitors_can_be_chosen_on_the_command_line():
+    settings.check(parsed("pickscore.py", {"eval.rewards": "('pickscore',)"}))
+
+
+def test_extras_that_are_named_exist():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    files = [
+        *ROOT.glob("configs/*.py"),
+        *ROOT.glob("flowgrpo_jax/**/*.py"),
+        *ROOT.glob("docs/*.md"),
+    ]
+    named = {
+        f.relative_to(ROOT): re.findall(r"flowgrpo_jax\[([\w,]+)\]", f.read_text()) for f in files
+    }
+    extras = {extra for found in named.values() for one in found for extra in one.split(",")}
+    assert extras <= set(setup["options.extras_require"])
+    detector = named[Path("configs/geneval.py")]
+    assert detector[0] == "torch" and "torch" in setup["options.extras_require"]["torch"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

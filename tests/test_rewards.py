@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
-from flowgrpo_jax import grpo, rewards, sharding
-from flowgrpo_jax.rewards import graph, host
+from configs import ocr as ocr_recipe
+from configs import shapes
+from flowgrpo_jax import grpo, recipe, rewards, sharding
+from flowgrpo_jax.rewards import graph, host, ocr
 from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.shapes.render import Thing, render
@@ -74,6 +77,27 @@ def test_shapes_unknown_is_the_share_of_objects_without_a_shape():
 def test_an_unknown_name_is_an_error_that_lists_the_others():
     with pytest.raises(ValueError, match=r"'beauty' is unknown.*jpeg_compressibility.*shapes"):
         rewards.load(["shapes", "beauty"])
+
+
+def test_the_ocr_recipe_evaluates_by_the_papers_rule_as_well(monkeypatch):
+    """Full marks to what the paper's reward pays for and ours does not: the target, twice."""
+    monkeypatch.setattr(ocr, "recogniser", lambda confidence=0.0: lambda image: "STOP stop")
+    config = ocr_recipe.get_config()
+    made = rewards.load(config.eval.rewards, config.reward.options.to_dict())
+    scores = {name: r(PICTURES[:1], ['a sign "Stop"'], [{}])[0][0] for name, r in made.items()}
+    assert scores == {"ocr": 0, "ocr_lenient": 1}
+
+
+def test_a_row_that_shares_options_may_have_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ocr, "make", lambda **options: seen.append(options))
+    rewards.load(["ocr_lenient", "ocr"], {"ocr": {"workers": 2, "strict": True}})
+    rewards.load(["ocr_lenient"], {"ocr_lenient": {"workers": 3}, "ocr": {"workers": 2}})
+    assert seen == [
+        {"workers": 2, "strict": False},
+        {"workers": 2, "strict": True},
+        {"workers": 3, "strict": False},
+    ]
 
 
 # ------------------------------------------------------------------------ guarded and combined
@@ -201,6 +225,59 @@ def test_a_reward_in_the_graph_gets_the_rows_of_its_prompts():
     images[2] = 0
     scores = graph.composite({"length": reward})(images, prepared, np.array([1, 0, 1]))
     np.testing.assert_array_equal(scores["length"], [12, 3, np.nan])  # not finite: failed
+
+
+TOWER = {"kernel": np.full((4, 2), 3.0, np.float32), "bias": np.arange(2.0, dtype=np.float32)}
+
+
+def on_tower(head):
+    """A reward with a head of its own on the weights that several share."""
+
+    def score(weights, images, prepared):
+        sums = [x.sum() for x in (*weights["tower"].values(), weights["head"])]
+        return jnp.full(len(images), sum(sums))
+
+    return GraphReward({"tower": TOWER, "head": np.float32(head)}, lambda p, m: {}, score)
+
+
+def test_weights_that_rewards_share_are_placed_once():
+    placed = []
+
+    def place(x):
+        placed.append(x)
+        return jnp.asarray(x)
+
+    pair, once = {"one": on_tower(1), "two": on_tower(2)}, graph.once(place)
+    training, testing = graph.composite({"two": pair["two"]}, once), graph.composite(pair, once)
+    assert len(placed) == len(TOWER) + 2
+    images, rows = PICTURES[:3], np.zeros(3, int)
+    for score in (training, testing):
+        for name, scores in score(images, {"one": {}, "two": {}}, rows).items():
+            np.testing.assert_array_equal(scores, [25 + {"one": 1, "two": 2}[name]] * 3)
+
+
+def test_an_array_does_not_take_the_place_of_one_that_is_gone():
+    """Told apart by identity, which Python gives to the next array when one is gone."""
+    once = graph.once(lambda x: x.copy())
+    for n in range(50):
+        np.testing.assert_array_equal(once({"w": np.full(1000, n)})["w"], n)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_recipe_s_scorers_place_what_they_share_once(training, monkeypatch):
+    placed = []
+    names = ("trained", "watched", "tested")
+    for name in names:
+        monkeypatch.setitem(rewards.TABLE, name, f"{__name__}:on_tower()")
+    monkeypatch.setattr(sharding, "replicate", lambda mesh, x: placed.append(x) or jnp.asarray(x))
+    config = shapes.get_config()
+    config.reward.weights = ConfigDict({"trained": 1.0, "watched": 0.0})
+    config.reward.options = ConfigDict({name: {"head": 1} for name in names})
+    config.eval.rewards = ("watched", "tested")
+    scorer, test_scorer = recipe.scorers(config, sharding.make_mesh(), [], [], training=training)
+    assert test_scorer.mix.names == tuple(test_scorer.in_graph) == ("watched", "tested")
+    assert scorer.mix.names == tuple(scorer.in_graph) == ("trained", "watched") * training
+    assert len(placed) == len(TOWER) + (3 if training else 2)
 
 
 # ----------------------------------------------------------------------- called in two ways

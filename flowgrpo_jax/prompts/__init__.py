@@ -11,7 +11,7 @@ The files of yifan123/flow_grpo (`dataset/*/{train,test}.txt`, `{train,test}_met
 read as they are. A record is what rewards get as metadata. Keys with a meaning here:
   "prompt"   the text
   "tag"      prompts.tag_weights and the evaluation's table go by it
-  "task"     which of several sources it is from (tasks.py); rewards/tasks.py goes by it
+  "task"     which of several sources it is from (tasks.py); rewards/mix.py goes by it
 """
 
 from __future__ import annotations

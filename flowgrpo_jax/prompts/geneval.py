@@ -22,21 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from flowgrpo_jax.rewards.coco import CLASSES
+from flowgrpo_jax.rewards.colors import COLORS
 from flowgrpo_jax.types import Metadata
 
-NAMES = (  # of GenEval, in the order of COCO
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
-    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
-    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
-    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,"
-    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
-    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,"
-    "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,"
-    "hair drier,toothbrush"
-)
-CLASSES = tuple(NAMES.split(","))
 UNSEEN = CLASSES[3::4]  # every fourth, so that each of COCO's supercategories keeps most of its own
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TEST = dict(single_object=80, two_object=99, counting=80, colors=94, position=100, color_attr=100)

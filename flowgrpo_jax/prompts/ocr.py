@@ -6,7 +6,7 @@
 The paper (arXiv 2505.05470) had its 20 thousand prompts written by a language model; these come
 from word lists and templates, so that they need no download. A text is one to five words, or a
 label with a number. No text of `ocr:test`, or of prompts given to be excluded, is asked for in
-training, compared as the reward compares: without spaces and case.
+training, compared as the reward compares: without white space and case.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import product
 
 import numpy as np
 
+from flowgrpo_jax.rewards.ocr import normalised, target
 from flowgrpo_jax.types import Metadata
 
 TRAIN, TEST = 20_000, 1_018
@@ -125,17 +126,6 @@ TEMPLATES = (
 )
 
 
-def target(prompt: str) -> str:
-    """The text that a prompt asks for: what its first pair of double quotes holds, "" without."""
-    parts = prompt.split('"')
-    return parts[1] if len(parts) > 2 else ""
-
-
-def plain(text: str) -> str:
-    """A text as the reward compares it."""
-    return text.replace(" ", "").lower()
-
-
 def texts() -> list[str]:
     """All texts, no two of which are equal for the reward, in a fixed shuffled order."""
     numbers = [*range(10, 100, 3), 42]
@@ -145,7 +135,7 @@ def texts() -> list[str]:
     found += [f"{o}'s {s}" for o, s in product(OWNERS, SHOPS)]
     found += [label.format(n) for label, n in product(LABELS, numbers)]
     found += [" ".join(words) for words in product(SEASONS, THEMES, EVENTS)]
-    unique = list({plain(text): text for text in found}.values())
+    unique = list({normalised(text): text for text in found}.values())
     return [unique[i] for i in np.random.default_rng(0).permutation(len(unique))]
 
 
@@ -161,8 +151,8 @@ def prompts(split: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
     every = texts()
     if split == "test":
         return _render(every[:TEST], TEST, seed=1)
-    held_out = {plain(target(r["prompt"])) for r in exclude}
-    rest = [text for text in every[TEST:] if plain(text) not in held_out]
+    held_out = {target(r["prompt"]) for r in exclude}
+    rest = [text for text in every[TEST:] if normalised(text) not in held_out]
     return _render(rest, min(TRAIN, len(rest) * len(TEMPLATES)), seed=0)
 
 

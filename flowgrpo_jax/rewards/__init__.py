@@ -32,12 +32,21 @@ TABLE = {
     "image_similarity": "flowgrpo_jax.rewards.clip:image_similarity()",
     "imagereward": "flowgrpo_jax.rewards.imagereward:make()",
     "ocr": "flowgrpo_jax.rewards.ocr:make()",
+    "ocr_lenient": "flowgrpo_jax.rewards.ocr:make()",
     "unifiedreward": "flowgrpo_jax.rewards.judge:unifiedreward()",
     "vlm_judge": "flowgrpo_jax.rewards.judge:make()",
     "preference": "flowgrpo_jax.rewards.preference:make()",
     "remote": "flowgrpo_jax.rewards.remote:make()",
     "geneval_upstream": "flowgrpo_jax.rewards.upstream:geneval()",
     "deqa_upstream": "flowgrpo_jax.rewards.upstream:deqa()",
+}
+
+# Rows that see the same as another, and judge it otherwise: they take that row's options, so that
+# one detector serves all, changed by these. Options under their own name come last.
+VIEWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "geneval_strict": ("geneval", {}),
+    "geneval_official": ("geneval", {}),
+    "ocr_lenient": ("ocr", {"strict": False}),
 }
 
 
@@ -47,20 +56,20 @@ def load(
     """The rewards of these names; nothing is imported before it is asked for.
 
     Args:
-      options: {name: keyword arguments of the row's `make()`}.
+      options: {name: keyword arguments of the row's `make()`}; for rows of `VIEWS` see there.
     """
-    options = options or {}
+    given = options or {}
     rewards = {}
     for name in names:
         if name not in TABLE:
             raise ValueError(f"reward {name!r} is unknown: choose from {', '.join(sorted(TABLE))}")
+        base, changes = VIEWS.get(name, (name, {}))
+        chosen = {**given.get(base, {}), **changes, **given.get(name, {})}
         module, _, attribute = TABLE[name].partition(":")
         found = getattr(importlib.import_module(module), attribute.removesuffix("()"))
         if attribute.endswith("()"):
-            found = found(**options.get(name, {}))
-        elif options.get(name):
-            raise ValueError(
-                f"reward.options.{name}={dict(options[name])}: {name} takes no options"
-            )
+            found = found(**chosen)
+        elif chosen:
+            raise ValueError(f"reward.options.{name}={chosen}: {name} takes no options")
         rewards[name] = found
     return rewards

@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 
 from flowgrpo_jax.rewards.colors import COLORS, Classifier, Crop, on_grey
+from flowgrpo_jax.rewards.preprocess import MEAN, STD
 
 WEIGHTS = "openai/clip-vit-large-patch14"
 SENTENCES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green, blue
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def load(path: str | None = None, device: str | None = None) -> Classifier:
@@ -36,7 +35,7 @@ def load(path: str | None = None, device: str | None = None) -> Classifier:
     except ImportError as error:
         raise ImportError(
             "colors='clip' needs torch: `pip install 'flowgrpo_jax[torch]'`, or set"
-            " colors='pixels', an approximation without a network"
+            " reward.options.geneval.colors=pixels, an approximation without a network"
         ) from error
     try:
         model: Any = CLIPModel.from_pretrained(path or WEIGHTS)
@@ -44,7 +43,7 @@ def load(path: str | None = None, device: str | None = None) -> Classifier:
     except OSError as error:
         raise FileNotFoundError(
             f"CLIP weights {path or WEIGHTS!r} are neither a local directory nor could they be"
-            f" downloaded ({error}). Set clip_path to a local copy"
+            f" downloaded ({error}). Set reward.options.geneval.clip_path to a local copy"
         ) from error
     return classifier(
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
@@ -97,5 +96,4 @@ def pixel_values(image: np.ndarray, side: int) -> np.ndarray:
     fitted = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     middle = np.asarray(fitted.crop((left, top, left + side, top + side)), np.float32)
-    normal = (middle / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    return normal.transpose(2, 0, 1)
+    return ((middle / 255 - MEAN) / STD).transpose(2, 0, 1)

@@ -21,13 +21,29 @@ def prepare(
     return {name: reward.prepare(prompts, metadata) for name, reward in rewards.items()}
 
 
+def once(place: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`place` for trees of arrays, which puts each array once, whoever brings it again.
+
+    Rewards on one tower hold the very same arrays (towers.py), and so do composites of the same
+    reward. Arrays are told apart by identity; all that were brought are kept alive for that.
+    """
+    placed: dict[int, tuple[Any, Any]] = {}
+
+    def leaf(x: Any) -> Any:
+        if id(x) not in placed:
+            placed[id(x)] = x, place(x)
+        return placed[id(x)][1]
+
+    return lambda weights: jax.tree.map(leaf, weights)
+
+
 def composite(
     rewards: Mapping[str, GraphReward], place: Callable[[Any], Any] = lambda weights: weights
 ) -> Score:
     """All rewards in the graph as one jitted function; its `rows` point into what was prepared.
 
     Args:
-      place: puts a reward's weights onto the devices, once.
+      place: puts a reward's weights onto the devices; `once` for weights that are shared.
     """
     if not rewards:
         return lambda images, prepared, rows: {}

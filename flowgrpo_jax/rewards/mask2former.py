@@ -41,14 +41,14 @@ def load(path: str | None, floor: float, device: str | None = None) -> coco.Dete
     except ImportError as error:
         raise ImportError(
             "detector 'mask2former' needs torch: `pip install 'flowgrpo_jax[torch]'`, or set"
-            " detector='small', which is far weaker"
+            " reward.options.geneval.detector=small, which is far weaker"
         ) from error
     try:
         model: Any = Mask2FormerForUniversalSegmentation.from_pretrained(path or WEIGHTS)
     except OSError as error:
         raise FileNotFoundError(
             f"Mask2Former weights {path or WEIGHTS!r} are neither a local directory nor could they"
-            f" be downloaded ({error}). Set detector_path to a local copy"
+            f" be downloaded ({error}). Set reward.options.geneval.detector_path to a local copy"
         ) from error
     labels = model.config.num_labels
     if labels != len(coco.CLASSES):

@@ -2,7 +2,7 @@
 
 The rows `geneval` (graded, for training), `geneval_strict` and `geneval_official` are made by
 `graded`, `strict` and `official`, with the options of `make`. Rows of equal options share one
-detector, and look at a batch once between them.
+detector, and look at a batch once between them; in a recipe all take those of `geneval`.
 
 Sources: djghosh13/geneval `evaluate_images.py` and yifan123/reward-server `gen_eval.py` for the
 thresholds, the cap of 16 and what is classified. Deviations beside those of `geneval`:
@@ -44,10 +44,9 @@ ROWS: dict[str, Callable[[Score], float]] = {
 }
 
 
-@functools.cache
 def make(
     detector: str | Detector = "mask2former",
-    colors: str | Classifier = "clip",
+    colors: str | Classifier | None = None,
     *,
     threshold: float = 0.3,
     counting_threshold: float = 0.9,
@@ -57,11 +56,12 @@ def make(
     position_bug: bool = False,
     clamp_counts: bool = True,
 ) -> dict[str, Reward]:
-    """The three rows over one detector; equal options give the same ones again.
+    """The three rows over one detector; equal options, given or left out, share it.
 
     Args:
       detector: "mask2former" (needs torch), "small" (needs the extra `geneval`), or a detector.
-      colors: "clip" (needs torch), "pixels", or a classifier.
+      colors: "clip" (needs torch), "pixels", or a classifier; None is "pixels" for the small
+        detector, which is there for when there is no torch, and else "clip".
       threshold, counting_threshold: confidence that an object must exceed, the second for
         pictures of tag "counting". GenEval's values, which are Mask2Former's; the small
         detector is less sure of what it sees.
@@ -77,12 +77,41 @@ def make(
     for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
         if not 0 <= value < 1:
             raise ValueError(f"{name}={value}: a confidence to exceed, so from 0 to less than 1")
+    if colors is None:
+        colors = "pixels" if detector == "small" else "clip"
+    shared = judge(
+        detector,  # type: ignore[arg-type]  # a callable: it can be hashed
+        colors,
+        threshold,
+        counting_threshold,
+        detector_path,
+        clip_path,
+        device,
+        position_bug,
+        clamp_counts,
+    )
+    return {name: _row(shared, pick) for name, pick in ROWS.items()}
+
+
+@functools.cache
+def judge(
+    detector: str | Detector,
+    colors: str | Classifier,
+    threshold: float,
+    counting_threshold: float,
+    detector_path: str | None,
+    clip_path: str | None,
+    device: str | None,
+    position_bug: bool,
+    clamp_counts: bool,
+) -> Judge:
+    """The judge of these options, every one of them given: two calls alike are one judge."""
     if isinstance(detector, str):
         floor = min(threshold, counting_threshold)
         detector = coco.load(detector, detector_path, floor, device)
     if isinstance(colors, str):
         colors = _classifier(colors, clip_path, device)
-    judge = Judge(
+    return Judge(
         detector,
         colors,
         lambda tag: counting_threshold if tag == "counting" else threshold,
@@ -90,7 +119,6 @@ def make(
             geneval.score, clamp_counts=clamp_counts, upstream_position_bug=position_bug
         ),
     )
-    return {name: _row(judge, pick) for name, pick in ROWS.items()}
 
 
 def graded(**options: Any) -> Reward:

