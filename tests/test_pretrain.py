@@ -6,7 +6,10 @@ import pytest
 
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
-from flowgrpo_jax.shapes import data, flow, grammar, package, pretrain, vae, verify
+from flowgrpo_jax.pretraining import data, flow, package, vae
+from flowgrpo_jax.pretraining import run as pretrain
+from flowgrpo_jax.shapes import grammar, verify
+from flowgrpo_jax.shapes.world import WORLD
 
 
 def walk(state, x, key):
@@ -42,7 +45,7 @@ def test_what_is_written_is_read_back(tmp_path):
     )
     t5 = sd3._config(directory, "text_encoder_3", T5Config)
     modules = flow.makers(clip_l, clip_g, t5)
-    params = {**flow.init_params(modules, seed=1), "vae": vae.init(1_000, seed=1)["params"]}
+    params = {**flow.init_params(modules, seed=1), "vae": vae.init_params(seed=1)}
     package.write(tmp_path, params, flow.TRANSFORMER, vae.CONFIG, clip_l, clip_g, t5)
     again = package.read(tmp_path, {**modules, "vae": vae.create})
     for name, part in params.items():
@@ -53,13 +56,13 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_data_is_repeatable_and_careless_by_a_fixed_share():
-    one, two = data._chunk(0, 0), data._chunk(0, 0)
+    one, two = data.chunk(WORLD, 0, 0), data.chunk(WORLD, 0, 0)
     np.testing.assert_array_equal(one[0], two[0])
     np.testing.assert_array_equal(one[1], two[1])
-    assert (data._chunk(0, 1)[0] != one[0]).any()
+    assert (data.chunk(WORLD, 0, 1)[0] != one[0]).any()
     records = grammar.prompts("all")
     wrong = [not verify.judge(image, records[i]).strict for image, i in zip(*one)]
-    # A binomial of 1000 with share GARBLED stays within four standard deviations.
-    share = data.GARBLED
+    # A binomial of 1000 with share `garbled` stays within four standard deviations.
+    share = WORLD.garbled
     assert abs(np.mean(wrong) - share) < 4 * (share * (1 - share) / 1000) ** 0.5 + 0.01
-    assert max(one[1]) < len(data.caption_table())
+    assert max(one[1]) < len(data.caption_table(WORLD))
