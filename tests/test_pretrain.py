@@ -1,4 +1,7 @@
-"""Pretraining of the model in the box: it resumes, and reads back what it wrote."""
+"""Pretraining of the small models: it resumes, and reads back what it wrote."""
+
+import dataclasses
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from flowgrpo_jax.pretraining import data, flow, package, vae
 from flowgrpo_jax.pretraining import run as pretrain
 from flowgrpo_jax.shapes import grammar, verify
 from flowgrpo_jax.shapes.world import WORLD
+from flowgrpo_jax.signs import world as signs
 
 
 def walk(state, x, key):
@@ -66,3 +70,39 @@ def test_data_is_repeatable_and_careless_by_a_fixed_share():
     share = WORLD.garbled
     assert abs(np.mean(wrong) - share) < 4 * (share * (1 - share) / 1000) ** 0.5 + 0.01
     assert max(one[1]) < len(data.caption_table(WORLD))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Models of as few layers as load; the autoencoder stays as it was drawn, which compiles least.
+
+    How that is trained does not depend on the world.
+    """
+
+    def wait(state, images, key):
+        return state | {"step": state["step"] + 1}, ()
+
+    def latents(params, images):
+        return np.random.default_rng(0).normal(size=(len(images), 8, 8, 16)).astype(np.float32)
+
+    clip, t5, replace = flow.clip_config, flow.t5_config, dataclasses.replace
+    blocks = replace(flow.TRANSFORMER, num_layers=2, dual_attention_layers=())
+    monkeypatch.setattr(flow, "TRANSFORMER", blocks)
+    monkeypatch.setattr(flow, "clip_config", lambda *x: replace(clip(*x), num_hidden_layers=1))
+    monkeypatch.setattr(flow, "t5_config", lambda *x: replace(t5(*x), num_layers=1))
+    monkeypatch.setattr(vae, "train_step", lambda steps: wait)
+    monkeypatch.setattr(vae, "encode_all", latents)
+    monkeypatch.setattr(data, "CHUNK", 12)
+
+
+def test_two_steps_make_a_model_that_loads(small, tmp_path, monkeypatch):
+    images, captions = data.chunk(signs.WORLD, 0, 0)
+    np.savez(tmp_path / "pictures-0-12.npz", images=images, captions=captions)
+    options = ["--pictures=12", "--vae_steps=2", "--flow_steps=2", "--batch=2"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", f"--workdir={tmp_path}", *options])
+    pretrain.main(signs.WORLD)
+
+    model = sd3.load(tmp_path / "model", t5_length=signs.WORLD.length)
+    assert (model.default_size, model.shift) == (64, 3.0)
+    assert all(np.isfinite(x).all() for part in model.params.values() for x in part.values())
+    assert model.tokenizers(['a sign that says "CAT"'])[0].shape == (1, signs.WORLD.length)

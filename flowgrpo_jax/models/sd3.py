@@ -27,7 +27,7 @@ from flowgrpo_jax.models.tokenizers import Tokenizers
 from flowgrpo_jax.models.vae import VAE, VAEConfig, to_uint8
 from flowgrpo_jax.types import Conditioning
 
-BUNDLED = "shapes"  # the name of the model that comes with the package
+BUNDLED = ("shapes", "signs")  # models of the package's own worlds, by the names of their folders
 ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
 T5_PARTS = "tokenizer_3", "text_encoder_3"
@@ -80,22 +80,22 @@ class SD3:
 
 
 def resolve(model: str | Path, *, t5: bool = True) -> Path:
-    """A model's directory from a path, the name of the bundled model, or a hub id.
+    """A model's directory from a path, the name of a model of the package, or a hub id.
 
     Args:
       t5: whether to download the largest text encoder of a model on the hub.
 
     Raises FileNotFoundError that says what to do when none of them leads to a model.
     """
-    if model == BUNDLED:
-        return Path(__file__).parent.parent / "shapes" / "model"
+    if model in BUNDLED:
+        return _bundled(str(model))
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
         raise FileNotFoundError(
             f"model directory {model!r} does not exist: set config.model.path to a directory in"
-            f" diffusers layout, a hub id (organisation/name) or {BUNDLED!r}"
+            f" diffusers layout, a hub id (organisation/name) or one of {', '.join(BUNDLED)}"
         )
     from huggingface_hub import snapshot_download
 
@@ -107,6 +107,17 @@ def resolve(model: str | Path, *, t5: bool = True) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=twice))
     except Exception as error:
         raise FileNotFoundError(_no_download(str(model), error)) from error
+
+
+def _bundled(name: str) -> Path:
+    directory = Path(__file__).parent.parent / name / "model"
+    if not (directory / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"the model {name!r} is not in this copy of the package: make it with"
+            f" `python -m flowgrpo_jax.{name}.pretrain --workdir DIR --out {directory}`, or set"
+            " config.model.path to a directory that it has written"
+        )
+    return directory
 
 
 def _no_download(model: str, error: Exception) -> str:
@@ -184,7 +195,7 @@ def load(
     """Load a model of the SD3 family.
 
     Args:
-      model: a directory in diffusers layout, "shapes" or a hub id.
+      model: a directory in diffusers layout, "shapes", "signs" or a hub id.
       lora_spec: the adapter to make room for; SD3's defaults without it.
       dtype: compute and storage dtype of the transformer; the VAE stays f32.
       text_dtype: of the text encoders; `dtype` without it.
