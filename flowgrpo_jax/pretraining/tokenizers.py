@@ -128,7 +128,7 @@ def byte_characters() -> list[str]:
 # ------------------------------------------------------------------------------------------ T5
 
 
-def write_t5(folder: Path, words: list[str], length: int) -> None:
+def write_t5(folder: Path, words: Sequence[str], length: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.Unigram(t5_pieces(words), unk_id=2, byte_fallback=False))
@@ -148,7 +148,7 @@ def write_t5(folder: Path, words: list[str], length: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def t5_pieces(words: list[str]) -> list[tuple[str, float]]:
+def t5_pieces(words: Sequence[str]) -> list[tuple[str, float]]:
     """Pieces and their log-probabilities; one word always beats any spelling of it."""
     special = ["<pad>", "</s>", "<unk>"]
     characters = ["▁", *string.ascii_letters, *string.digits, *string.punctuation]

@@ -42,7 +42,7 @@ def make(
     Args:
       strict: text that was not asked for costs as much as text that is missing.
       confidence: boxes that are recognised with this confidence or less are not read; 0 to 1.
-      upscale: pictures are enlarged so many times first, smoothly: small letters are misread.
+      upscale: how many times larger, either way, pictures are made first (bicubic).
       detector_side: px, by default RapidOCR's own; pictures whose shorter side is less are enlarged
         to it for the text detector, which takes most of the time, in proportion to its square.
       workers: pictures read at a time, one core each; None: as many as there are cores.
