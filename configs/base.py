@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     c.epochs = 1_000  # epochs to train, counted from 0 and across resumes
 
     c.model = ConfigDict()
-    c.model.path = "stabilityai/stable-diffusion-3.5-medium"  # directory, hub id, or "shapes"
+    c.model.path = "stabilityai/stable-diffusion-3.5-medium"  # directory, hub id, shapes, signs
     c.model.dtype = (
         "bfloat16"  # or float32: of the frozen transformer and text encoders, and what they compute
     )

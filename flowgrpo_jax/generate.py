@@ -83,7 +83,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", "shapes", "Directory in diffusers layout, hub id, or shapes.")
+    flags.DEFINE_string("model", "shapes", "Directory in diffusers layout, hub id, shapes, signs.")
     flags.DEFINE_string("lora", None, "Exported LoRA: directory or .safetensors file.")
     flags.DEFINE_multi_string("prompt", None, "Text; repeat the flag for several.", required=True)
     flags.DEFINE_integer("steps", 40, "ODE steps.", lower_bound=1)

@@ -9,7 +9,8 @@ import pytest
 from flowgrpo_jax import sampler, sde
 from flowgrpo_jax.generate import t5_limit
 from flowgrpo_jax.models import sd3
-from flowgrpo_jax.shapes import grammar, vae
+from flowgrpo_jax.pretraining import vae
+from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.shapes.render import render
 from flowgrpo_jax.shapes.verify import judge
 

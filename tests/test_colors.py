@@ -116,10 +116,10 @@ def clip(tmp_path_factory):
     torch = pytest.importorskip("torch")
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-    from flowgrpo_jax.shapes.tokenizers import write_tokenizers
+    from flowgrpo_jax.pretraining.tokenizers import write_tokenizers
 
     root = tmp_path_factory.mktemp("clip")
-    write_tokenizers(root, WORDS)
+    write_tokenizers(root, WORDS, length=10)
     tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
     layer = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     ends = dict(eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)

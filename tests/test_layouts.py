@@ -22,8 +22,9 @@ from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.models.text import CLIPConfig, CLIPText, T5Config, T5Encoder
 from flowgrpo_jax.models.vae import VAE, VAEConfig
-from flowgrpo_jax.shapes import flow, grammar, package
-from flowgrpo_jax.shapes.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.pretraining import flow, package
+from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.train import train
 
 HERE = Path(__file__).parent
@@ -56,7 +57,7 @@ def clip(vocabulary, activation):
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=flow.TOKENS,
+        max_position_embeddings=grammar.LENGTH,
         hidden_act=activation,
         projection_dim=16,
         eos_token_id=vocabulary - 1,
@@ -66,7 +67,7 @@ def clip(vocabulary, activation):
 def write_model(folder):
     """A tiny model with random weights, none of them zero, in diffusers layout."""
     words = grammar.vocabulary()
-    write_tokenizers(folder, words)
+    write_tokenizers(folder, words, grammar.LENGTH)
     n_clip, n_t5 = sizes(words)
     clips = clip(n_clip, "quick_gelu"), clip(n_clip, "gelu")
     t5 = dataclasses.replace(T5, vocab_size=n_t5)

@@ -126,8 +126,8 @@ def test_a_prompt_without_a_target_is_invalid_alone(both, caplog):
 
 
 def test_a_picture_that_cannot_be_read_is_invalid_alone(both, monkeypatch, caplog):
-    def failing(confidence=0.0):
-        read = recogniser(confidence)
+    def failing(*settings):
+        read = recogniser(*settings)
 
         def sometimes(image):
             if not image.any():
@@ -152,7 +152,8 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch):
         rewards.load(["ocr"])
 
 
-def test_no_workers_is_an_error():
+@pytest.mark.parametrize("option", ["workers", "upscale"])
+def test_less_than_one_is_an_error(option):
     pytest.importorskip("rapidocr")
-    with pytest.raises(ValueError, match="workers=0"):
-        ocr.make(workers=0)
+    with pytest.raises(ValueError, match=f"{option}=0 must be at least 1"):
+        ocr.make(**{option: 0})

@@ -1,4 +1,7 @@
-"""Pretraining of the model in the box: it resumes, and reads back what it wrote."""
+"""Pretraining of the small models: it resumes, and reads back what it wrote."""
+
+import dataclasses
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +9,11 @@ import pytest
 
 from flowgrpo_jax.models import architecture, sd3
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
-from flowgrpo_jax.shapes import data, flow, grammar, package, pretrain, vae, verify
+from flowgrpo_jax.pretraining import data, flow, package, vae
+from flowgrpo_jax.pretraining import run as pretrain
+from flowgrpo_jax.shapes import grammar, verify
+from flowgrpo_jax.shapes.world import WORLD
+from flowgrpo_jax.signs import world as signs
 
 
 def walk(state, x, key):
@@ -43,7 +50,7 @@ def test_what_is_written_is_read_back(tmp_path):
     )
     t5 = architecture.config(directory, "text_encoder_3", T5Config)
     modules = flow.makers(clip_l, clip_g, t5)
-    params = {**flow.init_params(modules, seed=1), "vae": vae.init(1_000, seed=1)["params"]}
+    params = {**flow.init_params(modules, seed=1), "vae": vae.init_params(seed=1)}
     package.write(tmp_path, params, flow.TRANSFORMER, vae.CONFIG, clip_l, clip_g, t5)
     again = package.read(tmp_path, {**modules, "vae": vae.create})
     for name, part in params.items():
@@ -54,13 +61,49 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_data_is_repeatable_and_careless_by_a_fixed_share():
-    one, two = data._chunk(0, 0), data._chunk(0, 0)
+    one, two = data.chunk(WORLD, 0, 0), data.chunk(WORLD, 0, 0)
     np.testing.assert_array_equal(one[0], two[0])
     np.testing.assert_array_equal(one[1], two[1])
-    assert (data._chunk(0, 1)[0] != one[0]).any()
+    assert (data.chunk(WORLD, 0, 1)[0] != one[0]).any()
     records = grammar.prompts("all")
     wrong = [not verify.judge(image, records[i]).strict for image, i in zip(*one)]
-    # A binomial of 1000 with share GARBLED stays within four standard deviations.
-    share = data.GARBLED
+    # A binomial of 1000 with share `garbled` stays within four standard deviations.
+    share = WORLD.garbled
     assert abs(np.mean(wrong) - share) < 4 * (share * (1 - share) / 1000) ** 0.5 + 0.01
-    assert max(one[1]) < len(data.caption_table())
+    assert max(one[1]) < len(data.caption_table(WORLD))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Models of as few layers as load; the autoencoder stays as it was drawn, which compiles least.
+
+    How that is trained does not depend on the world.
+    """
+
+    def wait(state, images, key):
+        return state | {"step": state["step"] + 1}, ()
+
+    def latents(params, images):
+        return np.random.default_rng(0).normal(size=(len(images), 8, 8, 16)).astype(np.float32)
+
+    clip, t5, replace = flow.clip_config, flow.t5_config, dataclasses.replace
+    blocks = replace(flow.TRANSFORMER, num_layers=2, dual_attention_layers=())
+    monkeypatch.setattr(flow, "TRANSFORMER", blocks)
+    monkeypatch.setattr(flow, "clip_config", lambda *x: replace(clip(*x), num_hidden_layers=1))
+    monkeypatch.setattr(flow, "t5_config", lambda *x: replace(t5(*x), num_layers=1))
+    monkeypatch.setattr(vae, "train_step", lambda steps: wait)
+    monkeypatch.setattr(vae, "encode_all", latents)
+    monkeypatch.setattr(data, "CHUNK", 12)
+
+
+def test_two_steps_make_a_model_that_loads(small, tmp_path, monkeypatch):
+    images, captions = data.chunk(signs.WORLD, 0, 0)
+    np.savez(tmp_path / "pictures-0-12.npz", images=images, captions=captions)
+    options = ["--pictures=12", "--vae_steps=2", "--flow_steps=2", "--batch=2"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", f"--workdir={tmp_path}", *options])
+    pretrain.main(signs.WORLD)
+
+    model = sd3.load(tmp_path / "model", t5_length=signs.WORLD.length)
+    assert (model.default_size, model.shift) == (64, 3.0)
+    assert all(np.isfinite(x).all() for part in model.params.values() for x in part.values())
+    assert model.tokenizers(['a sign that says "CAT"'])[0].shape == (1, signs.WORLD.length)

@@ -34,7 +34,8 @@ from flowgrpo_jax.models.text import (
     relative_buckets,
 )
 from flowgrpo_jax.models.tokenizers import Tokenizers
-from flowgrpo_jax.shapes.tokenizers import LENGTH, sizes, write_tokenizers
+from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.shapes.grammar import LENGTH
 
 CLIP_CASES = {
     "L, legacy end": dict(hidden_act="quick_gelu", eos_token_id=2, num_hidden_layers=3),
@@ -210,7 +211,7 @@ def test_known_words_are_one_token(pipeline):
 
 def test_words_that_cannot_be_one_token_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\['Red', 'x2', '12'\]"):
-        write_tokenizers(tmp_path, ["red", "Red", "x2", "12"])
+        write_tokenizers(tmp_path, ["red", "Red", "x2", "12"], LENGTH)
 
 
 def test_saved_form_reads_the_same(checkpoint, pipeline, tmp_path):
@@ -239,11 +240,11 @@ def test_settings_files_are_optional(checkpoint, tmp_path):
 def test_missing_files_say_what_to_do(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer does not exist: pass the root"):
         Tokenizers.load(tmp_path)
-    write_tokenizers(tmp_path, WORDS)
+    write_tokenizers(tmp_path, WORDS, LENGTH)
     (tmp_path / "tokenizer_2" / "merges.txt").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer_2 holds neither tokenizer"):
         Tokenizers.load(tmp_path)
-    write_tokenizers(tmp_path, WORDS)
+    write_tokenizers(tmp_path, WORDS, LENGTH)
     (tmp_path / "tokenizer_3" / "tokenizer.json").rename(tmp_path / "tokenizer_3" / "spiece.model")
     blocked = "sys.modules['sentencepiece'] = None"
     result = without_torch(tmp_path, blocked)

@@ -26,8 +26,9 @@ from torch_towers import (
 )
 
 from flowgrpo_jax import rewards
+from flowgrpo_jax.pretraining.tokenizers import END, clip_merges, write_clip, write_json
 from flowgrpo_jax.rewards.preprocess import MEAN, STD, as_pil, as_tensor
-from flowgrpo_jax.shapes.tokenizers import END, LENGTH, write_clip, write_json
+from flowgrpo_jax.shapes.grammar import LENGTH
 from flowgrpo_jax.types import GraphReward
 
 IMAGES = pictures(3)
@@ -79,7 +80,7 @@ def clip_folder(tmp_path_factory):
     """A CLIP as transformers writes it, with a real tokenizer."""
     folder = tmp_path_factory.mktemp("clip")
     torch_dual("quick_gelu").save_pretrained(folder)
-    write_clip(folder, WORDS, pad=END)
+    write_clip(folder, clip_merges(WORDS), LENGTH, pad=END)
     return folder
 
 

@@ -14,7 +14,8 @@ from flax import nnx
 
 from flowgrpo_jax.models import convert
 from flowgrpo_jax.models.layers import functional
-from flowgrpo_jax.shapes.tokenizers import LENGTH, sizes, write_tokenizers
+from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.shapes.grammar import LENGTH
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -134,7 +135,7 @@ def channels_last(x):
 
 def write_pipeline(root: Path) -> None:
     """A tiny StableDiffusion3Pipeline on disk, in diffusers layout: images of 16 pixels."""
-    write_tokenizers(root, WORDS)
+    write_tokenizers(root, WORDS, LENGTH)
     clip_size, t5_size = sizes(WORDS)
     clip = {**CLIP, "vocab_size": clip_size, "max_position_embeddings": LENGTH}
     small = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2)

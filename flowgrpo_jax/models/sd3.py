@@ -28,7 +28,7 @@ from flowgrpo_jax.models.tokenizers import Tokenizers
 from flowgrpo_jax.models.vae import VAE, to_uint8
 from flowgrpo_jax.types import Conditioning
 
-BUNDLED = "shapes"  # the name of the model that comes with the package
+BUNDLED = ("shapes", "signs")  # models of the package's own worlds, by the names of their folders
 ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
 T5_PARTS = "tokenizer_3", "text_encoder_3"
@@ -96,22 +96,22 @@ class SD3:
 
 
 def resolve(model: str | Path, *, t5: bool = True) -> Path:
-    """A model's directory from a path, the name of the bundled model, or a hub id.
+    """A model's directory from a path, the name of a model of the package, or a hub id.
 
     Args:
       t5: whether to download the largest text encoder of a model on the hub.
 
     Raises FileNotFoundError that says what to do when none of them leads to a model.
     """
-    if model == BUNDLED:
-        return Path(__file__).parent.parent / "shapes" / "model"
+    if model in BUNDLED:
+        return _bundled(str(model))
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
         raise FileNotFoundError(
             f"model directory {model!r} does not exist: set config.model.path to a directory in"
-            f" diffusers layout, a hub id (organisation/name) or {BUNDLED!r}"
+            f" diffusers layout, a hub id (organisation/name) or one of {', '.join(BUNDLED)}"
         )
     from huggingface_hub import snapshot_download
 
@@ -129,6 +129,17 @@ def find_architecture(model: str | Path, *, t5: bool = True) -> Architecture:
     """Of a model that `resolve` knows; for the published ones nothing is downloaded."""
     parts = PUBLISHED.get(str(model)) or architecture.read(resolve(model, t5=t5), t5=t5)
     return parts if t5 else replace(parts, text_encoder_3=None)
+
+
+def _bundled(name: str) -> Path:
+    directory = Path(__file__).parent.parent / name / "model"
+    if not (directory / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"the model {name!r} is not in this copy of the package: make it with"
+            f" `python -m flowgrpo_jax.{name}.pretrain --workdir DIR --out {directory}`, or set"
+            " config.model.path to a directory that it has written"
+        )
+    return directory
 
 
 def _no_download(model: str, error: Exception) -> str:
@@ -175,7 +186,7 @@ def load(
     """Load a model of the SD3 family.
 
     Args:
-      model: a directory in diffusers layout, "shapes" or a hub id.
+      model: a directory in diffusers layout, "shapes", "signs" or a hub id.
       t5: false leaves the largest text encoder out, as diffusers' `text_encoder_3=None`: zeros
         [P, t5_length, E] stand for its states. So does a directory that lacks it.
       t5_length: T5 tokens of a prompt (the paper: 128; diffusers: 256).

@@ -6,6 +6,7 @@ Sources by name:
   geneval:train  :test  :seen  :unseen   generated (geneval.py)
   ocr:train  :test                       generated (ocr.py)
   shapes:train  :test                    the bundled world (shapes/grammar.py)
+  signs:train  :test                     the world of short words (signs/grammar.py)
 
 The files of yifan123/flow_grpo (`dataset/*/{train,test}.txt`, `{train,test}_metadata.jsonl`) are
 read as they are. A record is what rewards get as metadata. Keys with a meaning here:
@@ -24,14 +25,16 @@ from pathlib import Path
 import numpy as np
 
 from flowgrpo_jax.prompts import geneval, ocr
-from flowgrpo_jax.shapes import grammar
+from flowgrpo_jax.shapes import grammar as shapes
+from flowgrpo_jax.signs import grammar as signs
 from flowgrpo_jax.types import Metadata, PromptBatch
 
 # name -> prompts(split, records that must not come up in training)
 GENERATORS: dict[str, Callable[[str, Iterable[Metadata]], list[Metadata]]] = {
     "geneval": geneval.prompts,
     "ocr": ocr.prompts,
-    "shapes": lambda split, exclude: grammar.prompts(split),
+    "shapes": lambda split, exclude: shapes.prompts(split),
+    "signs": lambda split, exclude: signs.prompts(split),
 }
 
 

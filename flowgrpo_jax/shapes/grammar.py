@@ -36,6 +36,7 @@ RELATIONS = {  # relation -> (its opposite, unit step in image coordinates, y do
 RADII = (8.0, 11.0)  # px
 GAP = 3.0  # px between any two discs
 MARGIN = 1.0  # px between a disc and the image border
+LENGTH = 10  # tokens of the longest prompt, start and end included
 
 HELD_SHAPES = {"cross"}
 HELD_COUNTS = {("circle", 3), ("square", 4), ("triangle", 2), ("star", 3)}

@@ -1,4 +1,4 @@
-"""Pretraining, part one: the autoencoder, trained on pictures of the shapes world."""
+"""Pretraining, part one: the autoencoder, trained on pictures of the world."""
 
 from __future__ import annotations
 
@@ -52,12 +52,16 @@ def create(rngs: nnx.Rngs) -> VAE:
 
 
 def optimiser(steps: int) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, steps, 2e-5)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, min(100, steps // 2), steps, 2e-5)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-5))
 
 
-def init(steps: int, seed: int) -> dict[str, Any]:
-    params = layers.initialise(create, seed)
+def init_params(seed: int) -> Params:
+    return layers.initialise(create, seed)
+
+
+def init(params: Params, steps: int) -> dict[str, Any]:
+    """The training state that starts from these weights."""
     return {"params": params, "opt_state": optimiser(steps).init(params), "step": jnp.int32(0)}
 
 

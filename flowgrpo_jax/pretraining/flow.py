@@ -18,7 +18,6 @@ from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig, sine_grid
 from flowgrpo_jax.models.text import CLIPConfig, CLIPText, T5Config, T5Encoder, encode_prompt
 
 WIDTH = 128
-TOKENS = 10  # of each tokenizer
 TRANSFORMER = MMDiTConfig(
     sample_size=8,
     num_layers=6,
@@ -36,17 +35,18 @@ EMPTY_CAPTION = 0.1  # share of captions replaced by "", which guidance needs
 EMA_DECAY = 0.999
 
 
-def clip_config(vocabulary: int, activation: str, eos: int) -> CLIPConfig:
+def clip_config(vocabulary: int, length: int, activation: str) -> CLIPConfig:
+    """A CLIP text encoder for `length` tokens; the end token is the vocabulary's last."""
     return CLIPConfig(
         vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=2,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=length,
         hidden_act=activation,
         projection_dim=64,
-        eos_token_id=eos,
+        eos_token_id=vocabulary - 1,
     )
 
 
@@ -107,7 +107,7 @@ def optimiser(steps: int, learning_rate: float) -> optax.GradientTransformation:
     alone 0.541.
     """
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, 300, steps, learning_rate / 50
+        0.0, learning_rate, min(300, steps // 2), steps, learning_rate / 50
     )
     muon = optax.contrib.muon(
         schedule,
@@ -140,7 +140,7 @@ def loss(
     steps and a little above: composition is decided at high noise, where a mean of 0 seldom looks.
 
     Args:
-      latents: [B, 8, 8, 16], scaled; ids: the three tokenizers' ids, i32 [B, 10] each.
+      latents: [B, 8, 8, 16], scaled; ids: the three tokenizers' ids, i32 [B, length] each.
     """
     key_noise, key_sigma = jax.random.split(key)
     noise = jax.random.normal(key_noise, latents.shape)

@@ -1,9 +1,10 @@
 """Tokenizers for a small closed vocabulary, in the three folders of an SD3 checkpoint.
 
 Every known word is one token, so a prompt of the shapes world fits into ten tokens. Other text is
-spelled out: in bytes by the CLIP tokenizers, in ASCII characters by the T5 tokenizer, whose last
-resort is `<unk>`. The files are those of the hub's repositories, so transformers, diffusers and
-`models.tokenizers` read them like any other checkpoint's.
+spelled out: in bytes by the CLIP tokenizers, which know no capitals and join bytes that also follow
+each other in a known word, unless that is forbidden (`spelled`); in ASCII characters by the T5
+tokenizer, whose last resort is `<unk>`. The files are those of the hub's repositories, so
+transformers, diffusers and `models.tokenizers` read them like any other checkpoint's.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ from __future__ import annotations
 import json
 import re
 import string
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-LENGTH = 10  # tokens of a prompt, start and end included
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 KNOWABLE = re.compile(r"[a-z]+|[0-9]|[!-/:-@\[-`{-~]")  # what CLIP's pattern keeps in one piece
 
 
-def write_tokenizers(directory: str | Path, words: list[str]) -> None:
+def write_tokenizers(
+    directory: str | Path, words: Sequence[str], length: int, spelled: Iterable[str] = ()
+) -> None:
     """Write tokenizer, tokenizer_2 and tokenizer_3 into `directory`.
 
     Args:
       words: lower-case words of a to z, single digits or single punctuation marks.
+      length: tokens of the longest prompt, start and end included.
+      spelled: texts of which every letter must be one token.
     """
     words = list(dict.fromkeys(words))
     odd = [word for word in words if not KNOWABLE.fullmatch(word)]
@@ -33,24 +38,24 @@ def write_tokenizers(directory: str | Path, words: list[str]) -> None:
             f"words {odd} cannot be one token in CLIP: use lower-case letters only, or one digit, "
             "or one punctuation mark"
         )
-    write_clip(Path(directory) / "tokenizer", words, pad=END)
-    write_clip(Path(directory) / "tokenizer_2", words, pad="!")
-    write_t5(Path(directory) / "tokenizer_3", words)
+    merges = clip_merges(words, spelled)
+    write_clip(Path(directory) / "tokenizer", merges, length, pad=END)
+    write_clip(Path(directory) / "tokenizer_2", merges, length, pad="!")
+    write_t5(Path(directory) / "tokenizer_3", words, length)
 
 
-def sizes(words: list[str]) -> tuple[int, int]:
+def sizes(words: Sequence[str], spelled: Iterable[str] = ()) -> tuple[int, int]:
     """Vocabulary sizes of the CLIP and the T5 text encoder for these words."""
     words = list(dict.fromkeys(words))
-    return len(clip_vocabulary(clip_merges(words))), len(t5_pieces(words))
+    return len(clip_vocabulary(clip_merges(words, spelled))), len(t5_pieces(words))
 
 
 # ---------------------------------------------------------------------------------------- CLIP
 
 
-def write_clip(folder: Path, words: list[str], pad: str) -> None:
-    merges = clip_merges(words)
+def write_clip(folder: Path, merges: list[tuple[str, str]], length: int, pad: str) -> None:
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH, **special}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}
     write_json(folder / "vocab.json", clip_vocabulary(merges))
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", config)
@@ -68,22 +73,36 @@ def clip_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
 
 
-def clip_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merges that make every word one piece.
+def clip_merges(words: Iterable[str], spelled: Iterable[str] = ()) -> list[tuple[str, str]]:
+    """Merges that make every word one piece, and no two letters of the texts to be spelled.
 
-    A word is split by the merges so far, then its first two pieces are made a merge, until one
-    piece is left. New merges rank behind all older ones, so words finished earlier stay whole.
+    A word is split by the merges so far, then its first two pieces are made a merge (the first two
+    that no spelled text has beside each other), until one piece is left. New merges rank behind all
+    older ones, so words finished earlier stay whole.
     """
+    apart = {pair for text in spelled for pair in pairwise(letters(text.lower()))}
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
         while len(pieces := split(word, ranks)) > 1:
-            ranks[pieces[0], pieces[1]] = len(ranks)
+            pair = next((pair for pair in pairwise(pieces) if pair not in apart), None)
+            if pair is None:
+                raise ValueError(
+                    f"word {word!r} cannot be one token in CLIP while any two of its letters that"
+                    " follow each other also do in a text to be spelled: leave out such texts, or"
+                    " the word"
+                )
+            ranks[pair] = len(ranks)
     return list(ranks)
+
+
+def letters(word: str) -> list[str]:
+    """The pieces of a word that nothing has merged."""
+    return [*word[:-1], word[-1] + WORD_END]
 
 
 def split(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding of an ASCII word: merge the pair of the lowest rank until none is left."""
-    pieces = [*word[:-1], word[-1] + WORD_END]
+    pieces = letters(word)
     while True:
         known = [pair for pair in pairwise(pieces) if pair in ranks]
         if not known:
@@ -109,7 +128,7 @@ def byte_characters() -> list[str]:
 # ------------------------------------------------------------------------------------------ T5
 
 
-def write_t5(folder: Path, words: list[str]) -> None:
+def write_t5(folder: Path, words: Sequence[str], length: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.Unigram(t5_pieces(words), unk_id=2, byte_fallback=False))
@@ -123,13 +142,13 @@ def write_t5(folder: Path, words: list[str]) -> None:
     )
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": LENGTH, "extra_ids": 0}
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": length, "extra_ids": 0}
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", {**config, **special})
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def t5_pieces(words: list[str]) -> list[tuple[str, float]]:
+def t5_pieces(words: Sequence[str]) -> list[tuple[str, float]]:
     """Pieces and their log-probabilities; one word always beats any spelling of it."""
     special = ["<pad>", "</s>", "<unk>"]
     characters = ["▁", *string.ascii_letters, *string.digits, *string.punctuation]

@@ -106,7 +106,7 @@ def write(
 ) -> None:
     """Write configs and weights (half precision on disk; f32 again where they are loaded).
 
-    The tokenizers are written by `shapes.tokenizers.write_tokenizers` into the same directory.
+    The tokenizers are written by `tokenizers.write_tokenizers` into the same directory.
     """
     size = transformer.sample_size * vae.downsampling
     configs = {

@@ -1,0 +1,36 @@
+"""The shapes world as pretraining sees it.
+
+A share of the captions is wrong in one attribute, so that the pretrained model draws clean shapes
+and yet follows prompts imperfectly, which is the state in which online RL meets SD3.5.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from flowgrpo_jax.pretraining.world import World
+from flowgrpo_jax.shapes import grammar
+from flowgrpo_jax.shapes.render import render
+
+
+def picture(metadata: dict, rng: np.random.Generator) -> np.ndarray:
+    return render(grammar.sample_scene(metadata, rng))
+
+
+WORLD = World(
+    name="shapes",
+    captions=partial(grammar.prompts, "all"),
+    picture=picture,
+    garble=grammar.garble,
+    tag_weights={
+        "single_object": 0.5,
+        "two_object": 3.0,
+        "counting": 1.5,
+        "colors": 1.0,
+        "position": 4.0,
+        "color_attr": 4.0,
+    },
+    garbled=0.2,
+    length=grammar.LENGTH,
+    words=grammar.vocabulary(),
+)
