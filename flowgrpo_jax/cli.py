@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from types import FrameType, TracebackType
 
 import jax
@@ -18,6 +19,7 @@ from flowgrpo_jax import sharding
 
 CONFIG_FILE = "config.json"
 RESTART = 75  # exit status after SIGTERM: saved, to be started again (sysexits.h: EX_TEMPFAIL)
+ECHO = 2.0  # seconds within which a second signal is the first one, come by another way
 COORDINATES = ("COORDINATOR", "PROCESSES", "PROCESS")
 
 
@@ -45,15 +47,17 @@ CLUSTERS = {  # environment variable -> does it say that there are several proce
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
     "MEGASCALE_NUM_SLICES": lambda value: int(value) > 1,
     "OMPI_COMM_WORLD_SIZE": lambda value: int(value) > 1,
+    "FLOWGRPO_POD": bool,  # launch/tpu_pod.sh: outside GKE only a metadata server knows, JAX asks it
 }
 
 
 def connect() -> None:
     """Join the other processes of the run, if there are any. The first thing an entry point does.
 
-    JAX finds them by itself on TPU pods, under SLURM and under MPI. Elsewhere (Kubernetes, ssh, one
-    process a GPU) say it with FLOWGRPO_COORDINATOR=HOST:PORT, FLOWGRPO_PROCESSES=N and
-    FLOWGRPO_PROCESS=i.
+    JAX finds them by itself on TPU pods, under SLURM and under Open MPI. Elsewhere (Kubernetes, ssh)
+    say it with FLOWGRPO_COORDINATOR=HOST:PORT, FLOWGRPO_PROCESSES=N and FLOWGRPO_PROCESS=i. A process
+    has all GPUs that it can see; of several under SLURM or Open MPI that see the same ones, each has
+    the one of its number on the machine.
     """
     own = {name: os.environ.get(f"FLOWGRPO_{name}") for name in COORDINATES}
     given = [name for name, value in own.items() if value]
@@ -62,10 +66,33 @@ def connect() -> None:
         raise ValueError(f"to join a run of several processes also set {', '.join(absent)}")
     if given:
         jax.distributed.initialize(
-            own["COORDINATOR"], int(own["PROCESSES"] or 1), int(own["PROCESS"] or 0)
+            own["COORDINATOR"],
+            int(own["PROCESSES"] or 1),
+            int(own["PROCESS"] or 0),
+            # all is said: started from within a SLURM job JAX would still take one GPU, as below
+            cluster_detection_method="deactivate",
         )
     elif any(several(os.environ[name]) for name, several in CLUSTERS.items() if name in os.environ):
-        jax.distributed.initialize()
+        jax.distributed.initialize(local_device_ids=[] if has_all_devices() else None)
+
+
+def has_all_devices() -> bool:
+    """Whether all GPUs that this process of SLURM or Open MPI can see are its own.
+
+    Left to itself JAX gives it one, that of its number on the machine, for it expects a process a
+    GPU: seven of eight would idle beside a process that is alone, and a process that was given one
+    GPU, which it sees as number 0, would not find number 5.
+    """
+    env = os.environ
+    if "JAX_LOCAL_DEVICE_IDS" in env:
+        return False
+    gpus = env.get("CUDA_VISIBLE_DEVICES", "")
+    if gpus and "," not in gpus:
+        return True
+    if "OMPI_COMM_WORLD_SIZE" in env:  # before SLURM, as JAX does: mpirun works in SLURM's jobs
+        return env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    # every node of a step has a task, so as many tasks as nodes are one on each
+    return "SLURM_NTASKS" in env and env["SLURM_NTASKS"] == env.get("SLURM_STEP_NUM_NODES")
 
 
 def config() -> ConfigDict:
@@ -99,13 +126,15 @@ class Stopped(Exception):
 class Stop:
     """Turns SIGINT and SIGTERM into a request that the loop reads between programs.
 
-    A second signal interrupts at once. `requested` is the signal's number, 0 before there is one.
+    A second signal interrupts at once, unless it is an echo: Ctrl-C goes to the whole process group,
+    and a launcher passes it on as well. `requested` is the signal's number, 0 before there is one.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.requested = 0
+        self._since = 0.0
 
     def check(self) -> None:
         """Raise Stopped when any process has been asked to stop. All processes call this alike."""
@@ -117,10 +146,11 @@ class Stop:
         return self
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested, self._since = number, time.monotonic()
+            print(f"\n{signal.Signals(number).name}: saving and stopping", flush=True)
+        elif time.monotonic() - self._since > ECHO:
             raise KeyboardInterrupt
-        self.requested = number
-        print(f"\n{signal.Signals(number).name}: saving and stopping", flush=True)
 
     def __exit__(
         self,

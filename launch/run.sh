@@ -4,53 +4,39 @@
 #
 #   launch/run.sh python -m flowgrpo_jax.train --config configs/geneval.py --workdir runs/geneval
 #
-# --resume is added from the second start on, and on the first when the work directory already has
-# a checkpoint, so that the same line starts a run and goes on with it.
+# --resume is always added: it goes on from the last checkpoint, and starts where there is none.
 set -euo pipefail
 
 RESTARTS=${RESTARTS:-20}
 PAUSE=${PAUSE:-10}
 
-workdir=""
-previous=""
-for argument in "$@"; do
-  case $argument in
-    --workdir=*) workdir=${argument#--workdir=} ;;
-    *) [[ $previous == --workdir ]] && workdir=$argument ;;
-  esac
-  previous=$argument
-done
-if [[ -z $workdir ]]; then
-  echo "launch/run.sh: give --workdir, it says where a restart goes on" >&2
-  exit 2
-fi
-
-saved() { # in a bucket nobody can look for files; --resume without a checkpoint starts from 0 there
-  [[ $workdir == *://* ]] || compgen -G "$workdir/checkpoints/[0-9]*" >/dev/null
-}
-
 child=""
 stopping=""
-# The machine is going away: let the run save, and do not start it again.
-trap 'stopping=1; [[ -n $child ]] && kill -TERM "$child" 2>/dev/null' TERM INT
+# The machine or the user wants an end: let the run save, and do not start it again. A signal to the
+# whole process group reaches the run twice, which counts once there (flowgrpo_jax.cli.Stop).
+trap 'stopping=TERM interrupted=1; kill -TERM "$child" 2>/dev/null || true' TERM
+trap 'stopping=INT interrupted=1; kill -INT "$child" 2>/dev/null || true' INT
+
+run() { # a command; sets $status
+  (trap - INT; exec "$@") & # a background command would not see Ctrl-C
+  child=$!
+  while # a signal cuts `wait` short and not the command
+    interrupted="" status=0
+    wait "$child" || status=$?
+    [[ $interrupted ]]
+  do :; done
+}
 
 for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
-  resume=()
-  if saved; then resume=(--resume); fi
-  "$@" "${resume[@]}" &
-  child=$!
-  status=0
-  wait "$child" || status=$?
-  if [[ -n $stopping ]]; then # the first wait was cut short by the signal
-    wait "$child" 2>/dev/null && status=0 || status=$?
-    exit "$status"
-  fi
+  run "$@" --resume
+  if [[ $stopping ]]; then exit "$status"; fi
   case $status in
     0) exit 0 ;;
     1 | 2) echo "launch/run.sh: failed with $status, which a restart does not mend" >&2; exit "$status" ;;
   esac
   echo "launch/run.sh: ended with $status, start $((attempt + 2)) in $PAUSE s" >&2
-  sleep "$PAUSE"
+  run sleep "$PAUSE"
+  if [[ $stopping ]]; then exit 75; fi
 done
 echo "launch/run.sh: gave up after $RESTARTS restarts" >&2
 exit 75

@@ -3,7 +3,7 @@
 #
 #   export NAME=flowgrpo ZONE=us-east5-b TYPE=v6e-64 PROJECT=my-project
 #   launch/tpu_pod.sh create        # SPOT=1: as a spot slice through a queued resource
-#   launch/tpu_pod.sh install
+#   launch/tpu_pod.sh install       # EXTRAS=tpu,torch: what the recipe needs, see launch/README.md
 #   launch/tpu_pod.sh start --config configs/geneval.py --workdir gs://my-bucket/runs/geneval
 #   launch/tpu_pod.sh logs          # of worker 0, followed
 #   launch/tpu_pod.sh watch ...     # start, and after a preemption create, install and start again
@@ -15,6 +15,8 @@ set -euo pipefail
 VERSION=${VERSION:-v2-alpha-tpuv6e} # runtime: tpu-ubuntu2204-base for v4 and v5p
 REPOSITORY=${REPOSITORY:-$(git config --get remote.origin.url || true)}
 REVISION=${REVISION:-$(git rev-parse HEAD 2>/dev/null || true)}
+EXTRAS=${EXTRAS:-tpu}
+UV=0.9.26 # uv brings the Python: the machines' own, 3.10, is too old
 PAUSE=${PAUSE:-60}
 place=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
 
@@ -36,12 +38,17 @@ install() {
   : "${REPOSITORY:?the address that every worker clones}"
   everywhere "set -e; [ -d flowgrpo_jax ] || git clone $(printf %q "$REPOSITORY") flowgrpo_jax
     cd flowgrpo_jax; git fetch -q; git checkout -q $(printf %q "$REVISION")
-    [ -d .venv ] || python3 -m venv .venv; .venv/bin/pip install -q -e . 'jax[tpu]' gcsfs"
+    [ -x ~/.uv/uv ] ||
+      curl -LsSf https://astral.sh/uv/$UV/install.sh | UV_UNMANAGED_INSTALL=~/.uv sh
+    [ -d .venv ] || ~/.uv/uv venv -q --python 3.12 .venv
+    UV_TORCH_BACKEND=cpu ~/.uv/uv pip install -q -e '.[$EXTRAS]' gcsfs"
 }
 
 start() {
-  everywhere "cd flowgrpo_jax; nohup launch/run.sh .venv/bin/python -m flowgrpo_jax.train$(printf \
-    ' %q' "$@") >train.log 2>&1 </dev/null &"
+  local train="launch/run.sh .venv/bin/python -m flowgrpo_jax.train"
+  # FLOWGRPO_POD: join the other workers, of which no variable tells on these machines
+  everywhere "cd flowgrpo_jax; FLOWGRPO_POD=1 nohup $train$(printf ' %q' "$@") \
+    >train.log 2>&1 </dev/null &"
 }
 
 delete() {
@@ -52,7 +59,8 @@ delete() {
   fi
 }
 
-running() { everywhere "pgrep -f flowgrpo_jax.train" >/dev/null 2>&1; }
+# The brackets keep the pattern from matching the command line of the shell that searches for it.
+running() { everywhere "pgrep -f '[f]lowgrpo_jax.train'" >/dev/null 2>&1; }
 
 watch() {
   [[ $(state) == READY ]] || { create; install; }
@@ -70,6 +78,6 @@ shift
 case $command in
   create | install | start | watch | delete) "$command" "$@" ;;
   logs) tpu ssh --worker=0 --command "tail -n 100 -F flowgrpo_jax/train.log" ;;
-  stop) everywhere "pkill -TERM -f launch/run.sh || true" ;;
+  stop) everywhere "pkill -TERM -f '[l]aunch/run.sh' || true" ;;
   *) echo "launch/tpu_pod.sh: no command $command" >&2; exit 2 ;;
 esac
