@@ -38,6 +38,8 @@ def get_config(variant: str = "full") -> ConfigDict:
             "ocr": {  # also for ocr_lenient, which is never strict
                 "strict": True,  # text that was not asked for costs as much as text that is missing
                 "confidence": 0.0,  # of recognised boxes, 0 to 1: those above it are read
+                "upscale": 1,  # how many times larger pictures are made first
+                "detector_side": 736,  # px: smaller pictures are enlarged to it to find text
                 "workers": placeholder(int),  # pictures read at a time; None: one for each core
             }
         }

@@ -244,7 +244,7 @@ def table(reports: list[Report], resident: float, chip: Chip) -> str:
     return "\n".join(lines)
 
 
-def advice(reports: list[Report], resident: float, chip: Chip, mesh: Mesh) -> str:
+def advice(reports: list[Report], resident: float, chip: Chip, fsdp: int) -> str:
     """Whether the recipe fits, and else which knobs would make it fit."""
     over = [r for r in reports if r.error or r.memory > chip.memory]
     if not over:
@@ -253,7 +253,7 @@ def advice(reports: list[Report], resident: float, chip: Chip, mesh: Mesh) -> st
     knobs = []
     if resident > chip.memory / 3:
         knobs.append(
-            f"config.mesh.fsdp={2 * mesh.shape['fsdp']} or more (weights and text encoders are"
+            f"config.mesh.fsdp={2 * fsdp} or more (weights and text encoders are"
             f" {resident / 1e9:.1f} GB of it)"
         )
     if largest.memory - resident > chip.memory / 3:
@@ -292,7 +292,7 @@ def main(_: list[str]) -> None:
     listed, stays = programs(config, model, parts, mesh, plan)
     reports = [inspect(program, stays, chip, mesh.size) for program in listed]
     resident = chip_bytes(stays)
-    verdict = advice(reports, resident, chip, mesh)
+    verdict = advice(reports, resident, chip, config.mesh.fsdp)
     print(table(reports, resident, chip), verdict, sep="\n")
     if flags.FLAGS.out:
         result = {
