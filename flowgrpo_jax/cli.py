@@ -47,17 +47,17 @@ CLUSTERS = {  # environment variable -> does it say that there are several proce
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
     "MEGASCALE_NUM_SLICES": lambda value: int(value) > 1,
     "OMPI_COMM_WORLD_SIZE": lambda value: int(value) > 1,
-    "FLOWGRPO_POD": bool,  # launch/tpu_pod.sh: outside GKE only a metadata server knows, JAX asks it
+    "FLOWGRPO_POD": bool,  # launch/tpu_pod.sh: only a metadata server knows there, JAX asks it
 }
 
 
 def connect() -> None:
     """Join the other processes of the run, if there are any. The first thing an entry point does.
 
-    JAX finds them by itself on TPU pods, under SLURM and under Open MPI. Elsewhere (Kubernetes, ssh)
-    say it with FLOWGRPO_COORDINATOR=HOST:PORT, FLOWGRPO_PROCESSES=N and FLOWGRPO_PROCESS=i. A process
-    has all GPUs that it can see; of several under SLURM or Open MPI that see the same ones, each has
-    the one of its number on the machine.
+    JAX finds them by itself on TPU pods, under SLURM and under Open MPI. Elsewhere (Kubernetes,
+    ssh) say it with FLOWGRPO_COORDINATOR=HOST:PORT, FLOWGRPO_PROCESSES=N and FLOWGRPO_PROCESS=i. A
+    process has all GPUs that it can see; of several under SLURM or Open MPI that see the same ones,
+    each has the one of its number on the machine.
     """
     own = {name: os.environ.get(f"FLOWGRPO_{name}") for name in COORDINATES}
     given = [name for name, value in own.items() if value]
@@ -126,8 +126,9 @@ class Stopped(Exception):
 class Stop:
     """Turns SIGINT and SIGTERM into a request that the loop reads between programs.
 
-    A second signal interrupts at once, unless it is an echo: Ctrl-C goes to the whole process group,
-    and a launcher passes it on as well. `requested` is the signal's number, 0 before there is one.
+    A second signal interrupts at once, unless it is an echo: Ctrl-C goes to the whole process
+    group, and a launcher passes it on as well. `requested` is the signal's number, 0 before there
+    is one.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)

@@ -125,7 +125,7 @@ sys.exit(cli.RESTART if stop.requested == signal.SIGTERM else 0)
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, 75)])
 def test_a_signal_to_the_whole_group_saves(tmp_path, number, status):
-    """Ctrl-C, and SLURM's signals: the run has it from the group and once more from the launcher."""
+    """Ctrl-C, and SLURM's signals: the run has it from the group and from the launcher."""
     (tmp_path / "train.py").write_text(STOPS)
     process = launch(tmp_path, sys.executable, "train.py", PYTHONPATH=str(LAUNCH.parent))
     os.killpg(process.pid, number)
