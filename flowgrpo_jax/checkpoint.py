@@ -78,8 +78,12 @@ class Checkpoints:
         trees, record = self.newest(_parts(like))
         return dataclasses.replace(trees["state"], ema=trees["ema"]), int(record["epoch"])
 
-    def close(self) -> None:
+    def wait(self) -> None:
+        """Until all is written."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
         self._manager.close()
 
 

@@ -117,6 +117,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 checkpoints.close()
             raise
         save()
+        checkpoints.wait()  # a second signal must not cut the last one short
     bar.close()
     if epoch == config.epochs and run.test_prompts and config.eval.every:
         report = evaluate_into(workdir, run, state, null, epoch)
