@@ -17,7 +17,7 @@ from configs import base
 def get_config() -> ConfigDict:
     c = base.get_config()
     c.name = "shapes"
-    c.epochs = 300
+    c.epochs = 400
 
     c.model.path = "shapes"
     c.model.dtype = "float32"
