@@ -1,7 +1,7 @@
 """The same training epoch in JAX and in PyTorch, on the same CPU.
 
-    python -m benchmarks.epoch --model shapes --groups 12 --group_size 24 --micro_batch 144 \\
-        --steps 10 --window 5 --repeats 3 [--engines jax,torch,torch-compile] [--out FILE.json]
+    python -m benchmarks.epoch --model shapes --repeats 3 [--out FILE.json] \\
+        [--engines jax,torch,torch-compile] [--groups 12 --steps 10 --window 5 ...]
 
 An epoch is sampling (CPS noise and log-probs within the window), decoding to uint8 on the host, and
 one policy update over the window: LoRA on the joint attention, clipped ratio loss, gradient clip,
@@ -404,6 +404,7 @@ def main() -> int:
         if job.exitcode:
             return job.exitcode
         config = json.loads((folder / "config.json").read_text())
+        config["model"]["path"] = args.model  # as it was named, wherever it lies
         print(describe(config, hardware, env), end="\n\n")
         workers, warmup, failures = start(args.engines, folder, env, args.warmup)
         try:

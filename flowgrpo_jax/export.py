@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from flowgrpo_jax import checkpoint
+from flowgrpo_jax import checkpoint, cli
 from flowgrpo_jax.cli import CONFIG_FILE
 from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
@@ -49,6 +49,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    cli.define_flags(config=False)
     flags.DEFINE_string("workdir", None, "Work directory of a training run.", required=True)
     flags.DEFINE_string("out", None, "Directory to write.", required=True)
     flags.DEFINE_integer("step", None, "Epoch of the checkpoint; the newest without it.")
