@@ -165,7 +165,7 @@ def test_a_run_leaves_everything_behind(folder, half):
 
 
 def test_prompts_that_were_encoded_ahead_need_no_encoder(folder, half, monkeypatch):
-    """And train exactly as those that are encoded on the way."""
+    """And train as those that are encoded on the way, but for rounding: other batches of texts."""
     texts = folder / "texts"
     arguments = "--config=tiny.py", "--epochs=2", f"--config.model.text_cache={texts}"
     out = call(folder, "encode", *arguments)
@@ -179,7 +179,8 @@ def test_prompts_that_were_encoded_ahead_need_no_encoder(folder, half, monkeypat
     real = sd3.convert.load
     monkeypatch.setattr(sd3.convert, "load", load_weights)
     train(load(folder, epochs=2, model__text_cache=str(texts)), folder / "ahead")
-    assert [*map(timeless, rows(folder / "ahead"))] == [*map(timeless, rows(half))]
+    for ours, theirs in zip(rows(folder / "ahead"), rows(half), strict=True):
+        assert timeless(ours) == pytest.approx(timeless(theirs), rel=1e-3, abs=1e-5)
 
 
 def test_training_changes_the_policy(whole):

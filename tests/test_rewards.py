@@ -81,7 +81,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_others():
 
 def test_the_ocr_recipe_evaluates_by_the_papers_rule_as_well(monkeypatch):
     """Full marks to what the paper's reward pays for and ours does not: the target, twice."""
-    monkeypatch.setattr(ocr, "recogniser", lambda confidence=0.0: lambda image: "STOP stop")
+    monkeypatch.setattr(ocr, "recogniser", lambda *_: lambda image: "STOP stop")
     config = ocr_recipe.get_config()
     made = rewards.load(config.eval.rewards, config.reward.options.to_dict())
     scores = {name: r(PICTURES[:1], ['a sign "Stop"'], [{}])[0][0] for name, r in made.items()}
