@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1  # parts of every linear, which work on the same images
 
     c.lora = ConfigDict()
-    c.lora.rank = 32  # rank of the adapter
+    c.lora.rank = 32  # rank of the adapter; 0: none, all of the transformer's weights are trained
     c.lora.alpha = 64.0  # its scale is alpha / rank
     c.lora.targets = (  # linears with an adapter, by the end of their dotted name
         "attn.to_q",
@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
         "overlap"  # overlap (threads between programs) or callback (inside the program)
     )
     c.reward.threads = 1  # threads that score images in overlap mode
+    c.reward.timeout = 1800.0  # seconds that a reward may take for a micro-batch; 0: no limit
     c.reward.max_failed = (
         0.5  # share of an epoch's images whose reward may fail before the run stops
     )
@@ -122,6 +123,7 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # epochs between checkpoints; the last epoch always gets one
     c.checkpoint.keep = 5  # checkpoints kept
+    c.checkpoint.best = ""  # evaluated reward whose best checkpoint is kept, in best/; empty: none
 
     c.log = ConfigDict()
     c.log.tensorboard = True  # write TensorBoard events to the work directory

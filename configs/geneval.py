@@ -79,4 +79,5 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.eval.every = c.checkpoint.every = 60
     c.eval.images = 2_208  # 368 of each tag; the benchmark has 4 of each of 553 prompts
     c.eval.rewards = ("geneval", "geneval_strict", "geneval_official")
+    c.checkpoint.best = "geneval_strict"
     return base.variant(c, variant)

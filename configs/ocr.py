@@ -51,4 +51,5 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.eval.every = c.checkpoint.every = 60
     c.eval.images = 1_018  # every test prompt once
     c.eval.rewards = ("ocr", "ocr_lenient")
+    c.checkpoint.best = "ocr"
     return base.variant(c, variant)

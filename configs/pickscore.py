@@ -62,4 +62,5 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.eval.every = c.checkpoint.every = 60
     c.eval.images = 2_048  # every test prompt once
     c.eval.rewards = ("pickscore", "clipscore", "aesthetic", "hpsv2", "imagereward")
+    c.checkpoint.best = "pickscore"
     return base.variant(c, variant)

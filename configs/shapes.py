@@ -56,5 +56,6 @@ def get_config() -> ConfigDict:
     c.eval.every = 25
     c.eval.guidance_scale = 1.0
     c.eval.rewards = ("shapes", "shapes_strict", "shapes_unknown")
+    c.checkpoint.best = "shapes_strict"
     c.checkpoint.every = 25
     return c

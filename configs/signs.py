@@ -30,4 +30,5 @@ def get_config() -> ConfigDict:
     c.reward.options = ConfigDict({"ocr": {"upscale": 4, "detector_side": 256}})
 
     c.eval.rewards = ("ocr",)
+    c.checkpoint.best = "ocr"
     return c

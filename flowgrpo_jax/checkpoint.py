@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -17,6 +21,7 @@ from flowgrpo_jax.types import Params, TrainState
 
 log = logging.getLogger(__name__)
 BASE = "base"  # the name of the policy before training
+FOLDERS = ("checkpoints", "best")  # of a work directory
 
 
 class Checkpoints:
@@ -31,13 +36,33 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def write(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> None:
-        """Write in the background; `close` waits for the last one."""
+        """Write in the background; `wait` and `close` wait for the last one.
+
+        Raises OSError where writing cannot begin. If the one before could not be completed, that is
+        a warning: this one takes its place.
+        """
+        try:
+            self.wait()
+        except OSError as error:
+            log.warning("%s", error)
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        if step in self.steps():  # a damaged one that `newest` passed over
-            self._manager.delete(step)
-        self._manager.save(
-            step, args=ocp.args.Composite(**items, record=ocp.args.JsonSave(record)), force=True
-        )
+        composite = ocp.args.Composite(**items, record=ocp.args.JsonSave(record))
+        with self._complete():
+            if step in self.steps():  # a damaged one that `newest` passed over
+                self._manager.delete(step)
+            self._manager.save(step, args=composite, force=True)
+
+    @contextmanager
+    def _complete(self) -> Iterator[None]:
+        """What goes wrong inside is an OSError that names the directory, and leaves no parts."""
+        try:
+            yield
+        except Exception as error:
+            for part in self.directory.glob("*.orbax-checkpoint-tmp"):
+                part.rmtree(missing_ok=True)
+            raise OSError(
+                f"a checkpoint could not be written to {self.directory}: {error}"
+            ) from error
 
     def read(self, step: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The named trees with the shapes, dtypes and shardings of `like`, and the record."""
@@ -47,6 +72,11 @@ class Checkpoints:
             step, args=ocp.args.Composite(**items, record=ocp.args.JsonRestore())
         )
         return {name: restored[name] for name in like}, restored["record"]
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The record alone."""
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["record"]
 
     def newest(self, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The newest checkpoint that can be read; damaged ones are passed over with a warning.
@@ -79,12 +109,46 @@ class Checkpoints:
         return dataclasses.replace(trees["state"], ema=trees["ema"]), int(record["epoch"])
 
     def wait(self) -> None:
-        """Until all is written."""
-        self._manager.wait_until_finished()
+        """Until all is written. Raises OSError where the last one could not be."""
+        with self._complete():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def rescue(epoch: int, state: TrainState, record: dict[str, Any], error: OSError) -> OSError:
+    """Write the state to a temporary directory; `error`, which kept it from its place, with the way
+    back."""
+    spare = Checkpoints(epath.Path(tempfile.mkdtemp()) / "checkpoints")
+    spare.save(epoch, state, record)
+    spare.close()
+    return OSError(
+        f"{error}. The state after epoch {epoch} is in {spare.directory}: make room, move its"
+        f" folder {epoch} into the run's checkpoints, and go on with --resume"
+    )
+
+
+class Best:
+    """The checkpoint with the highest value of an evaluated reward, in a directory of its own."""
+
+    def __init__(self, directory: epath.PathLike, reward: str):
+        self.checkpoints = Checkpoints(directory, keep=1)
+        self.figure = f"eval/{reward}"
+        self.value = -math.inf
+        for step in self.checkpoints.steps():
+            try:
+                self.value = float(self.checkpoints.record(step)[self.figure])
+            except Exception as error:  # another reward's, or damaged: the next one replaces it
+                log.warning("%s/%d is passed over: %s", self.checkpoints.directory, step, error)
+
+    def offer(self, epoch: int, state: TrainState, report: dict[str, float]) -> None:
+        """Keep the state after `epoch` epochs if its evaluation is the best so far."""
+        value = report[self.figure]
+        if value > self.value:
+            self.value = value
+            self.checkpoints.save(epoch, state, {"epoch": epoch, self.figure: value})
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -97,20 +161,20 @@ def load_lora(source: epath.PathLike, model: SD3) -> Params:
     """A policy's adapter: "base", a run's EMA weights, or an exported LoRA.
 
     Args:
-      source: "base"; a work directory or its `checkpoints` (newest) or `checkpoints/STEP`; an
-        export directory or .safetensors file.
+      source: "base"; a work directory or its `checkpoints` (newest), `checkpoints/STEP` or `best`;
+        an export directory or .safetensors file.
     """
     if str(source) == BASE:
-        return lora.reference(model.init_lora(jax.random.key(0)))
+        return model.reference(model.init_lora(jax.random.key(0)))
     path = epath.Path(source)
-    step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
+    step = int(path.name) if path.name.isdigit() and path.parent.name in FOLDERS else None
     folder = path.parent if step is not None else path
     if not folder.exists():
         raise FileNotFoundError(
             f"checkpoint {source!r} does not exist: give base, a work directory or an exported LoRA"
         )
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if folder.name == "checkpoints":
+    if folder.name in FOLDERS:
         like = {"ema": {k: jnp.zeros(v.shape, v.dtype) for k, v in model.lora_shapes.items()}}
         checkpoints = Checkpoints(folder)
         if step is not None and step not in checkpoints.steps():

@@ -4,13 +4,13 @@
         [--config.mesh.fsdp=4] [--out report.json]
 
 The programs of an epoch are compiled ahead of time for real chips, on any machine, by the compiler
-that the pod would use (`pip install -e '.[tpu]'`). Needs no weights: published models are known by
+that the pod would use (`pip install -e '.[tpu]'`): `score` is the training rewards in the graph,
+`judge` those of the evaluation. Needs no weights: published models are known by
 name, others by the configs in their directory. Prints for each program the memory of a chip
 against what it has, the arithmetic, what goes over the links, and the least time that these take.
 
-Left out: rewards (in the graph or on the host) and the host's work. Times are lower bounds:
-products at the chip's peak, or the links at theirs, whichever takes longer; memory traffic is not
-counted.
+Left out: rewards on the host, and the host's other work. Times are lower bounds: products at the
+chip's peak, or the links at theirs, whichever takes longer; memory traffic is not counted.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from flowgrpo_jax import cli, cost, recipe, settings, sharding, update
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.architecture import Architecture
 from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.rewards import described, graph
 from flowgrpo_jax.settings import Plan
 from flowgrpo_jax.types import Trajectory
 
@@ -89,7 +90,7 @@ def describe(config: ConfigDict) -> tuple[sd3.SD3, Architecture]:
         t5_length=config.model.t5_length,
         remat=config.model.remat,
     )
-    return model, parts
+    return recipe.release(config, model), parts
 
 
 def laid_out(tree: Any, layout: Any) -> Any:
@@ -130,8 +131,9 @@ def programs(
     text = {part: frozen(part) for part in model.text_shapes}
     optimiser = recipe.make_optimiser(config)
     shapes = jax.eval_shape(lambda: jax.random.key(0))
-    adapter = jax.eval_shape(model.init_lora, shapes)
-    state = jax.eval_shape(lambda lora, key: update.init(lora, optimiser, key), adapter, shapes)
+    state = jax.eval_shape(
+        lambda lora, key: update.init(lora, optimiser, key), model.lora_shapes, shapes
+    )
     state = laid_out(state, sharding.state_shardings(mesh, state))
 
     lengths = [parts.text_encoder.max_position_embeddings] * 2 + [config.model.t5_length]
@@ -159,9 +161,19 @@ def programs(
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro))
 
     sampling = (state.lora, weights, cond, null)
-    accumulating = (gradient, figures, state.lora, state.lora, weights["transformer"], cond, null)
+    reference = state.lora if config.lora.rank else {}
+    accumulating = (gradient, figures, state.lora, reference, weights["transformer"], cond, null)
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
+    pictures = (config.model.height, config.model.width, 3)
+    scoring, judging = score(
+        config,
+        mesh,
+        plan.groups,
+        *((array(rows, n, *pictures, dtype=jnp.uint8), array(rows, n)) for n in (m, micro)),
+    )
+    arguments = [x for program in (scoring, judging) if program for x in program[1][0].values()]
+    towers = list({id(x): x for x in jax.tree.leaves(arguments)}.values())
     return [
         Program("text", 1, model.encode_text, (text, ids)),
         Program(
@@ -170,6 +182,7 @@ def programs(
             built.sample,
             (*sampling, state.key, 0, scalar, one_each, one_each, one_each),
         ),
+        *([Program("score", batches, *scoring)] if scoring else []),
         Program(
             "accumulate",
             batches,
@@ -183,7 +196,33 @@ def programs(
             built.generate,
             (*sampling, array(rows, micro), laid_out(keys, rows)),
         ),
-    ], (weights, text, state, cond, null, [trajectory] * batches)
+        *([Program("judge", evaluated, *judging)] if judging else []),
+    ], (weights, text, towers, state, cond, null, [trajectory] * batches)
+
+
+def score(config: ConfigDict, mesh: Mesh, prompts: int, *batches: tuple[Any, Any]) -> list[Any]:
+    """For training's and evaluation's mix: the program of its rewards in the graph and what that
+    takes, or None without such rewards.
+
+    Args:
+      batches: (images, rows) of a micro-batch of training, and of evaluation.
+    """
+    everywhere = sharding.replicated(mesh)
+    place = graph.once(lambda x: laid_out(x, everywhere))  # towers that are shared, once
+    programs: list[Any] = []
+    for mix, (images, rows) in zip(recipe.reward_mixes(config), batches):
+        found = described.describe(mix.names, config.reward.options.to_dict())
+        weights = {name: place(reward.weights) for name, (reward, _) in found.items()}
+        prepared = {
+            name: {
+                key: jax.ShapeDtypeStruct((prompts, *x.shape), x.dtype, sharding=everywhere)
+                for key, x in wanted.items()
+            }
+            for name, (_, wanted) in found.items()
+        }
+        run = graph.program({name: reward.score for name, (reward, _) in found.items()})
+        programs.append((run, (weights, images, prepared, rows)) if found else None)
+    return programs
 
 
 # ------------------------------------------------------------------------------------ report
@@ -195,9 +234,8 @@ def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
     work = cost.flops(traced.jaxpr)
     shapes = [x for x in jax.tree.leaves(program.args) if hasattr(x, "sharding")]
     # What is resident and also an argument is there once.
-    others = chip_bytes(resident) - chip_bytes(
-        [x for x in shapes if any(x is y for y in jax.tree.leaves(resident))]
-    )
+    stays = {id(x) for x in jax.tree.leaves(resident)}
+    others = chip_bytes(resident) - chip_bytes([x for x in shapes if id(x) in stays])
     empty = Report(
         program.name, program.calls, work, 0.0, 0.0, 0.0, {}, work / chips / chip.peak, ""
     )
@@ -237,7 +275,7 @@ def table(reports: list[Report], resident: float, chip: Chip) -> str:
             f"{r.flops / 1e12:>10.1f}{r.links / 1e9:>9.2f}{r.seconds:>12.3f}"
             f"  {r.error.upper() or kinds or '-'}"
         )
-    epoch = sum(r.calls * r.seconds for r in reports if r.program != "evaluate")
+    epoch = sum(r.calls * r.seconds for r in reports if r.program not in ("evaluate", "judge"))
     lines.append(
         f"always on a chip: {resident / 1e9:.2f} GB; an epoch takes {epoch:.1f} s at least"
     )

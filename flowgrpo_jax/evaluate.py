@@ -64,9 +64,15 @@ def evaluate(
     pictures = np.concatenate([sharding.whole(i) for i in images])[: config.images]
 
     mine = np.arange(jax.process_index(), config.images, jax.process_count())
+    scored = [
+        run.test_scorer.host(pictures[part], batch.ids[part])
+        for part in np.array_split(mine, -(-len(mine) // micro) or 1)
+    ]
     scores = {
-        name: host.merge(host.spread(mine, s, config.images))
-        for name, s in run.test_scorer.host(pictures[mine], batch.ids[mine]).items()
+        name: host.merge(
+            host.spread(mine, np.concatenate([p[name] for p in scored]), len(pictures))
+        )
+        for name in scored[0]
     }
     for name in run.test_scorer.in_graph:
         scores[name] = np.concatenate([sharding.whole(g[name]) for g in graphed])[: config.images]

@@ -3,12 +3,15 @@
     python -m flowgrpo_jax.export --workdir runs/shapes --out lora
 
 Writes OUT/diffusers/pytorch_lora_weights.safetensors (`pipe.load_lora_weights`) and OUT/peft/
-(`PeftModel.from_pretrained`), and reads both back before it reports success.
+(`PeftModel.from_pretrained`), and reads both back before it reports success. Of a run without an
+adapter (lora.rank=0) it writes OUT/transformer, a component in diffusers layout
+(`SD3Transformer2DModel.from_pretrained`), in float32.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,9 @@ from etils import epath
 
 from flowgrpo_jax import checkpoint, cli
 from flowgrpo_jax.cli import CONFIG_FILE
-from flowgrpo_jax.models import lora, sd3
+from flowgrpo_jax.models import convert, lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.types import Params
 
 
 def export(workdir: epath.PathLike, out: Path, step: int | None = None) -> list[Path]:
@@ -34,12 +38,30 @@ def export(workdir: epath.PathLike, out: Path, step: int | None = None) -> list[
     model = sd3.describe(parts, lora_spec=spec)
     source = workdir / "checkpoints" / str(step) if step is not None else workdir
     adapter = checkpoint.load_lora(source, model)
+    if not spec.rank:
+        return [export_transformer(adapter, sd3.resolve(config["model"]["path"], t5=False), out)]
     files = lora.write(adapter, spec, out, str(config["model"]["path"]))
     for written in files:
         again = lora.read(written, model.lora_shapes)
         if not all(np.array_equal(again[k], adapter[k]) for k in adapter):
             raise OSError(f"{written} does not read back as it was written: the disk may be full")
     return files
+
+
+def export_transformer(trained: Params, model: Path, out: Path) -> Path:
+    """Write a transformer whose weights were all trained; what never is, is the model's own."""
+    parts = sd3.find_architecture(model, t5=False)
+    shapes = sd3.describe(parts, lora_spec=LoRASpec(rank=0)).base
+    patch = parts.transformer.patch_size
+    params = convert.load(model / "transformer", shapes, patch_size=patch) | trained
+    file = out / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(model / "transformer" / "config.json", file.parent)
+    convert.save(params, file, patch_size=patch)
+    again = convert.load(file.parent, shapes, patch_size=patch)
+    if not all(np.array_equal(again[k], params[k]) for k in params):
+        raise OSError(f"{file} does not read back as it was written: the disk may be full")
+    return file
 
 
 def main(_: list[str]) -> None:

@@ -31,7 +31,8 @@ def sample(
     score: HostScore | None,
 ) -> Callable[..., tuple[Trajectory, jax.Array, Scores]]:
     """Rollout, decoding and, with `score`, the host rewards of a micro-batch."""
-    guided = sampler.guided(model.velocity, guidance)
+    # No closure over the model: programs outlive weights that training gives up.
+    guided, decode = sampler.guided(model.velocity, guidance), model.decode
 
     @jax.jit
     def run(lora, weights, cond, null, key, epoch, start, ids, prompt, image):
@@ -47,7 +48,7 @@ def sample(
         first = sampler.image_keys(key, epoch, ids, jnp.zeros_like(image)) if same_noise else keys
         x = sharding.constrain_rows(mesh, sampler.normal(first, sampler.ODE_KEY, latent))
         trajectory = sampler.rollout(velocity, process, x, keys, start, prompt)
-        images = sharding.constrain_rows(mesh, model.decode(weights["vae"], trajectory.latents))
+        images = sharding.constrain_rows(mesh, decode(weights["vae"], trajectory.latents))
         return trajectory, images, score(images, ids) if score else {}
 
     return run
@@ -94,7 +95,8 @@ def generate(
     model: SD3, mesh: Mesh, *, guidance: float, latent: tuple[int, int, int], sigmas: np.ndarray
 ) -> Callable[..., jax.Array]:
     """Deterministic images by the ODE."""
-    guided = sampler.guided(model.velocity, guidance)
+    # No closure over the model: programs outlive weights that training gives up.
+    guided, decode = sampler.guided(model.velocity, guidance), model.decode
 
     @jax.jit
     def run(lora, weights, cond, null, prompt, keys):
@@ -104,6 +106,6 @@ def generate(
             return guided(lora, weights["transformer"], x, sigma, cond, null, prompt)
 
         x = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.ODE_KEY, latent))
-        return model.decode(weights["vae"], sampler.ode(velocity, sigmas, x))
+        return decode(weights["vae"], sampler.ode(velocity, sigmas, x))
 
     return run

@@ -7,7 +7,7 @@ calls takes plain arguments.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -143,6 +143,15 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     )
 
 
+def release(config: ConfigDict, model: sd3.SD3) -> sd3.SD3:
+    """The model without the transformer's frozen weights where nothing looks at them: in full
+    fine-tuning the trained ones take their place, and only a KL needs both."""
+    if model.lora_spec.rank or config.train.kl_beta:
+        return model
+    kept = {path: x for path, x in model.base.items() if path not in model.lora_shapes}
+    return replace(model, params={**model.params, "transformer": kept})
+
+
 def make_process(config: ConfigDict, shift: float) -> Process:
     s = config.sample
     return Process(
@@ -209,6 +218,11 @@ def scorers(
     )
     for reward in loaded.values():
         getattr(reward, "ready", lambda: None)()  # a remote one raises where nobody answers
+    if seconds := config.reward.timeout:
+        loaded = {
+            name: reward if isinstance(reward, GraphReward) else host.Limited(reward, seconds)
+            for name, reward in loaded.items()
+        }
     place = graph.once(lambda array: sharding.replicate(mesh, array))
     train_scorer = _scorer(mix, loaded, train_prompts, place)
     return train_scorer, _scorer(test_mix, loaded, test_prompts, place)

@@ -117,9 +117,18 @@ def check(config: ConfigDict) -> None:
         f" {s.steps - 1} of {s.steps} steps (the last one has almost no noise)",
     )
     require(0 <= t.steps <= size, f"train.steps={t.steps}: the window has {size} steps to train")
-    require(config.lora.rank >= 1, f"lora.rank={config.lora.rank}: must be at least 1")
+    rank = config.lora.rank
+    require(
+        rank >= 0, f"lora.rank={rank}: must be at least 1, or 0 to train all of the transformer"
+    )
     every = config.checkpoint.every
     require(every >= 1, f"checkpoint.every={every}: must be at least 1 epoch")
+    best, evaluated = config.checkpoint.best, config.eval.rewards or tuple(config.reward.weights)
+    require(
+        not best or best in evaluated,
+        f"checkpoint.best={best!r} is not evaluated: choose from {', '.join(evaluated)}, or leave"
+        " it empty to keep only the newest checkpoints",
+    )
     require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
     require(
         t.warmup_steps >= 0 and t.decay_steps >= 0,
@@ -132,11 +141,8 @@ def check(config: ConfigDict) -> None:
         " is not 0",
     )
     used = {*config.reward.weights, *config.eval.rewards}
-    unknown = sorted(set(config.reward.options) - set(rewards.TABLE))
-    require(
-        not unknown,
-        f"reward.options names {unknown}: no such reward, choose from {sorted(rewards.TABLE)}",
-    )
+    for name in {*used, *config.reward.options}:
+        rewards.row_of(name)
     require(
         not (config.prompts.tasks and (config.prompts.train or config.prompts.test)),
         "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))  # the batch axis
+LEAVES = ("lora_a", "lora_b", "kernel", "bias", "scale", "embedding")  # ends of parameters' paths
 
 # Which layout each parameter has: exactly one pattern must match the end of its path. The layout is
 # that of one layer; a stack has its own first axis before it, which is never cut.
@@ -117,15 +118,15 @@ def place(mesh: Mesh) -> Any:
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Of training state: adapters, and what the optimiser keeps of them, by the table.
+    """Of training state: what is trained, and what the optimiser keeps of it, by the table.
 
-    A leaf belongs to the adapter when the last dictionary key on its way is a parameter's path.
+    A leaf belongs to a parameter when the last dictionary key on its way is a parameter's path.
     """
 
     def of(path: tuple[Any, ...], x: Any) -> NamedSharding:
         keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
-        lora = bool(keys) and keys[-1].rpartition("/")[2] in ("lora_a", "lora_b")
-        return NamedSharding(mesh, spec(keys[-1], x.shape, mesh) if lora else PartitionSpec())
+        known = bool(keys) and keys[-1].rpartition("/")[2] in LEAVES
+        return NamedSharding(mesh, spec(keys[-1], x.shape, mesh) if known else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

@@ -3,12 +3,14 @@
     python -m flowgrpo_jax.train --config configs/shapes.py --workdir runs/shapes [--resume]
 
 An epoch: prompts -> a group of images for each, by the stochastic sampler -> rewards -> advantages
-relative to the group -> clipped policy updates of the LoRA weights. Now and then: evaluation by the
+relative to the group -> clipped policy updates of the LoRA weights (or, with lora.rank=0, of all of
+the transformer's). Now and then: evaluation by the
 deterministic ODE, and a checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -28,10 +30,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowgrpo_jax import cli, grpo, recipe, sampler, settings, sharding, update
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.checkpoint import Best, Checkpoints, rescue
 from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.logs import Metrics
-from flowgrpo_jax.models import lora
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.types import Conditioning, PromptBatch, Scores, TrainState, Trajectory
@@ -50,11 +51,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     cli.prepare(workdir, resume)
 
     key = jax.random.key(config.seed)
-    adapter = sharding.put_state(run.mesh, run.model.init_lora(key))
-    state = update.init(adapter, run.optimiser, key)
+    trained = sharding.put_state(run.mesh, run.model.init_lora(key))
+    run = dataclasses.replace(run, model=recipe.release(config, run.model))
+    state = update.init(trained, run.optimiser, key)
     state = sharding.put_state(run.mesh, state)
     null = run.encode([""])
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    keep_best = config.checkpoint.best
+    best = Best(workdir / "best", keep_best) if keep_best else None
     first = 0
     if resume and checkpoints.steps():
         state, first = checkpoints.resume(state)
@@ -79,11 +83,20 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     )
     saved, epoch, asked, lost = first if resume else -1, first, 0, 0
 
-    def save() -> None:
+    def save(last: bool = False) -> None:
+        """A checkpoint that cannot be written costs a warning, unless it is the last one."""
         nonlocal saved
-        if saved != epoch:
-            checkpoints.save(epoch, state, {"epoch": epoch, "config": config.to_dict()})
+        record = {"epoch": epoch, "config": config.to_dict()}
+        try:
+            if saved != epoch:
+                checkpoints.save(epoch, state, record)
             saved = epoch
+            if last:
+                checkpoints.wait()  # a second signal must not cut it short
+        except OSError as error:
+            if last:
+                raise rescue(epoch, state, record, error) from error
+            log.warning("%s; training goes on", error)
 
     with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
         try:
@@ -91,7 +104,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 stop.check()
                 report: dict[str, Any] = {}
                 if run.test_prompts and config.eval.every and epoch % config.eval.every == 0:
-                    report |= evaluate_into(workdir, run, state, null, epoch, stop.check)
+                    report |= evaluate_into(workdir, run, state, null, epoch, best, stop.check)
                 begun = time.perf_counter()
                 state, figures = one_epoch(run, state, null, epoch, pool, stop)
                 lost = lost + 1 if figures["skipped"] > 1 - 1e-6 else 0
@@ -113,18 +126,18 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         except Exception as error:
             # What was trained is kept. Saving takes all processes: not if one failed alone.
             if isinstance(error, Hopeless) or jax.process_count() == 1:
-                save()
-                checkpoints.close()
+                save(last=True)
             raise
-        save()
-        checkpoints.wait()  # a second signal must not cut the last one short
+        save(last=True)
     bar.close()
     if epoch == config.epochs and run.test_prompts and config.eval.every:
-        report = evaluate_into(workdir, run, state, null, epoch)
+        report = evaluate_into(workdir, run, state, null, epoch, best)
         metrics.write(epoch, report)
         if first_process:
             print(json.dumps({k: round(v, 4) for k, v in report.items() if math.isfinite(v)}))
     checkpoints.close()
+    if best:
+        best.checkpoints.close()
     metrics.close()
     if epoch < config.epochs and first_process:
         print(f"stopped after epoch {epoch}; go on with --resume")
@@ -215,7 +228,7 @@ def improve(
     """
     config, plan = run.config, run.plan
     trained = settings.trained_steps(config, state.key, epoch)
-    reference = lora.reference(state.lora)
+    reference = run.model.reference(state.lora)
     per_micro = np.split(np.asarray(advantages), plan.updates * plan.micro_batches)
     figures: dict[str, float] = {}
     for u in range(plan.updates):
@@ -297,9 +310,11 @@ def evaluate_into(
     state: TrainState,
     null: Conditioning,
     epoch: int,
+    best: Best | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Evaluate the EMA weights and leave a grid of the same prompts and seeds as always."""
+    """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
+    state where it is the best so far."""
     result, images, batch = evaluate(run, state.ema, null, check=check)
     save_grid(workdir / "samples" / f"epoch-{epoch:05d}.png", images, batch, run.config.eval.grid)
     tags = {
@@ -307,7 +322,10 @@ def evaluate_into(
         for tag, values in result["per_tag"].items()
         for name, value in values.items()
     }
-    return {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
+    report = {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
+    if best:
+        best.offer(epoch, state, report)
+    return report
 
 
 def show(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None:

@@ -132,13 +132,14 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
         ({"sample.window": 4, "train.steps": 5}, r"train\.steps=5: .*4 steps"),
         ({"train.clip_range": 0.0}, r"train\.clip_range=0\.0: .*above 0"),
         ({"train.ema_decay": 1.0}, r"train\.ema_decay=1\.0: .*\[0, 1\)"),
-        ({"lora.rank": 0}, r"lora\.rank=0: .*at least 1"),
+        ({"lora.rank": -1}, r"lora\.rank=-1: .*at least 1, or 0 to train all"),
+        ({"checkpoint.best": "beauty"}, r"checkpoint\.best='beauty' is not evaluated: choose from"),
         ({"checkpoint.every": 0}, r"checkpoint\.every=0: .*at least 1"),
         ({"reward.weights": ConfigDict()}, r"reward\.weights=\{\}: name at least one"),
         ({"reward.combine": "sum"}, r"reward\.combine='sum': choose from 'rewards', 'advantages'"),
         (
             {"reward.options": ConfigDict({"ocrr": {"strict": True}})},
-            r"reward\.options names \['ocrr'\]: no such reward, choose from .*'ocr'",
+            r"reward 'ocrr' is unknown: choose from .*ocr",
         ),
         (
             {"reward.weights": ConfigDict({"shapes": 0.0})},

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flowgrpo_jax import cost
+from configs import pickscore, shapes
+from flowgrpo_jax import compile, cost, sharding
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.rewards import described
 
 LAYERS, ROWS, WIDTH = 6, 64, 32
 
@@ -42,6 +44,47 @@ def test_products_in_loops_gradients_and_recomputation():
         return jnp.square(jax.lax.scan(body, x, w)[0]).sum()
 
     assert count(jax.grad(recomputed), W, X) == 4 * ONCE
+
+
+@pytest.mark.parametrize(
+    "name, parameters, work",
+    [
+        # open_clip's own profile of ViT-H-14 and ViT-L-14: millions of parameters, GFLOP a pair
+        ("pickscore", 986.11e6, 381.68e9),
+        ("clipscore", 427.62e6, 175.33e9),
+    ],
+)
+def test_described_towers_are_the_published_ones(name, parameters, work):
+    reward, wanted = described.describe([name, "ocr"], {})[name]
+    assert sum(x.size for x in jax.tree.leaves(reward.weights)) == pytest.approx(
+        parameters, rel=1e-4
+    )
+    images = jax.ShapeDtypeStruct((4, 512, 512, 3), jnp.uint8)
+    prepared = {key: jax.ShapeDtypeStruct((4, *x.shape), x.dtype) for key, x in wanted.items()}
+    # Ours resizes the picture as well, with two products: (224 x 512 + 224 x 224) x 512 x 3.
+    resizing = 2 * 224 * 512 * 3 * (512 + 224)
+    counted = count(reward.score, reward.weights, images, prepared)
+    assert counted == pytest.approx(4 * (work + resizing), rel=2e-2)
+
+
+def test_rewards_on_the_same_weights_are_described_once():
+    """Of the recipe's towers three are CLIPs, one of them serves two rewards, and one is a BLIP."""
+    config = pickscore.get_config("full")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    images = jax.ShapeDtypeStruct((2, 512, 512, 3), jnp.uint8)
+    batch = images, jax.ShapeDtypeStruct((2,), jnp.int32)
+    scoring, judging = compile.score(config, mesh, 1, batch, batch)
+    trained, judged = scoring[1][0], judging[1][0]
+    assert set(trained) == {"pickscore"} and set(judged) == set(config.eval.rewards)
+
+    def arrays(*weights):
+        return {id(x) for x in jax.tree.leaves(weights)}
+
+    assert arrays(trained) == arrays(judged["pickscore"])
+    assert arrays(judged["clipscore"]) < arrays(judged["aesthetic"])
+    assert not arrays(judged["pickscore"]) & arrays(judged["hpsv2"])
+    no_towers = shapes.get_config()
+    assert compile.score(no_towers, mesh, 1, batch, batch) == [None, None]
 
 
 def test_convolutions_and_conditions():
@@ -75,7 +118,8 @@ import sys
 sys.path.insert(0, "tests")
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from flowgrpo_jax import cost
+from configs import pickscore, shapes
+from flowgrpo_jax import compile, cost, sharding
 from test_cost import W, X, layers_loss
 
 def laid_out(mesh, x, spec):
@@ -156,8 +200,8 @@ def test_the_recipe_in_the_box_compiles_for_a_pod(tmp_path):
     for name in ("sample", "evaluate", "text", "apply"):
         assert programs[name]["links"] < 1e5, programs[name]
     spec = LoRASpec(report["config"]["lora"]["rank"], report["config"]["lora"]["alpha"])
-    shapes = sd3.describe(sd3.find_architecture("shapes"), lora_spec=spec).lora_shapes
-    adapter = 4 * sum(x.size for x in shapes.values())  # bytes
+    adapted = sd3.describe(sd3.find_architecture("shapes"), lora_spec=spec).lora_shapes
+    adapter = 4 * sum(x.size for x in adapted.values())  # bytes
     # Summed over 4 chips once for each of the window's transitions, and next to nothing else.
     summed = 2 * 3 / 4 * report["config"]["sample"]["window"] * adapter
     assert programs["accumulate"]["links"] == pytest.approx(summed, rel=1e-3)

@@ -5,6 +5,7 @@ Runs here are tiny: what is tested is that they are complete, repeatable and can
 
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -47,6 +48,7 @@ def get_config():
     c.reward.weights = ConfigDict({"jpeg_incompressibility": 20.0, "shapes": 0.0})
     c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 12, 4, 2
     c.eval.rewards = ("jpeg_incompressibility", "shapes_strict")
+    c.checkpoint.best = "jpeg_incompressibility"
     c.checkpoint.every = 1
     return c
 """
@@ -308,6 +310,90 @@ def test_what_was_trained_before_an_error_is_kept(folder, half, monkeypatch):
     assert Checkpoints(folder / "cut-short" / "checkpoints").steps() == [1]
     (ours,) = rows(folder / "cut-short")
     assert timeless(ours) == timeless(rows(half)[0], prefix="eval/")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB, which is about five checkpoints of the tiny run."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("may not mount a file system here")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def fill(folder, leave):
+    """A file that leaves so many bytes of the file system free."""
+    with open(folder / "ballast", "wb") as file:
+        file.write(bytes(shutil.disk_usage(folder).free - leave))
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(
+    folder, whole, small_disk, monkeypatch, caplog
+):
+    """Full in the second epoch, roomy again at the end of the third, whose checkpoint is there."""
+
+    def disturbed(run, state, null, epoch, *rest):
+        if epoch == 1:
+            fill(small_disk, leave=50_000)
+        result = one_epoch(run, state, null, epoch, *rest)
+        if epoch == 2:
+            (small_disk / "ballast").unlink()
+        return result
+
+    monkeypatch.setattr("flowgrpo_jax.train.one_epoch", disturbed)
+    workdir = small_disk / "run"
+    config = load(folder, epochs=3, eval__every=0, checkpoint__keep=1, log__tensorboard=False)
+    train(config, workdir)
+    assert "could not be written" in caplog.text and "No space left" in caplog.text
+    assert Checkpoints(workdir / "checkpoints").steps() == [3]
+    for ours, theirs in zip(rows(workdir), rows(whole.workdir)):
+        assert timeless(ours) == timeless(theirs, prefix="eval/")
+
+
+def test_the_last_state_finds_a_place_when_the_disk_is_full(folder, small_disk, monkeypatch):
+    monkeypatch.setattr("flowgrpo_jax.checkpoint.tempfile.tempdir", str(folder))
+
+    def disturbed(*arguments):
+        fill(small_disk, leave=50_000)
+        return one_epoch(*arguments)
+
+    monkeypatch.setattr("flowgrpo_jax.train.one_epoch", disturbed)
+    config = load(folder, epochs=1, eval__every=0, log__tensorboard=False)
+    with pytest.raises(
+        OSError, match=r"No space left.*state after epoch 1 is in .*--resume"
+    ) as told:
+        train(config, small_disk / "run")
+    spare = Path(re.search(r"is in (\S+):", str(told.value))[1])
+    assert Checkpoints(spare).steps() == [1]
+
+
+def hangs(images, prompts, metadata):
+    time.sleep(10_000)
+
+
+def test_a_reward_that_hangs_ends_the_run(folder, monkeypatch):
+    monkeypatch.setitem(rewards.TABLE, "shapes", f"{__name__}:hangs")
+    config = load(folder, eval__every=0, reward__timeout=0.5)
+    config.reward.weights.shapes = 1.0
+    with pytest.raises(RuntimeError, match=r"failed on 100% .*reward\.max_failed=50%"):
+        train(config, folder / "hanging")
+
+
+def test_the_best_evaluation_is_kept(folder, whole):
+    """Of the evaluations after 0, 2 and 4 epochs, whatever the last checkpoints are."""
+    scores = {r["epoch"]: r.get("eval/jpeg_incompressibility", -1) for r in rows(whole.workdir)}
+    epoch = max(scores, key=scores.get)
+    best = Checkpoints(whole.workdir / "best")
+    assert best.steps() == [epoch]
+    assert best.record(epoch)["eval/jpeg_incompressibility"] == scores[epoch]
+    run = recipe.build(load(folder), training=False)
+    result, *_ = evaluate(
+        run, checkpoint.load_lora(whole.workdir / "best", run.model), run.encode([""])
+    )
+    assert result["metrics"]["jpeg_incompressibility"] == pytest.approx(scores[epoch], rel=1e-6)
 
 
 def brightness(images, prompts, metadata):

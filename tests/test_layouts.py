@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -86,13 +87,21 @@ def write_model(folder):
     package.write(folder, params, MMDIT, vae, *clips, t5, dtype=np.float32)
 
 
+CACHE_ALL = (
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+)
 calls: list[int] = []
 
 
 def brightness(images, prompts, metadata):
-    """Hardly moves when a value is rounded the other way. Kills its process at a call asked for."""
+    """Hardly moves when a value is rounded the other way. Kills its process at a call asked for,
+    once the checkpoint asked for is complete: checkpoints are written in the background."""
     calls.append(len(images))
     if os.environ.get("KILL_AT_CALL") == str(len(calls)):
+        deadline = time.monotonic() + 100
+        while not Path(os.environ["KILL_AFTER"]).exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
     return images.mean((1, 2, 3)) / 255, np.ones(len(images), bool)
 
@@ -111,18 +120,24 @@ def load(folder, mesh, host_call):
     c.reward.weights = {"brightness": 1.0}
     c.reward.host_call = host_call
     c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 8, 8, 2
-    c.eval.rewards = ()
+    c.eval.rewards, c.checkpoint.best = (), "brightness"
     c.train.eps, c.train.learning_rate = 1.0, 1.0  # steps follow the gradient, not its sign
     c.checkpoint.every = 1
     c.mesh.update(mesh)
     return c
 
 
+def adapted(config, name):
+    """Runs whose name begins with "full" have no adapter."""
+    config.lora.rank = 0 if name.startswith("full") else config.lora.rank
+    return config
+
+
 def run(folder, name, mesh, host_call, epochs):
     """What each child process does, as launchers have it done."""
     cli.connect()
     rewards.TABLE["brightness"] = "test_layouts:brightness"
-    config = load(Path(folder), mesh, host_call)
+    config = adapted(load(Path(folder), mesh, host_call), name)
     if jax.process_count() > 1:  # each with a cache of its own, as on machines without shared disks
         config.model.text_cache = f"{folder}/texts-{jax.process_index()}"
     config.epochs = epochs
@@ -149,6 +164,8 @@ def spawn(folder, name, mesh, host_call="overlap", *, devices, processes=1, epoc
                 "FLOWGRPO_PROCESSES": str(processes),
                 "FLOWGRPO_PROCESS": str(i),
             }
+        # Runs of one layout share compiled programs.
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
         if i == processes - 1:
             env |= dict(last)
         call = f"test_layouts.run{(str(folder), name, mesh, host_call, epochs)!r}"
@@ -176,7 +193,8 @@ def outcome(folder, name):
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
-    built = recipe.build(load(folder, {"data": 1}, "overlap"), training=False)
+    config = adapted(load(folder, {"data": 1}, "overlap"), name)
+    built = recipe.build(config, training=False)
     return rows, jax.device_get(load_lora(folder / name, built.model))
 
 
@@ -209,7 +227,7 @@ def same(ours, theirs):
         gap = mine.pop("ratio_gap", 0), other.pop("ratio_gap", 0)
         assert max(gap) < 1e-5
         # Losses are sums of advantages near 0: what is left of them is rounding.
-        assert mine == pytest.approx(other, rel=2e-3, abs=1e-5)
+        assert mine == pytest.approx(other, rel=2e-3, abs=5e-5)
     for path, x in theirs[1].items():
         size = np.abs(x).max()
         np.testing.assert_allclose(ours[1][path], x, atol=2e-3 * size + 1e-9, err_msg=path)
@@ -221,6 +239,16 @@ def test_the_layout_does_not_change_the_result(folder, one_device, layout):
     same(outcome(folder, layout), one_device)
 
 
+def test_the_layout_does_not_change_full_fine_tuning(folder):
+    start(folder, "full-one", {"data": 1}, devices=1)
+    start(folder, "full-eight", {"data": 2, "fsdp": 2, "tensor": 2}, devices=8)
+    one = outcome(folder, "full-one")
+    base = package.read(folder / "model", {"transformer": lambda rngs: MMDiT(MMDIT, rngs=rngs)})
+    moved = [np.abs(x - base["transformer"][path]).max() for path, x in one[1].items()]
+    assert np.median(moved) > 1e-5
+    same(outcome(folder, "full-eight"), one)
+
+
 @pytest.mark.parametrize("host_call", ["overlap", "callback"])
 def test_two_processes_train_as_one(folder, one_device, host_call):
     name = f"two-{host_call}"
@@ -228,23 +256,60 @@ def test_two_processes_train_as_one(folder, one_device, host_call):
     same(outcome(folder, name), one_device)
 
 
-def test_a_killed_process_ends_the_run_and_a_restart_goes_on(folder):
+PAIR = {"data": 4, "fsdp": 2}  # the layout of the runs of two processes that meet with faults
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    start(folder, "undisturbed", PAIR, devices=8, processes=2)
+    return outcome(folder, "undisturbed")
+
+
+def exactly(ours, theirs):
+    assert ours[0] == theirs[0]
+    for path, x in theirs[1].items():
+        np.testing.assert_array_equal(ours[1][path], x)
+
+
+def test_a_killed_process_ends_the_run_and_a_restart_goes_on(folder, undisturbed):
     """One of two processes is killed in the middle of the second epoch. The other one ends in
     bounded time, and the restarted run is, bit for bit, the one that was never killed."""
-    layout = {"data": 4, "fsdp": 2}
-    start(folder, "never-killed", layout, devices=8, processes=2)
+    kill = {"KILL_AT_CALL": "4", "KILL_AFTER": str(folder / "killed" / "checkpoints" / "1")}
     begun = time.monotonic()
-    children = spawn(folder, "killed", layout, devices=8, processes=2, last={"KILL_AT_CALL": "4"})
+    children = spawn(folder, "killed", PAIR, devices=8, processes=2, last=kill)
     (other, _), _ = (child.communicate(timeout=400) for child in children)
     assert children[1].returncode == -signal.SIGKILL
     assert children[0].returncode > 0 or children[0].returncode == -signal.SIGABRT, other
     assert time.monotonic() - begun < 300
     assert Checkpoints(folder / "killed" / "checkpoints").steps() == [1]
-    start(folder, "killed", layout, devices=8, processes=2)
-    ours, theirs = outcome(folder, "killed"), outcome(folder, "never-killed")
-    assert ours[0] == theirs[0]
-    for path, x in theirs[1].items():
-        np.testing.assert_array_equal(ours[1][path], x)
+    start(folder, "killed", PAIR, devices=8, processes=2)
+    exactly(outcome(folder, "killed"), undisturbed)
+
+
+def test_one_process_is_told_to_stop_and_both_save(folder, undisturbed):
+    """SIGTERM to one of two: both leave after the same epoch with the status for a restart."""
+    children = spawn(folder, "stopped", PAIR, devices=8, processes=2, epochs=100_000)
+    log, deadline = folder / "stopped" / "metrics.jsonl", time.monotonic() + 300
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert time.monotonic() < deadline and all(child.poll() is None for child in children)
+        time.sleep(0.1)
+    children[1].send_signal(signal.SIGTERM)
+    outputs = [child.communicate(timeout=300)[0] for child in children]
+    assert [child.returncode for child in children] == [cli.RESTART] * 2, outputs
+    done = len(log.read_text().splitlines())
+    assert Checkpoints(folder / "stopped" / "checkpoints").steps()[-1] == done
+    # The third row of the undisturbed run is its last evaluation; the stopped one went on instead.
+    assert outcome(folder, "stopped")[0][:2] == undisturbed[0][:2]
+
+
+def test_two_processes_pass_over_a_damaged_checkpoint(folder, undisturbed):
+    shutil.copytree(folder / "undisturbed", folder / "torn")
+    for file in (folder / "torn" / "checkpoints" / "2").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-9])
+    start(folder, "torn", PAIR, devices=8, processes=2)
+    exactly(outcome(folder, "torn"), undisturbed)
+    assert Checkpoints(folder / "torn" / "checkpoints").steps() == [1, 2]
 
 
 def test_a_run_goes_on_in_another_layout(folder, one_device):

@@ -146,10 +146,26 @@ def test_a_picture_that_cannot_be_read_is_invalid_alone(both, monkeypatch, caplo
     assert "the engine failed" in caplog.text
 
 
+def test_rewards_of_the_same_options_read_a_picture_once(monkeypatch):
+    looks = []
+
+    def counted(*settings):
+        return lambda image: looks.append(settings) or "stop stop"
+
+    monkeypatch.setattr(ocr, "recogniser", counted)
+    rows = rewards.load(["ocr", "ocr_lenient"], {"ocr": {"workers": 1}})
+    batch = np.stack([picture("STOP"), picture("GO")]), ['"stop"', '"stop"'], [{}] * 2
+    assert rows["ocr"](*batch)[0].tolist() == [0, 0]
+    assert rows["ocr_lenient"](*batch)[0].tolist() == [1, 1]
+    assert len(looks) == 2
+    rewards.load(["ocr"], {"ocr": {"workers": 1, "upscale": 2}})["ocr"](*batch)
+    assert len(looks) == 4
+
+
 def test_without_the_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "rapidocr", None)
     with pytest.raises(ImportError, match=r"flowgrpo_jax\[ocr\]"):
-        rewards.load(["ocr"])
+        rewards.load(["ocr"], {"ocr": {"workers": 7}})  # of no reader that is there already
 
 
 @pytest.mark.parametrize("option", ["workers", "upscale"])

@@ -216,6 +216,7 @@ def tiny(config, checkpoint, tmp_path):
     options = {name: c.reward.options[name] for name in own if name in c.reward.options}
     c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0, **own})
     c.reward.options, c.eval.rewards = ConfigDict(options), tuple(c.reward.weights)
+    c.checkpoint.best = "jpeg_compressibility"
     if c.prompts.train.startswith("flow_grpo"):
         for split in ("train", "test"):
             lines = [f"a {split} picture of {n} cats, cinematic light" for n in range(30)]
@@ -255,6 +256,26 @@ def test_two_epochs_and_an_evaluation(name, variant, changes, checkpoint, tmp_pa
     assert tags == (six if name == "geneval" else set())
     texts = 2 * 4 + 6 + 1  # both epochs', the evaluation's and the empty one
     assert len(list((tmp_path / "texts").iterdir())) in range(texts - 2, texts + 1)
+
+
+def test_the_small_detector_trains(checkpoint, tmp_path):
+    """On noise it sees nothing, so that a picture's size tells one from another."""
+    try:
+        rewards.load(["geneval"], {"geneval": {"detector": "small"}})
+    except ImportError as error:
+        pytest.skip(str(error))
+    c = tiny(load("geneval", "fast"), checkpoint, tmp_path)
+    c.reward.weights = ConfigDict({"geneval": 1.0, "jpeg_compressibility": 1e-3})
+    c.reward.options = ConfigDict({"geneval": {"detector": "small"}})
+    c.eval.rewards = ("geneval", "geneval_strict", "geneval_official")
+    c.checkpoint.best = "geneval_strict"
+    train(c, tmp_path / "run")
+    first, second, last = rows(tmp_path / "run")
+    for row in (first, second):
+        assert row["failed"] == 0 and row["grad_norm"] > 0
+        assert 0 <= row["reward/geneval"] < 0.5
+    assert last["eval/geneval_strict"] <= last["eval/geneval"] < 0.5
+    assert (tmp_path / "run" / "best").is_dir()
 
 
 def test_two_tasks_in_one_run(checkpoint, tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image
 from configs import ocr as ocr_recipe
 from configs import shapes
 from flowgrpo_jax import grpo, recipe, rewards, sharding
-from flowgrpo_jax.rewards import graph, host, ocr
+from flowgrpo_jax.rewards import graph, host, ocr, remote
 from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.shapes.render import Thing, render
@@ -98,6 +98,24 @@ def test_a_row_that_shares_options_may_have_its_own(monkeypatch):
         {"workers": 2, "strict": True},
         {"workers": 3, "strict": False},
     ]
+
+
+def test_a_row_may_be_used_several_times(monkeypatch):
+    """Two servers: each under a name of its own, with what they share said once."""
+    seen = []
+    monkeypatch.setattr(remote, "make", lambda **options: seen.append(options) or len(seen))
+    options = {
+        "remote": {"secret_env": "S"},
+        "remote:a": {"urls": ["http://a"]},
+        "remote:b": {"urls": ["http://b"], "secret_env": "T"},
+    }
+    assert rewards.load(["remote:a", "remote:b"], options) == {"remote:a": 1, "remote:b": 2}
+    assert seen == [
+        {"secret_env": "S", "urls": ["http://a"]},
+        {"secret_env": "T", "urls": ["http://b"]},
+    ]
+    with pytest.raises(ValueError, match="'far:a' is unknown"):
+        rewards.load(["far:a"])
 
 
 # ------------------------------------------------------------------------ guarded and combined
@@ -273,7 +291,7 @@ def test_a_recipe_s_scorers_place_what_they_share_once(training, monkeypatch):
     config = shapes.get_config()
     config.reward.weights = ConfigDict({"trained": 1.0, "watched": 0.0})
     config.reward.options = ConfigDict({name: {"head": 1} for name in names})
-    config.eval.rewards = ("watched", "tested")
+    config.eval.rewards, config.checkpoint.best = ("watched", "tested"), "tested"
     scorer, test_scorer = recipe.scorers(config, sharding.make_mesh(), [], [], training=training)
     assert test_scorer.mix.names == tuple(test_scorer.in_graph) == ("watched", "tested")
     assert scorer.mix.names == tuple(scorer.in_graph) == ("trained", "watched") * training

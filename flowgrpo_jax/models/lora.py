@@ -45,7 +45,10 @@ UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # PEF
 
 @dataclass(frozen=True)
 class LoRASpec:
-    """Which linears get an adapter (by the end of their dotted name, as in PEFT), and its size."""
+    """Which linears get an adapter (by the end of their dotted name, as in PEFT), and its size.
+
+    Rank 0 is no adapter: all of the model's weights are trained.
+    """
 
     rank: int = 32
     alpha: float = 64.0
@@ -53,7 +56,7 @@ class LoRASpec:
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / self.rank if self.rank else 0.0
 
 
 def add(model: nnx.Module, spec: LoRASpec) -> None:

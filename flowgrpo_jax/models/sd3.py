@@ -32,6 +32,7 @@ BUNDLED = ("shapes", "signs")  # models of the package's own worlds, by the name
 ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
 T5_PARTS = "tokenizer_3", "text_encoder_3"
+CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
 TEXTS = 64  # prompts that are encoded at once
 TEXT: dict[str, Any] = {
     "text_encoder": CLIPText,
@@ -46,7 +47,8 @@ class SD3:
     ShapeDtypeStruct} where it is only described. The text encoders are read when they are needed.
 
     velocity(lora, base, latents [B, H, W, C] f32, sigma [B], tokens [B, L, E], pooled [B, V])
-      -> f32 [B, H, W, C]
+      -> f32 [B, H, W, C]; `lora` is what is trained: an adapter, or f32 weights that take the place
+      of the transformer's own (full fine-tuning)
     decode(vae, latents [B, H, W, C]) -> uint8 [B, 8H, 8W, 3]
     encode_text(text, ids) -> Conditioning of P prompts
     """
@@ -71,7 +73,14 @@ class SD3:
         return self.params["transformer"]
 
     def init_lora(self, key: jax.Array) -> Params:
-        return lora.init(key, self.lora_shapes)
+        """What is trained: an adapter that changes nothing yet, or the weights in f32."""
+        if self.lora_spec.rank:
+            return lora.init(key, self.lora_shapes)
+        return {path: jnp.array(self.base[path], x.dtype) for path, x in self.lora_shapes.items()}
+
+    def reference(self, trained: Params) -> Params:
+        """The policy before training, whatever `trained` is by now."""
+        return lora.reference(trained) if self.lora_spec.rank else {}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Latent [H, W, C] of an image of height x width pixels."""
@@ -257,7 +266,8 @@ def describe(
 
     def adapted(rngs: nnx.Rngs) -> MMDiT:
         module = MMDiT(parts.transformer, dtype=dtype, remat=remat, unroll=unroll, rngs=rngs)
-        lora.add(module, spec)
+        if spec.rank:
+            lora.add(module, spec)
         return module
 
     def encoder(name: str) -> tuple[Any, Params]:
@@ -266,11 +276,19 @@ def describe(
 
     mmdit, shapes = part(adapted, dtype)
     lora_shapes, base = lora.split(shapes)
+    if not spec.rank:
+        lora_shapes = {
+            path: jax.ShapeDtypeStruct(x.shape, jnp.float32)
+            for path, x in base.items()
+            if path not in CONSTANTS
+        }
     vae, vae_shapes = part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
     text = {name: encoder(name) for name in TEXT if getattr(parts, name) is not None}
 
     def velocity(lora, base, latents, sigma, tokens, pooled):
         x = latents.astype(dtype)
+        if not spec.rank:  # as the frozen weights are: bit for bit the same policy before training
+            lora = {path: w.astype(dtype) for path, w in lora.items()}
         v = mmdit({**base, **lora}, x, 1000 * sigma, tokens.astype(dtype), pooled.astype(dtype))
         return v.astype(jnp.float32)
 

@@ -38,6 +38,33 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+class GroupNorm(nnx.Module):
+    """Normalises groups of channels over all positions, epsilon 1e-6, statistics in f32.
+
+    Sums over positions first, then over the channels of a group: XLA on the CPU takes three times
+    as long for both at once, as `nnx.GroupNorm` has it, and then longer than for the convolution.
+    """
+
+    def __init__(self, channels: int, groups: int, dtype: Any):
+        if channels % groups:
+            raise ValueError(f"{channels} channels are not a multiple of norm_num_groups={groups}")
+        self.groups, self.dtype = groups, dtype
+        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> the same."""
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+        y = y - self._mean(y)
+        y = y * jax.lax.rsqrt(self._mean(jnp.square(y)) + 1e-6)  # the two-pass variance: exact
+        return (y * self.scale[...] + self.bias[...]).reshape(x.shape).astype(self.dtype)
+
+    def _mean(self, y: jax.Array) -> jax.Array:
+        """Of each channel's group: [B, S, C] -> [B, 1, C]."""
+        b, _, c = y.shape
+        mean = y.mean(1).reshape(b, self.groups, c // self.groups).mean(-1)
+        return jnp.repeat(mean, c // self.groups, axis=-1)[:, None]
+
+
 class Maker:
     """Layers with the config's dtype and groups filled in, so that the blocks read short."""
 
@@ -59,14 +86,7 @@ class Maker:
         )
 
     def norm(self, channels: int):
-        return nnx.GroupNorm(
-            channels,
-            num_groups=self.config.norm_num_groups,
-            epsilon=1e-6,
-            use_fast_variance=False,  # E[x^2] - E[x]^2 loses the digits of a small spread
-            dtype=self.dtype,
-            rngs=self.rngs,
-        )
+        return GroupNorm(channels, self.config.norm_num_groups, self.dtype)
 
     def linear(self, n_in: int, n_out: int):
         return Linear(n_in, n_out, dtype=self.dtype, rngs=self.rngs)

@@ -56,16 +56,17 @@ def load(
     """The rewards of these names; nothing is imported before it is asked for.
 
     Args:
-      options: {name: keyword arguments of the row's `make()`}; for rows of `VIEWS` see there.
+      names: of rows; "remote:deqa" is the row `remote` once more, under a name of its own.
+      options: {name: keyword arguments of the row's `make()`}. A name of its own adds to the row's;
+        for rows of `VIEWS` see there.
     """
     given = options or {}
     rewards = {}
     for name in names:
-        if name not in TABLE:
-            raise ValueError(f"reward {name!r} is unknown: choose from {', '.join(sorted(TABLE))}")
-        base, changes = VIEWS.get(name, (name, {}))
-        chosen = {**given.get(base, {}), **changes, **given.get(name, {})}
-        module, _, attribute = TABLE[name].partition(":")
+        row = row_of(name)
+        base, changes = VIEWS.get(row, (row, {}))
+        chosen = {**given.get(base, {}), **changes, **given.get(row, {}), **given.get(name, {})}
+        module, _, attribute = TABLE[row].partition(":")
         found = getattr(importlib.import_module(module), attribute.removesuffix("()"))
         if attribute.endswith("()"):
             found = found(**chosen)
@@ -73,3 +74,11 @@ def load(
             raise ValueError(f"reward.options.{name}={chosen}: {name} takes no options")
         rewards[name] = found
     return rewards
+
+
+def row_of(name: str) -> str:
+    """The row of `TABLE` that a name means. Raises ValueError where there is none."""
+    row = name.partition(":")[0]
+    if row not in TABLE:
+        raise ValueError(f"reward {name!r} is unknown: choose from {', '.join(sorted(TABLE))}")
+    return row

@@ -28,6 +28,12 @@ from flowgrpo_jax.rewards.towers import CLIP_H, CLIP_L, HEAD_FILES, HPS_FILES, T
 from flowgrpo_jax.types import GraphReward, Metadata
 
 log = logging.getLogger(__name__)
+Prepare = Callable[[Sequence[str], Sequence[Metadata]], dict[str, np.ndarray]]
+
+# How images are read, and how the score is made of cosine and logit.
+PICKSCORE: dict[str, Any] = {"preprocess": as_pil, "rule": lambda cosine, logit: logit / 26}
+CLIPSCORE: dict[str, Any] = {"preprocess": as_tensor, "rule": lambda cosine, logit: logit / 30}
+HPSV2: dict[str, Any] = {"preprocess": as_pil, "rule": lambda cosine, logit: cosine}
 
 
 def pickscore(
@@ -43,7 +49,7 @@ def pickscore(
     """
     tower = towers.clip(path, dtype, "reward.options.pickscore.path")
     texts = _tokenised(tower, tokenizer, "reward.options.pickscore.tokenizer")
-    return _agreement(tower, dtype, texts, as_pil, lambda cosine, logit: logit / 26)
+    return agreement(tower, dtype, texts, **PICKSCORE)
 
 
 def clipscore(path: str = CLIP_L, dtype: str = "float32") -> GraphReward:
@@ -54,7 +60,7 @@ def clipscore(path: str = CLIP_L, dtype: str = "float32") -> GraphReward:
     option = "reward.options.clipscore.path"
     tower = towers.clip(path, dtype, option)
     texts = _tokenised(tower, None, option)
-    return _agreement(tower, dtype, texts, as_tensor, lambda cosine, logit: logit / 30)
+    return agreement(tower, dtype, texts, **CLIPSCORE)
 
 
 def hpsv2(
@@ -71,7 +77,7 @@ def hpsv2(
     """
     tower = towers.clip(path, dtype, "reward.options.hpsv2.path", HPS_FILES, VIT_H_14)
     texts = _tokenised(tower, tokenizer, "reward.options.hpsv2.tokenizer")
-    return _agreement(tower, dtype, texts, as_pil, lambda cosine, logit: cosine)
+    return agreement(tower, dtype, texts, **HPSV2)
 
 
 def aesthetic(
@@ -84,7 +90,11 @@ def aesthetic(
     """
     tower = towers.clip(path, dtype, "reward.options.aesthetic.path")
     file = towers.find(head, HEAD_FILES, "reward.options.aesthetic.head")
-    top = towers.read_head(file, tower.config.vision.projection_dim)
+    return beauty(tower, dtype, towers.read_head(file, tower.config.vision.projection_dim))
+
+
+def beauty(tower: Tower, dtype: str, top: Tower) -> GraphReward:
+    """The head's score of what the tower sees."""
 
     def score(weights: Any, images: jax.Array, rows: Any) -> jax.Array:
         seen = _look(tower, dtype, weights, images, as_pil)
@@ -112,6 +122,12 @@ def image_similarity(
     def prepare(prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, np.ndarray]:
         return {"pixels": np.stack([reference(folder, m, size) for m in metadata])}
 
+    return similarity(tower, dtype, prepare)
+
+
+def similarity(tower: Tower, dtype: str, prepare: Prepare) -> GraphReward:
+    """The cosine of the tower's embeddings of an image and of `pixels`."""
+
     def score(weights: Any, images: jax.Array, rows: Any) -> jax.Array:
         ours = _look(tower, dtype, weights, images, as_tensor)
         return jnp.sum(ours * _embed(tower, dtype, weights, rows["pixels"]), axis=-1)
@@ -132,8 +148,6 @@ def reference(folder: Path, metadata: Metadata, size: int) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------- common to several
-
-Prepare = Callable[[Sequence[str], Sequence[Metadata]], dict[str, np.ndarray]]
 
 
 def _tokenised(tower: Tower, fallback: str | None, option: str) -> Prepare:
@@ -159,7 +173,7 @@ def _look(
     return _embed(tower, dtype, weights, preprocess(images, tower.config.vision.image_size))
 
 
-def _agreement(
+def agreement(
     tower: Tower,
     dtype: str,
     prepare: Prepare,

@@ -48,14 +48,20 @@ def composite(
     if not rewards:
         return lambda images, prepared, rows: {}
     weights = {name: place(reward.weights) for name, reward in rewards.items()}
+    score = program({name: reward.score for name, reward in rewards.items()})
+    return lambda images, prepared, rows: score(weights, images, prepared, rows)
+
+
+def program(scores: Mapping[str, Callable[[Any, jax.Array, Any], jax.Array]]) -> Callable[..., Any]:
+    """Jitted f({name: weights}, images, prepared, rows) -> Scores."""
 
     @jax.jit
     def score(weights: Any, images: jax.Array, prepared: Any, rows: jax.Array) -> Scores:
         out = {}
-        for name, reward in rewards.items():
+        for name, own in scores.items():
             mine = jax.tree.map(lambda x: x[rows], prepared[name])
-            scores = reward.score(weights[name], images, mine).astype(jnp.float32)
-            out[name] = jnp.where(jnp.isfinite(scores), scores, jnp.nan)
+            values = own(weights[name], images, mine).astype(jnp.float32)
+            out[name] = jnp.where(jnp.isfinite(values), values, jnp.nan)
         return out
 
-    return lambda images, prepared, rows: score(weights, images, prepared, rows)
+    return score

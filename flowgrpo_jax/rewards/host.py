@@ -9,8 +9,9 @@ Both return the same scores.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from typing import Any
 
 import jax
@@ -51,6 +52,37 @@ def guarded(
         return np.zeros(n, np.float32), np.zeros(n, bool)
     valid = valid & np.isfinite(scores)
     return np.where(valid, scores, 0).astype(np.float32), valid
+
+
+class Limited:
+    """A reward whose calls may take so many seconds: then they raise TimeoutError.
+
+    A thread cannot be stopped from outside. The call that took too long goes on in its own, which
+    does not keep the process from ending; until it returns, further calls raise at once.
+    """
+
+    def __init__(self, reward: Reward, seconds: float):
+        self.reward, self.seconds = reward, seconds
+        self._late: Future[Any] | None = None
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self._late and not self._late.done():
+            raise TimeoutError("an earlier call has not returned yet")
+        result: Future[Any] = Future()
+        work = (result, images, prompts, metadata)
+        threading.Thread(target=self._call, args=work, daemon=True).start()
+        if not wait([result], self.seconds).done:
+            self._late = result
+            raise TimeoutError(f"no scores after reward.timeout={self.seconds:g} seconds")
+        return result.result()
+
+    def _call(self, result: Future[Any], *batch: Any) -> None:
+        try:
+            result.set_result(self.reward(*batch))
+        except BaseException as error:
+            result.set_exception(error)
 
 
 def composite(

@@ -5,7 +5,7 @@ Source: Xu et al. 2023 (arXiv 2304.05977), `inference_rank` of THUDM/ImageReward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,16 @@ def make(
         shape = (len(prompts), LENGTH)
         ids, mask = (np.asarray(read[x]).reshape(shape) for x in ("input_ids", "attention_mask"))
         return {"ids": ids.astype(np.int32), "mask": mask.astype(bool)}
+
+    return reading(tower, dtype, prepare)
+
+
+def reading(
+    tower: towers.Tower,
+    dtype: str,
+    prepare: Callable[[Sequence[str], Sequence[Metadata]], dict[str, np.ndarray]],
+) -> GraphReward:
+    """The tower's score of images and of their prompts' `ids` and `mask`."""
 
     def score(weights: Any, images: jax.Array, rows: Any) -> jax.Array:
         pixels = as_pil(images, tower.config.image_size)

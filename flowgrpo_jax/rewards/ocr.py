@@ -14,6 +14,7 @@ Deviations:
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flowgrpo_jax.rewards.kept import Kept
 from flowgrpo_jax.types import Metadata, Reward
 
 log = logging.getLogger(__name__)
@@ -49,43 +51,63 @@ def make(
 
     Raises ImportError without the extra `ocr`.
     """
-    local = threading.local()  # engines keep state between their stages: one for each thread
-    recogniser(confidence, upscale, detector_side)  # says at once what is missing
     if upscale < 1:
         raise ValueError(f"upscale={upscale} must be at least 1, which leaves pictures as they are")
     count = os.cpu_count() or 1 if workers is None else workers
     if count < 1:
         raise ValueError(f"workers={workers} must be at least 1, or None for one a core")
-    pool = ThreadPoolExecutor(count, thread_name_prefix="ocr")
-
-    def one(image: np.ndarray, prompt: str) -> float | None:
-        wanted = target(prompt)
-        if not wanted:
-            return None
-        if not hasattr(local, "read"):
-            local.read = recogniser(confidence, upscale, detector_side)
-        try:
-            return similarity(wanted, normalised(local.read(image)), strict=strict)
-        except Exception:
-            log.warning("reading the picture of %r failed", prompt, exc_info=True)
-            return None
+    read = reader(recogniser, confidence, upscale, detector_side, count)
 
     def reward(
         images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, np.ndarray]:
-        scores = list(pool.map(one, np.asarray(images), prompts))
-        if unquoted := [p for p in prompts if not target(p)]:
+        targets = [target(prompt) for prompt in prompts]
+        asked = [i for i, wanted in enumerate(targets) if wanted]
+        if len(asked) < len(prompts):
             log.warning(
                 "%d of %d prompts have no text in double quotes, such as %r: their images get"
                 " weight 0",
-                len(unquoted),
+                len(prompts) - len(asked),
                 len(prompts),
-                unquoted[0],
+                next(p for p, wanted in zip(prompts, targets) if not wanted),
             )
-        valid = np.array([score is not None for score in scores], bool)
-        return np.array([score or 0.0 for score in scores], np.float32), valid
+        scores, valid = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
+        for i, text in zip(asked, read(np.asarray(images)[asked])):
+            if text is not None:
+                scores[i] = similarity(targets[i], normalised(text), strict=strict)
+                valid[i] = True
+        return scores, valid
 
     return reward
+
+
+@functools.cache
+def reader(
+    recogniser: Callable[..., Callable[[np.ndarray], str]],
+    confidence: float,
+    upscale: int,
+    detector_side: int,
+    workers: int,
+) -> Callable[[np.ndarray], list[str | None]]:
+    """A function from pictures uint8 [B, H, W, 3] to their texts, None where reading failed.
+
+    One for all rewards of these options, which read a batch once between them.
+    """
+    recogniser(confidence, upscale, detector_side)  # says at once what is missing
+    local = threading.local()  # engines keep state between their stages: one for each thread
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
+    kept: Kept[list[str | None]] = Kept()
+
+    def one(image: np.ndarray) -> str | None:
+        if not hasattr(local, "read"):
+            local.read = recogniser(confidence, upscale, detector_side)
+        try:
+            return local.read(image)
+        except Exception:
+            log.warning("reading a picture failed", exc_info=True)
+            return None
+
+    return lambda images: kept(images, "", lambda: list(pool.map(one, images)))
 
 
 def recogniser(confidence: float, upscale: int, detector_side: int) -> Callable[[np.ndarray], str]:

@@ -16,10 +16,8 @@ thresholds, the cap of 16 and what is classified. Deviations beside those of `ge
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,12 +27,12 @@ from flowgrpo_jax.rewards import coco, geneval
 from flowgrpo_jax.rewards.coco import Detector, Found
 from flowgrpo_jax.rewards.colors import COLORS, Classifier, by_pixels, crop
 from flowgrpo_jax.rewards.geneval import Detection, Score
+from flowgrpo_jax.rewards.kept import Kept
 from flowgrpo_jax.types import Metadata, Reward
 
 log = logging.getLogger(__name__)
 
 MOST = 16  # objects of a class that are looked at, the surest
-KEPT = 8  # batches whose scores are kept for the other rows
 COUNTS = range(1, MOST + 2)  # that a clause may name; `exclude` names one more than is asked for
 RELATIONS = ("left of", "right of", "above", "below")
 ROWS: dict[str, Callable[[Score], float]] = {
@@ -162,7 +160,7 @@ def _row(judge: Judge, pick: Callable[[Score], float]) -> Reward:
 class Judge:
     """Scores of a batch, kept for the rows that ask for the same batch after it.
 
-    Called by one thread at a time: a detector need not be safe for several.
+    One thread at a time looks: a detector need not be safe for several.
     """
 
     def __init__(
@@ -174,8 +172,7 @@ class Judge:
     ) -> None:
         self.detect, self.classify = detect, classify
         self.threshold, self.rule = threshold, rule
-        self.kept: dict[bytes, list[Score | None]] = {}  # oldest first
-        self.lock = threading.Lock()
+        self.kept: Kept[list[Score | None]] = Kept()
 
     def __call__(self, images: np.ndarray, metadata: Sequence[Metadata]) -> list[Score | None]:
         """uint8 [B, H, W, 3], B records -> B scores, None where detection failed.
@@ -184,15 +181,13 @@ class Judge:
         """
         for record in metadata:
             check(record)
-        images = np.ascontiguousarray(images)
-        key = _key(images, metadata)
-        with self.lock:
-            if key not in self.kept:
-                found = self._detect(images)
-                self.kept[key] = [self._score(*x) for x in zip(images, found, metadata)]
-                if len(self.kept) > KEPT:
-                    del self.kept[next(iter(self.kept))]
-            return self.kept[key]
+        asked = [[m["tag"], m["include"], m.get("exclude")] for m in metadata]
+
+        def look() -> list[Score | None]:
+            found = self._detect(images)
+            return [self._score(*x) for x in zip(images, found, metadata)]
+
+        return self.kept(images, json.dumps(asked, sort_keys=True), look)
 
     def _detect(self, images: np.ndarray) -> list[Sequence[Found] | None]:
         """Of each picture, None where it failed."""
@@ -248,10 +243,3 @@ def check(record: Metadata) -> None:
                 f"GenEval clause {clause!r}: position must be one of {RELATIONS} and the number of"
                 " an earlier include clause"
             )
-
-
-def _key(images: np.ndarray, metadata: Sequence[Metadata]) -> bytes:
-    asked = [[m["tag"], m["include"], m.get("exclude")] for m in metadata]
-    content = hashlib.blake2b(images.tobytes(), digest_size=32)
-    content.update(json.dumps([images.shape, asked], sort_keys=True).encode())
-    return content.digest()

@@ -179,18 +179,31 @@ def read_image_reward(file: Path, dtype: str) -> Tower:
     return build(ImageReward, BLIPConfig.read(raw), tensors, dtype, file)
 
 
-def build(kind: Any, config: Any, tensors: Tensors, dtype: str, file: Path) -> Tower:
-    """The abstract model, then its weights, as arrays on the host."""
+def describe(kind: Any, config: Any, dtype: str) -> Tower:
+    """The model, with shapes in place of its parameters. Raises ValueError for an unknown dtype."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose from {', '.join(DTYPES)}")
     compute = jnp.dtype(dtype)
     apply, shapes = abstract(lambda rngs: kind(config, dtype=compute, rngs=rngs))
-    ignore = getattr(kind, "ignored", ())
-    params = convert.from_tensors(tensors, shapes, where=str(file), dtype=compute, ignore=ignore)
+    full = getattr(kind, "full", ())  # parts that stay in float32
+    params = {
+        path: jax.ShapeDtypeStruct(x.shape, jnp.float32 if path.startswith(full) else compute)
+        for path, x in shapes.items()
+    }
+    return Tower(apply, params, config, Path())
+
+
+def build(kind: Any, config: Any, tensors: Tensors, dtype: str, file: Path) -> Tower:
+    """The described model, then its weights, as arrays on the host."""
+    tower = describe(kind, config, dtype)
+    compute, ignore = jnp.dtype(dtype), getattr(kind, "ignored", ())
+    params = convert.from_tensors(
+        tensors, tower.params, where=str(file), dtype=compute, ignore=ignore
+    )
     if compute != jnp.float32:
-        full = {path: x for path, x in shapes.items() if path.startswith(kind.full)}
+        full = {path: x for path, x in tower.params.items() if x.dtype == jnp.float32}
         params |= convert.assemble(((name, x.read) for name, x in tensors.items()), full)
-    return Tower(apply, jax.device_get(params), config, file)
+    return tower._replace(params=jax.device_get(params), file=file)
 
 
 def precision(dtype: str) -> Any:

@@ -38,8 +38,8 @@ _LISTED = """
 """
 WORDS = tuple(_LISTED.split())
 HELD_OUT = WORDS[3::5]
-PLACE = (2, 3)  # px, across and down, that a sign may be off the middle
-HEIGHTS = (18, 19)  # px, of its letters
+PLACE = (1, 2)  # px, across and down, that a sign may be off the middle
+HEIGHTS = (18,)  # px, of its letters
 
 
 def metadata(tag: str, text: str) -> dict:

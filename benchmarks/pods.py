@@ -1,0 +1,148 @@
+"""The paper's epoch on TPU pods, by the compiler alone: does it fit, and what does it cost?
+
+    python -m benchmarks.pods --out benchmarks/results/pods.json [--only v5e-16,fixed] [--jobs 1]
+
+Compiles configs/geneval.py (48 groups of 24 images of 512 px, 10 steps with guidance, 2 updates)
+with `flowgrpo_jax.compile`, once for every row of `PODS` and of `SCALING`, and prints two tables in
+Markdown: those of docs/scaling.md. Rows that are in the file already are not compiled again. Takes
+minutes a row; needs `pip install -e '.[tpu]'`, no TPU and no weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MEDIUM, LARGE = "stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3.5-large"
+TRAINING = ("sample", "score", "accumulate", "apply")
+
+
+def flags(model: str, *, micro: int, fsdp: int = 1, tensor: int = 1, groups: int = 48) -> list[str]:
+    """A row's settings. `micro` images are handled at once, over all chips."""
+    return [
+        f"--config.model.path={model}",
+        f"--config.mesh.fsdp={fsdp}",
+        f"--config.mesh.tensor={tensor}",
+        f"--config.sample.groups={groups}",
+        f"--config.sample.micro_batch={micro}",
+        f"--config.eval.micro_batch={micro}",
+    ]
+
+
+# name: (topology, chips, flags). 1,152 images in 2 updates are cut into 64 parts at most, so 256
+# chips work four to an image.
+PODS = {
+    f"{pod} {size}": (topology, chips, flags(model, **settings))
+    for size, model in (("medium", MEDIUM), ("large", LARGE))
+    for pod, topology, chips, settings in (
+        ("v5e-16", "v5e:4x4", 16, {"fsdp": 16, "micro": 64}),
+        ("v5e-64", "v5e:8x8", 64, {"fsdp": 16, "micro": 192}),
+        ("v6e-8", "v6e:2x4", 8, {"fsdp": 8, "micro": 64}),
+        ("v5p-8", "v5p:2x2x1", 4, {"fsdp": 4, "micro": 64}),
+        ("v5e-256", "v5e:16x16", 256, {"fsdp": 16, "tensor": 4, "micro": 192}),
+    )
+}
+# The medium model on v6e chips, with the weights in 8 parts where there are as many chips.
+SCALING = {
+    f"{kind} {chips}": (
+        topology,
+        chips,
+        flags(MEDIUM, micro=micro, fsdp=min(8, chips), tensor=tensor, groups=groups),
+    )
+    for kind, rows in {
+        "fixed": (
+            ("v6e:1x1", 1, 8, 1, 48),
+            ("v6e:2x2", 4, 32, 1, 48),
+            ("v6e:4x4", 16, 64, 1, 48),
+            ("v6e:8x8", 64, 192, 1, 48),
+            ("v6e:16x16", 256, 192, 4, 48),
+        ),
+        "growing": (
+            ("v6e:4x4", 16, 64, 1, 48),
+            ("v6e:8x8", 64, 256, 1, 192),
+            ("v6e:16x16", 256, 1024, 1, 768),
+        ),
+    }.items()
+    for topology, chips, micro, tensor, groups in rows
+}
+
+
+def compiled(topology: str, settings: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report.json"
+        command = ["--config=configs/geneval.py", f"--topology={topology}", f"--out={out}"]
+        subprocess.run(
+            [sys.executable, "-m", "flowgrpo_jax.compile", *command, *settings],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        return json.loads(out.read_text())
+
+
+def row(name: str, chips: int, report: dict[str, Any]) -> list[str]:
+    """Chips, images an epoch, GB a chip, TFLOP and GB sent by a chip in an epoch, seconds at least
+    of arithmetic and of links."""
+    programs = [p for p in report["programs"] if p["program"] in TRAINING]
+    sample = report["config"]["sample"]
+    layout = report["config"]["mesh"]
+    largest = max(p["memory"] for p in report["programs"])
+    work = sum(p["calls"] * p["flops"] for p in programs)
+    sent = sum(p["calls"] * p["links"] for p in programs)
+    seconds = sum(p["calls"] * p["seconds"] for p in programs)
+    images = sample["groups"] * sample["group_size"]
+    return [
+        name,
+        f"{chips}",
+        f"{layout['fsdp']} x {layout['tensor']}",
+        f"{sample['micro_batch'] / chips:g}",
+        f"{images:,}",
+        f"{largest / 1e9:.1f}" + ("" if report["verdict"] == "it fits" else " (does not fit)"),
+        f"{work / 1e15:,.1f}",
+        f"{sent / 1e9:,.1f}",
+        f"{seconds:,.1f}",
+        f"{images / seconds:,.1f}",
+    ]
+
+
+HEADER = [
+    "",
+    "chips",
+    "fsdp x tensor",
+    "images a chip at once",
+    "images an epoch",
+    "GB a chip",
+    "PFLOP an epoch",
+    "GB sent by a chip",
+    "seconds at least",
+    "images/s at most",
+]
+
+
+def table(names: list[str], rows: dict[str, Any], reports: dict[str, Any]) -> str:
+    lines = [HEADER, ["---"] * len(HEADER)]
+    lines += [row(name, rows[name][1], reports[name]) for name in names if name in reports]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="file of all reports")
+    parser.add_argument("--only", default="", help="rows that contain one of these, by comma")
+    args = parser.parse_args()
+    reports = json.loads(args.out.read_text()) if args.out.exists() else {}
+    rows = PODS | SCALING
+    for name, (topology, _, settings) in rows.items():
+        if name not in reports and any(part in name for part in args.only.split(",")):
+            reports[name] = compiled(topology, settings)
+            args.out.write_text(json.dumps(reports, indent=1) + "\n")
+            print(name, reports[name]["verdict"], flush=True)
+    print(table(list(PODS), rows, reports), table(list(SCALING), rows, reports), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

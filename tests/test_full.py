@@ -1,0 +1,126 @@
+"""Full fine-tuning: all of the transformer's weights are trained, and there is no adapter."""
+
+import gc
+import json
+import runpy
+import weakref
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from flowgrpo_jax import export, recipe
+from flowgrpo_jax.checkpoint import load_lora
+from flowgrpo_jax.evaluate import evaluate
+from flowgrpo_jax.models import convert, sd3
+from flowgrpo_jax.train import one_epoch, train
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(**changes):
+    c = runpy.run_path(str(ROOT / "configs" / "shapes.py"))["get_config"]()
+    c.lora.rank = 0
+    c.epochs = 2
+    c.sample.groups, c.sample.group_size, c.sample.micro_batch = 2, 4, 4
+    c.sample.steps, c.sample.window, c.sample.window_range = 4, 2, (0, 3)
+    c.train.learning_rate = 1e-4
+    c.train.ema_decay = 0.5
+    c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 6, 6, 2
+    c.log.tensorboard = False
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return c
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(work directory, final state) of two epochs without a KL."""
+    workdir = tmp_path_factory.mktemp("full") / "run"
+    return workdir, train(load(), workdir)
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_weight_is_trained(run):
+    workdir, state = run
+    model = sd3.load("shapes", t5_length=10)
+    assert set(model.base) - set(state.lora) == {"pos_embed/pos_embed"}
+    still = {k for k, x in state.lora.items() if np.array_equal(x, model.base[k])}
+    # The last block drops the text tokens' output, so their queries there have no effect.
+    last = "transformer_blocks/5:6/attn"
+    idle = ("add_q_proj/kernel", "add_q_proj/bias", "norm_added_q/scale")
+    assert still == {f"{last}/{name}" for name in idle}
+    first, *_ = rows(workdir)
+    assert first["ratio_gap"] < 1e-5 and first["grad_norm"] > 0
+
+
+def test_before_training_it_is_the_base():
+    trained = recipe.build(load(), training=False)
+    adapted = recipe.build(load(lora__rank=2), training=False)
+    null = trained.encode([""])
+    everything = trained.model.init_lora(jax.random.key(0))
+    ours, *_ = evaluate(trained, everything, null)
+    theirs, *_ = evaluate(adapted, load_lora("base", adapted.model), null)
+    base, *_ = evaluate(trained, load_lora("base", trained.model), null)
+    assert ours["metrics"] == base["metrics"] == pytest.approx(theirs["metrics"])
+
+
+def test_the_export_is_the_trained_transformer(run, tmp_path):
+    workdir, state = run
+    (file,) = export.export(workdir, tmp_path)
+    shapes = sd3.describe(sd3.find_architecture("shapes")).base
+    exported = convert.load(file.parent, shapes)
+    for path, x in state.ema.items():
+        np.testing.assert_array_equal(exported[path], x)
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    rng = np.random.default_rng(0)
+    x, tokens, pooled = (
+        rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 16), (2, 20, 128), (2, 128))
+    )
+    sigma = np.array([0.3, 0.8], np.float32)
+    with torch.no_grad():
+        expected = theirs(
+            torch.from_numpy(x.transpose(0, 3, 1, 2)),
+            encoder_hidden_states=torch.from_numpy(tokens),
+            pooled_projections=torch.from_numpy(pooled),
+            timestep=torch.from_numpy(1000 * sigma),
+        ).sample.numpy()
+    model = recipe.build(load(), training=False).model
+    ours = model.velocity(state.ema, model.base, x, sigma, tokens, pooled)
+    expected = expected.transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_it_resumes_bit_for_bit(run, tmp_path):
+    _, state = run
+    train(load(epochs=1), tmp_path / "resumed")
+    again = train(load(), tmp_path / "resumed", resume=True)
+    for path, x in state.lora.items():
+        np.testing.assert_array_equal(again.lora[path], x)
+
+
+@pytest.mark.parametrize("kl_beta", [0.0, 0.1])
+def test_frozen_weights_are_kept_for_the_kl_alone(tmp_path, monkeypatch, kl_beta):
+    kernels = []
+
+    def build(config):
+        built = real(config)
+        kernels.append(weakref.ref(built.model.base["proj_out/kernel"]))
+        return built
+
+    def epoch(*arguments):
+        gc.collect()
+        assert (kernels[0]() is None) == (kl_beta == 0)
+        return one_epoch(*arguments)
+
+    real = recipe.build
+    monkeypatch.setattr("flowgrpo_jax.recipe.build", build)
+    monkeypatch.setattr("flowgrpo_jax.train.one_epoch", epoch)
+    train(load(epochs=2, eval__every=0, train__kl_beta=kl_beta), tmp_path / "run")
+    first, second = rows(tmp_path / "run")
+    assert first["kl"] == 0 and (second["kl"] > 0) == (kl_beta > 0)
