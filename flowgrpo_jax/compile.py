@@ -34,6 +34,7 @@ from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.architecture import Architecture
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import described, graph
+from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.settings import Plan
 from flowgrpo_jax.types import Trajectory
 
@@ -112,29 +113,51 @@ def chip_bytes(tree: Any) -> float:
     )
 
 
+def array(layout: Any, *shape: int, dtype: Any = jnp.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+
+
+def frozen(model: sd3.SD3, mesh: Mesh) -> dict[str, Any]:
+    """The frozen weights of each part, where `load` places them."""
+    place = sharding.place(mesh)
+    return {
+        part: laid_out(shapes, {path: place(f"{part}/{path}", x) for path, x in shapes.items()})
+        for part, shapes in (model.params | model.text_shapes).items()
+    }
+
+
+def training_state(model: sd3.SD3, optimiser: Any, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The state, and the gradient and figures of an update."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(
+        lambda trained, key: update.init(trained, optimiser, key), model.lora_shapes, key
+    )
+    gradient, figures = jax.eval_shape(update.empty, model.lora_shapes)
+    state, gradient = (laid_out(x, sharding.state_shardings(mesh, x)) for x in (state, gradient))
+    return state, gradient, laid_out(figures, sharding.replicated(mesh))
+
+
+def rollout(process: Process, micro_batch: int, latent: tuple[int, ...], mesh: Mesh) -> Trajectory:
+    """What the sampler leaves of a micro-batch."""
+    rows = NamedSharding(mesh, sharding.ROWS)
+    rows_second = NamedSharding(mesh, PartitionSpec(None, *sharding.ROWS))
+    return Trajectory(
+        x=array(rows_second, process.window + 1, micro_batch, *latent, dtype=jnp.float32),
+        log_prob=array(rows_second, process.window, micro_batch, dtype=jnp.float32),
+        latents=array(rows, micro_batch, *latent, dtype=jnp.float32),
+        prompt=array(rows, micro_batch),
+    )
+
+
 def programs(
     config: ConfigDict, model: sd3.SD3, parts: Architecture, mesh: Mesh, plan: Plan
 ) -> tuple[list[Program], Any]:
     """Every program of a run, and what stays on the devices all the while."""
-    place, everywhere = sharding.place(mesh), sharding.replicated(mesh)
-    rows = NamedSharding(mesh, sharding.ROWS)
-    rows_second = NamedSharding(mesh, PartitionSpec(None, *sharding.ROWS))
-
-    def array(layout: Any, *shape: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
-
-    def frozen(part: str) -> dict[str, Any]:
-        shapes = (model.params | model.text_shapes)[part]
-        return laid_out(shapes, {path: place(f"{part}/{path}", x) for path, x in shapes.items()})
-
-    weights = {part: frozen(part) for part in ("transformer", "vae")}
-    text = {part: frozen(part) for part in model.text_shapes}
+    everywhere, rows = sharding.replicated(mesh), NamedSharding(mesh, sharding.ROWS)
+    weights = frozen(model, mesh)
+    text = {part: weights.pop(part) for part in model.text_shapes}
     optimiser = recipe.make_optimiser(config)
-    shapes = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(
-        lambda lora, key: update.init(lora, optimiser, key), model.lora_shapes, shapes
-    )
-    state = laid_out(state, sharding.state_shardings(mesh, state))
+    state, gradient, figures = training_state(model, optimiser, mesh)
 
     lengths = [parts.text_encoder.max_position_embeddings] * 2 + [config.model.t5_length]
     ids = tuple(array(everywhere, plan.groups, n) for n in lengths)
@@ -143,86 +166,76 @@ def programs(
 
     process = recipe.make_process(config, model.shift)
     built = recipe.make_programs(config, model, mesh, plan, process, optimiser)
-    m, scalar = plan.micro_batch, array(everywhere)
-    one_each = array(rows, m)
     latent = model.latent_shape(config.model.height, config.model.width)
-    trajectory = Trajectory(
-        x=array(rows_second, process.window + 1, m, *latent, dtype=jnp.float32),
-        log_prob=array(rows_second, process.window, m, dtype=jnp.float32),
-        latents=array(rows, m, *latent, dtype=jnp.float32),
-        prompt=one_each,
-    )
-    gradient, figures = jax.eval_shape(update.empty, state.lora)
-    gradient = laid_out(gradient, sharding.state_shardings(mesh, gradient))
-    figures = laid_out(figures, everywhere)
-    trained = array(everywhere, config.train.steps or process.window)
-    advantage = array(rows, m, dtype=jnp.float32)
-    micro = config.eval.micro_batch or m
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro))
+    m, micro = plan.micro_batch, config.eval.micro_batch or plan.micro_batch
+    trajectory = rollout(process, m, latent, mesh)
+    one_each, scalar = array(rows, m), array(everywhere)
+    keys = laid_out(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro)), rows)
+    pictures = [
+        (
+            array(rows, n, config.model.height, config.model.width, 3, dtype=jnp.uint8),
+            array(rows, n),
+        )
+        for n in (m, micro)
+    ]
+    scoring, judging = score(config, mesh, plan.groups, *pictures)
+    towers = {id(x): x for program in (*scoring, *judging) for x in jax.tree.leaves(program[1][0])}
 
     sampling = (state.lora, weights, cond, null)
+    sample = (*sampling, state.key, 0, scalar, one_each, one_each, one_each)
     reference = state.lora if config.lora.rank else {}
-    accumulating = (gradient, figures, state.lora, reference, weights["transformer"], cond, null)
+    policy = (state.lora, reference, weights["transformer"], cond, null)
+    trained = array(everywhere, config.train.steps or process.window)
+    replay = (trajectory, array(rows, m, dtype=jnp.float32), scalar, trained)
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
-    pictures = (config.model.height, config.model.width, 3)
-    scoring, judging = score(
-        config,
-        mesh,
-        plan.groups,
-        *((array(rows, n, *pictures, dtype=jnp.uint8), array(rows, n)) for n in (m, micro)),
-    )
-    arguments = [x for program in (scoring, judging) if program for x in program[1][0].values()]
-    towers = list({id(x): x for x in jax.tree.leaves(arguments)}.values())
-    return [
+    listed = [
         Program("text", 1, model.encode_text, (text, ids)),
-        Program(
-            "sample",
-            batches,
-            built.sample,
-            (*sampling, state.key, 0, scalar, one_each, one_each, one_each),
-        ),
-        *([Program("score", batches, *scoring)] if scoring else []),
-        Program(
-            "accumulate",
-            batches,
-            built.accumulate,
-            (*accumulating, trajectory, advantage, scalar, trained),
-        ),
+        Program("sample", batches, built.sample, sample),
+        *(Program("score", batches, *program) for program in scoring),
+        Program("accumulate", batches, built.accumulate, (gradient, figures, *policy, *replay)),
         Program("apply", plan.updates, built.apply, (state, gradient)),
-        Program(
-            "evaluate",
-            evaluated,
-            built.generate,
-            (*sampling, array(rows, micro), laid_out(keys, rows)),
-        ),
-        *([Program("judge", evaluated, *judging)] if judging else []),
-    ], (weights, text, towers, state, cond, null, [trajectory] * batches)
+        Program("evaluate", evaluated, built.generate, (*sampling, array(rows, micro), keys)),
+        *(Program("judge", evaluated, *program) for program in judging),
+    ]
+    stays = (weights, list(towers.values()), state, cond, null, [trajectory] * batches)
+    if config.model.text_cache:  # filled ahead, so that no encoder is ever read
+        return listed[1:], stays
+    return listed, (text, *stays)
 
 
-def score(config: ConfigDict, mesh: Mesh, prompts: int, *batches: tuple[Any, Any]) -> list[Any]:
-    """For training's and evaluation's mix: the program of its rewards in the graph and what that
-    takes, or None without such rewards.
+Scoring = list[tuple[Any, tuple[Any, ...]]]  # a program and its arguments; none without rewards
+
+
+def score(
+    config: ConfigDict, mesh: Mesh, prompts: int, *batches: tuple[Any, Any]
+) -> tuple[Scoring, Scoring]:
+    """The programs of the rewards in the graph: those of training and those of evaluation.
 
     Args:
       batches: (images, rows) of a micro-batch of training, and of evaluation.
     """
     everywhere = sharding.replicated(mesh)
     place = graph.once(lambda x: laid_out(x, everywhere))  # towers that are shared, once
-    programs: list[Any] = []
-    for mix, (images, rows) in zip(recipe.reward_mixes(config), batches):
-        found = described.describe(mix.names, config.reward.options.to_dict())
+
+    def program(names: tuple[str, ...], images: Any, rows: Any) -> Scoring:
+        found = described.describe(names, config.reward.options.to_dict())
+        if not found:
+            return []
         weights = {name: place(reward.weights) for name, (reward, _) in found.items()}
         prepared = {
             name: {
-                key: jax.ShapeDtypeStruct((prompts, *x.shape), x.dtype, sharding=everywhere)
-                for key, x in wanted.items()
+                key: array(everywhere, prompts, *x.shape, dtype=x.dtype) for key, x in of.items()
             }
-            for name, (_, wanted) in found.items()
+            for name, (_, of) in found.items()
         }
         run = graph.program({name: reward.score for name, (reward, _) in found.items()})
-        programs.append((run, (weights, images, prepared, rows)) if found else None)
-    return programs
+        return [(run, (weights, images, prepared, rows))]
+
+    training, testing = (
+        program(mix.names, *batch) for mix, batch in zip(recipe.reward_mixes(config), batches)
+    )
+    return training, testing
 
 
 # ------------------------------------------------------------------------------------ report
@@ -328,7 +341,8 @@ def main(_: list[str]) -> None:
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     print(f"{config.name}: {config.model.path} on {flags.FLAGS.topology}, {layout}\n{plan}")
     listed, stays = programs(config, model, parts, mesh, plan)
-    reports = [inspect(program, stays, chip, mesh.size) for program in listed]
+    wanted = flags.FLAGS.programs or [program.name for program in listed]
+    reports = [inspect(p, stays, chip, mesh.size) for p in listed if p.name in wanted]
     resident = chip_bytes(stays)
     verdict = advice(reports, resident, chip, config.mesh.fsdp)
     print(table(reports, resident, chip), verdict, sep="\n")
@@ -348,6 +362,7 @@ if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     cli.define_flags(config=True)
+    flags.DEFINE_list("programs", None, "Which to compile, such as sample,accumulate; default all.")
     flags.DEFINE_string("topology", None, "Chips to compile for, e.g. v5e:4x4.", required=True)
     flags.DEFINE_string("out", None, "JSON file to write the report to.")
     app.run(main)

@@ -1,6 +1,8 @@
 """Rewards: against PIL's files and rendered scenes, guarded, combined, and called in two ways."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +100,32 @@ def test_a_row_that_shares_options_may_have_its_own(monkeypatch):
         {"workers": 2, "strict": True},
         {"workers": 3, "strict": False},
     ]
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch):
+    """Its file and its row, taken from the page, are a reward."""
+    page = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    file, row = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert file.startswith("# flowgrpo_jax/rewards/brightness.py") and len(file.splitlines()) <= 12
+    (tmp_path / "brightness.py").write_text(file)
+    monkeypatch.setattr(rewards, "__path__", [*rewards.__path__, str(tmp_path)])
+    for name, place in ast.literal_eval("{" + row + "}").items():
+        monkeypatch.setitem(rewards.TABLE, name, place)
+    images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 51, 255)])
+    scores, valid = rewards.load(["brightness"])["brightness"](images, [""] * 3, [{}] * 3)
+    np.testing.assert_allclose(scores, [0, 0.2, 1], rtol=1e-6)
+    assert scores.dtype == np.float32 and valid.all()
+
+
+def test_the_documentation_has_a_line_for_every_row():
+    page = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    listed = [
+        name
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    ]
+    assert sorted(listed) == sorted(rewards.TABLE)
 
 
 def test_a_row_may_be_used_several_times(monkeypatch):
