@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh
 
+from flowgrpo_jax import sharding
 from flowgrpo_jax.models import lora
 from flowgrpo_jax.models.sd3 import SD3
 from flowgrpo_jax.types import Params, TrainState
@@ -29,7 +31,11 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, keep: int | None = None):
         self.directory = epath.Path(directory).resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        # Processes that save to two directories at once must not meet at one barrier for both.
+        own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, multiprocessing_options=own
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -39,11 +45,14 @@ class Checkpoints:
         """Write in the background; `wait` and `close` wait for the last one.
 
         Raises OSError where writing cannot begin. If the one before could not be completed, that is
-        a warning: this one takes its place.
+        a warning: this one takes its place. Of several processes some may not know of it, so that
+        it is an error there.
         """
         try:
             self.wait()
         except OSError as error:
+            if jax.process_count() > 1:
+                raise
             log.warning("%s", error)
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         composite = ocp.args.Composite(**items, record=ocp.args.JsonSave(record))
@@ -58,8 +67,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            for part in self.directory.glob("*.orbax-checkpoint-tmp"):
-                part.rmtree(missing_ok=True)
+            if jax.process_count() == 1:  # others may still be writing
+                for part in self.directory.glob("*.orbax-checkpoint-tmp"):
+                    part.rmtree(missing_ok=True)
+                self._manager.reload()  # what it wanted to remove, it has not removed
             raise OSError(
                 f"a checkpoint could not be written to {self.directory}: {error}"
             ) from error
@@ -91,6 +102,8 @@ class Checkpoints:
             try:
                 return self.read(step, like)
             except Exception as error:
+                if "RESOURCE_EXHAUSTED" in str(error):  # no room for it, which is no damage
+                    raise
                 log.warning("checkpoint %s/%d cannot be read: %s", self.directory, step, error)
                 problem = problem or error
         raise ValueError(
@@ -120,7 +133,9 @@ class Checkpoints:
 
 def rescue(epoch: int, state: TrainState, record: dict[str, Any], error: OSError) -> OSError:
     """Write the state to a temporary directory; `error`, which kept it from its place, with the way
-    back."""
+    back. For one process: several have no directory in common but the one that failed."""
+    if jax.process_count() > 1:
+        return error
     spare = Checkpoints(epath.Path(tempfile.mkdtemp()) / "checkpoints")
     spare.save(epoch, state, record)
     spare.close()
@@ -136,19 +151,34 @@ class Best:
     def __init__(self, directory: epath.PathLike, reward: str):
         self.checkpoints = Checkpoints(directory, keep=1)
         self.figure = f"eval/{reward}"
-        self.value = -math.inf
+        # As the first process reads it: all must agree on when to save.
+        self.value = float(sharding.everyone(np.array(self._stored(), np.float64))[0])
+
+    def _stored(self) -> float:
+        value = -math.inf
         for step in self.checkpoints.steps():
             try:
-                self.value = float(self.checkpoints.record(step)[self.figure])
+                value = float(self.checkpoints.record(step)[self.figure])
             except Exception as error:  # another reward's, or damaged: the next one replaces it
                 log.warning("%s/%d is passed over: %s", self.checkpoints.directory, step, error)
+        return value
 
     def offer(self, epoch: int, state: TrainState, report: dict[str, float]) -> None:
-        """Keep the state after `epoch` epochs if its evaluation is the best so far."""
+        """Keep the state after `epoch` epochs if its evaluation is the best so far.
+
+        If it cannot be written, that is a warning; with several processes it raises OSError.
+        """
         value = report[self.figure]
-        if value > self.value:
-            self.value = value
+        if not value > self.value:
+            return
+        try:
             self.checkpoints.save(epoch, state, {"epoch": epoch, self.figure: value})
+            self.checkpoints.wait()
+            self.value = value
+        except OSError as error:
+            if jax.process_count() > 1:
+                raise
+            log.warning("%s; training goes on", error)
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -157,12 +187,17 @@ def _parts(state: TrainState) -> dict[str, Any]:
     return {"state": dataclasses.replace(state, **without), "ema": state.ema}
 
 
-def load_lora(source: epath.PathLike, model: SD3) -> Params:
-    """A policy's adapter: "base", a run's EMA weights, or an exported LoRA.
+def _holds_steps(folder: epath.Path) -> bool:
+    return folder.name in FOLDERS and folder.is_dir() and any(folder.glob("[0-9]*"))
+
+
+def load_lora(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> Params:
+    """What a run trained: "base", a run's EMA weights, or an exported LoRA.
 
     Args:
       source: "base"; a work directory or its `checkpoints` (newest), `checkpoints/STEP` or `best`;
         an export directory or .safetensors file.
+      mesh: where a checkpoint's weights go; one device without it.
     """
     if str(source) == BASE:
         return model.reference(model.init_lora(jax.random.key(0)))
@@ -174,8 +209,14 @@ def load_lora(source: epath.PathLike, model: SD3) -> Params:
             f"checkpoint {source!r} does not exist: give base, a work directory or an exported LoRA"
         )
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if folder.name in FOLDERS:
-        like = {"ema": {k: jnp.zeros(v.shape, v.dtype) for k, v in model.lora_shapes.items()}}
+    if folder.name == "checkpoints" or _holds_steps(folder):
+        mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+        layout = sharding.state_shardings(mesh, model.lora_shapes)
+        shapes = {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout[path])
+            for path, x in model.lora_shapes.items()
+        }
+        like = {"ema": shapes}
         checkpoints = Checkpoints(folder)
         if step is not None and step not in checkpoints.steps():
             raise FileNotFoundError(

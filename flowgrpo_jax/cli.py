@@ -104,7 +104,7 @@ def prepare(workdir: epath.Path, resume: bool) -> None:
 
     Raises FileExistsError when it holds another run and this is no resume.
     """
-    if not resume and any((workdir / "checkpoints").glob("[0-9]*")):
+    if not resume and any(any((workdir / f).glob("[0-9]*")) for f in ("checkpoints", "best")):
         raise FileExistsError(
             f"{workdir} already holds a run: add --resume to go on with it, or give another"
             " --workdir"

@@ -9,6 +9,7 @@ that the pod would use (`pip install -e '.[tpu]'`): `score` is the training rewa
 name, others by the configs in their directory. Prints for each program the memory of a chip
 against what it has, the arithmetic, what goes over the links, and the least time that these take.
 
+With `config.model.text_cache` the cache is taken to be full, and no text encoder to be there.
 Left out: rewards on the host, and the host's other work. Times are lower bounds: products at the
 chip's peak, or the links at theirs, whichever takes longer; memory traffic is not counted.
 """
@@ -198,8 +199,10 @@ def programs(
         Program("evaluate", evaluated, built.generate, (*sampling, array(rows, micro), keys)),
         *(Program("judge", evaluated, *program) for program in judging),
     ]
-    stays = (weights, list(towers.values()), state, cond, null, [trajectory] * batches)
-    if config.model.text_cache:  # filled ahead, so that no encoder is ever read
+    # An epoch that is stopped never happened: its first state stays beside the newest.
+    states = [state] * min(plan.updates, 2)
+    stays = (weights, list(towers.values()), states, cond, null, [trajectory] * batches)
+    if config.model.text_cache:  # taken to be filled ahead, so that no encoder is ever read
         return listed[1:], stays
     return listed, (text, *stays)
 
@@ -341,11 +344,15 @@ def main(_: list[str]) -> None:
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     print(f"{config.name}: {config.model.path} on {flags.FLAGS.topology}, {layout}\n{plan}")
     listed, stays = programs(config, model, parts, mesh, plan)
-    wanted = flags.FLAGS.programs or [program.name for program in listed]
+    names = [program.name for program in listed]
+    wanted = flags.FLAGS.programs or names
+    if unknown := sorted(set(wanted) - set(names)):
+        raise ValueError(f"--programs: {', '.join(unknown)} is not one of {', '.join(names)}")
     reports = [inspect(p, stays, chip, mesh.size) for p in listed if p.name in wanted]
     resident = chip_bytes(stays)
     verdict = advice(reports, resident, chip, config.mesh.fsdp)
-    print(table(reports, resident, chip), verdict, sep="\n")
+    part = f" (of {', '.join(wanted)} alone)" if len(reports) < len(listed) else ""
+    print(table(reports, resident, chip), verdict + part, sep="\n")
     if flags.FLAGS.out:
         result = {
             "config": config.to_dict(),

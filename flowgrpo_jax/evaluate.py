@@ -63,17 +63,12 @@ def evaluate(
         graphed.append(run.test_scorer.graph(images[-1], prepared, row))
     pictures = np.concatenate([sharding.whole(i) for i in images])[: config.images]
 
-    mine = np.arange(jax.process_index(), config.images, jax.process_count())
-    scored = [
-        run.test_scorer.host(pictures[part], batch.ids[part])
-        for part in np.array_split(mine, -(-len(mine) // micro) or 1)
-    ]
-    scores = {
-        name: host.merge(
-            host.spread(mine, np.concatenate([p[name] for p in scored]), len(pictures))
-        )
-        for name in scored[0]
-    }
+    mine = host.shares(batch.ids, jax.process_index(), jax.process_count(), micro)
+    scored = [run.test_scorer.host(pictures[part], batch.ids[part]) for part in mine]
+    scores = {}
+    for name in scored[0]:
+        own = np.concatenate([part[name] for part in scored])
+        scores[name] = host.merge(host.spread(np.concatenate(mine), own, config.images))
     for name in run.test_scorer.in_graph:
         scores[name] = np.concatenate([sharding.whole(g[name]) for g in graphed])[: config.images]
     table = run.test_scorer.mix.table(batch.metadata)
@@ -123,7 +118,7 @@ def main(_: list[str]) -> None:
     cli.connect()
     config = cli.config()
     run = recipe.build(config, training=False)
-    lora = checkpoint.load_lora(flags.FLAGS.checkpoint, run.model)
+    lora = checkpoint.load_lora(flags.FLAGS.checkpoint, run.model, run.mesh)
     lora = sharding.put_state(run.mesh, lora)
     result, images, batch = evaluate(run, lora, run.encode([""]), progress=True)
     if jax.process_index() > 0:

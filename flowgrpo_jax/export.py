@@ -25,8 +25,10 @@ from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
 
 
-def export(workdir: epath.PathLike, out: Path, step: int | None = None) -> list[Path]:
-    """Write the EMA weights of a run's newest checkpoint (or of `step`) under `out`."""
+def export(
+    workdir: epath.PathLike, out: Path, step: int | None = None, *, best: bool = False
+) -> list[Path]:
+    """Write the EMA weights of a run's newest checkpoint, of `step`, or of the best under `out`."""
     workdir = epath.Path(workdir)
     file = workdir / CONFIG_FILE
     if not file.exists():
@@ -37,6 +39,7 @@ def export(workdir: epath.PathLike, out: Path, step: int | None = None) -> list[
     parts = sd3.find_architecture(config["model"]["path"], t5=False)
     model = sd3.describe(parts, lora_spec=spec)
     source = workdir / "checkpoints" / str(step) if step is not None else workdir
+    source = workdir / "best" if best else source
     adapter = checkpoint.load_lora(source, model)
     if not spec.rank:
         return [export_transformer(adapter, sd3.resolve(config["model"]["path"], t5=False), out)]
@@ -66,7 +69,7 @@ def export_transformer(trained: Params, model: Path, out: Path) -> Path:
 
 def main(_: list[str]) -> None:
     args = flags.FLAGS
-    for file in export(args.workdir, Path(args.out), args.step):
+    for file in export(args.workdir, Path(args.out), args.step, best=args.best):
         print(file)
 
 
@@ -74,5 +77,6 @@ if __name__ == "__main__":
     cli.define_flags(config=False)
     flags.DEFINE_string("workdir", None, "Work directory of a training run.", required=True)
     flags.DEFINE_string("out", None, "Directory to write.", required=True)
+    flags.DEFINE_bool("best", False, "The checkpoint with the best evaluation (checkpoint.best).")
     flags.DEFINE_integer("step", None, "Epoch of the checkpoint; the newest without it.")
     app.run(main)

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+log = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -39,11 +47,10 @@ class Metrics:
             return
         kept = [row for row in read(self.file) if row["epoch"] < first_epoch]
         self.text = "".join(json.dumps(row) + "\n" for row in kept)
+        self.unwritten = ""
         self.file.write_text(self.text)
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_epoch)
+            self.events = Events(workdir / "tensorboard", first_epoch)
         if wandb:
             self.wandb = _start_wandb(workdir, config)
 
@@ -51,25 +58,57 @@ class Metrics:
         if not self.active:
             return
         row = {"epoch": epoch, **plain(values)}
-        line = json.dumps(row) + "\n"
-        if "://" in str(self.file):  # nothing can be appended to in a bucket
-            self.text += line
-            self.file.write_text(self.text)
-        else:
-            with self.file.open("a") as file:
-                file.write(line)
-        if self.events:
-            for key, value in values.items():
-                self.events.add_scalar(key, float(value), epoch)
-            self.events.flush()
+        self.unwritten += json.dumps(row) + "\n"  # with what a full disk refused before
+        with spared(str(self.file)):
+            if "://" in str(self.file):  # nothing can be appended to in a bucket
+                self.file.write_text(self.text + self.unwritten)
+                self.text += self.unwritten
+            else:
+                with self.file.open("a") as file:
+                    file.write(self.unwritten)
+            self.unwritten = ""
+        with spared("TensorBoard's events"):
+            if self.events:
+                self.events.write(epoch, values)
         if self.wandb:
             self.wandb.log(row, step=epoch)
 
     def close(self) -> None:
-        if self.events:
-            self.events.close()
+        with spared("TensorBoard's events"):
+            if self.events:
+                self.events.writer.close()
         if self.wandb:
             self.wandb.finish()
+
+
+class Events:
+    """TensorBoard's scalars of every epoch. tensorboardX's own `SummaryWriter` writes in a thread,
+    which ends without a word on a full disk; then its queue fills, and the run waits for ever.
+
+    Args:
+      first_epoch: what a run before this one wrote of this epoch and later is not shown any more.
+    """
+
+    def __init__(self, folder: epath.Path, first_epoch: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self.writer.write_event(Event(wall_time=time.time(), step=first_epoch, session_log=start))
+
+    def write(self, epoch: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            event = Event(wall_time=time.time(), step=epoch, summary=scalar(key, float(value)))
+            self.writer.write_event(event)
+        self.writer.flush()
+
+
+@contextmanager
+def spared(what: str) -> Iterator[None]:
+    """What cannot be written inside is a warning: it is not worth a run."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s could not be written: %s; training goes on", what, error)
 
 
 def read(file: epath.Path) -> list[dict[str, Any]]:

@@ -29,10 +29,9 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import cli, grpo, recipe, sampler, settings, sharding, update
+from flowgrpo_jax import cli, grpo, logs, recipe, sampler, settings, sharding, update
 from flowgrpo_jax.checkpoint import Best, Checkpoints, rescue
 from flowgrpo_jax.evaluate import evaluate, mean, save_grid
-from flowgrpo_jax.logs import Metrics
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.types import Conditioning, PromptBatch, Scores, TrainState, Trajectory
@@ -51,10 +50,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     cli.prepare(workdir, resume)
 
     key = jax.random.key(config.seed)
-    trained = sharding.put_state(run.mesh, run.model.init_lora(key))
-    run = dataclasses.replace(run, model=recipe.release(config, run.model))
-    state = update.init(trained, run.optimiser, key)
+    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
+    state = update.init(sharding.put_state(run.mesh, run.model.init_lora(key)), run.optimiser, key)
     state = sharding.put_state(run.mesh, state)
+    run = dataclasses.replace(run, model=recipe.release(config, run.model))
     null = run.encode([""])
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     keep_best = config.checkpoint.best
@@ -65,7 +64,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     elif resume:  # launchers always say --resume; the first time there is nothing yet
         log.warning("no checkpoint in %s: starting from epoch 0", checkpoints.directory)
     cli.record(workdir, config)
-    metrics = Metrics(
+    metrics = logs.Metrics(
         workdir,
         first,
         tensorboard=config.log.tensorboard,
@@ -84,7 +83,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     saved, epoch, asked, lost = first if resume else -1, first, 0, 0
 
     def save(last: bool = False) -> None:
-        """A checkpoint that cannot be written costs a warning, unless it is the last one."""
+        """A checkpoint that cannot be written costs a warning, unless it is the last one, or some
+        of several processes may not know: then the run ends, to be started again."""
         nonlocal saved
         record = {"epoch": epoch, "config": config.to_dict()}
         try:
@@ -96,6 +96,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         except OSError as error:
             if last:
                 raise rescue(epoch, state, record, error) from error
+            if jax.process_count() > 1:
+                raise
             log.warning("%s; training goes on", error)
 
     with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
@@ -126,7 +128,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         except Exception as error:
             # What was trained is kept. Saving takes all processes: not if one failed alone.
             if isinstance(error, Hopeless) or jax.process_count() == 1:
-                save(last=True)
+                try:
+                    save(last=True)
+                except OSError as unsaved:
+                    error.add_note(str(unsaved))
             raise
         save(last=True)
     bar.close()
@@ -316,14 +321,16 @@ def evaluate_into(
     """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
     state where it is the best so far."""
     result, images, batch = evaluate(run, state.ema, null, check=check)
-    save_grid(workdir / "samples" / f"epoch-{epoch:05d}.png", images, batch, run.config.eval.grid)
+    with logs.spared("a sample grid"):
+        file = workdir / "samples" / f"epoch-{epoch:05d}.png"
+        save_grid(file, images, batch, run.config.eval.grid)
     tags = {
         f"eval/{tag}/{name}": value
         for tag, values in result["per_tag"].items()
         for name, value in values.items()
     }
     report = {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
-    if best:
+    if best and result["failed"] <= run.config.reward.max_failed:
         best.offer(epoch, state, report)
     return report
 
@@ -343,7 +350,9 @@ def show(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None
 def main(_: list[str]) -> None:
     cli.connect()
     config = cli.config()
-    train(config, flags.FLAGS.workdir or f"runs/{config.name}", resume=flags.FLAGS.resume)
+    workdir = flags.FLAGS.workdir or f"runs/{config.name}"
+    with host.leaving_hung_calls():
+        train(config, workdir, resume=flags.FLAGS.resume)
 
 
 if __name__ == "__main__":

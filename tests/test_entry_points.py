@@ -330,27 +330,34 @@ def fill(folder, leave):
         file.write(bytes(shutil.disk_usage(folder).free - leave))
 
 
+@pytest.mark.parametrize("leave", [0, 50_000])
 def test_a_full_disk_costs_checkpoints_but_not_the_run(
-    folder, whole, small_disk, monkeypatch, caplog
+    folder, whole, small_disk, monkeypatch, caplog, leave
 ):
-    """Full in the second epoch, roomy again at the end of the third, whose checkpoint is there."""
+    """Full in the second epoch, roomy again at the end of the third, whose checkpoint is there, as
+    are all rows of the metrics: neither they nor pictures nor the best checkpoint end the run."""
+    workdir = small_disk / "run"
 
     def disturbed(run, state, null, epoch, *rest):
         if epoch == 1:
-            fill(small_disk, leave=50_000)
+            while not (workdir / "checkpoints" / "1").exists():  # written in the background
+                time.sleep(0.05)
+            fill(small_disk, leave)
         result = one_epoch(run, state, null, epoch, *rest)
         if epoch == 2:
             (small_disk / "ballast").unlink()
         return result
 
     monkeypatch.setattr("flowgrpo_jax.train.one_epoch", disturbed)
-    workdir = small_disk / "run"
-    config = load(folder, epochs=3, eval__every=0, checkpoint__keep=1, log__tensorboard=False)
+    config = load(folder, epochs=3, eval__every=1, checkpoint__keep=1)
     train(config, workdir)
     assert "could not be written" in caplog.text and "No space left" in caplog.text
     assert Checkpoints(workdir / "checkpoints").steps() == [3]
-    for ours, theirs in zip(rows(workdir), rows(whole.workdir)):
-        assert timeless(ours) == timeless(theirs, prefix="eval/")
+    ours, theirs = rows(workdir), rows(whole.workdir)
+    assert [row["epoch"] for row in ours] == [0, 1, 2, 3]
+    for mine, other in zip(ours[:3], theirs):
+        assert timeless(mine, prefix="eval/") == timeless(other, prefix="eval/")
+    assert len(Checkpoints(workdir / "best").steps()) == 1
 
 
 def test_the_last_state_finds_a_place_when_the_disk_is_full(folder, small_disk, monkeypatch):
@@ -380,6 +387,48 @@ def test_a_reward_that_hangs_ends_the_run(folder, monkeypatch):
     config.reward.weights.shapes = 1.0
     with pytest.raises(RuntimeError, match=r"failed on 100% .*reward\.max_failed=50%"):
         train(config, folder / "hanging")
+
+
+HANGING = """
+import threading, concurrent.futures as futures, pathlib, runpy, sys
+from flowgrpo_jax import rewards
+from flowgrpo_jax.rewards import host
+from flowgrpo_jax.train import train
+
+pool = futures.ThreadPoolExecutor(1)  # whose thread Python joins before it ends
+
+def hangs(images, prompts, metadata):
+    return pool.submit(threading.Event().wait).result()
+
+sys.modules["hanging"] = sys.modules["__main__"]
+rewards.TABLE["shapes"] = "hanging:hangs"
+config = runpy.run_path("tiny.py")["get_config"]()
+config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, 0.5, 1.0
+with host.leaving_hung_calls():
+    train(config, pathlib.Path("hung"))
+"""
+
+
+def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(folder):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING],
+        cwd=folder,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **cache},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert "failed on 100%" in done.stderr and "leaving without it" in done.stderr
+    assert Checkpoints(folder / "hung" / "checkpoints").steps() == [0]
+
+
+def test_the_best_is_of_this_run_and_of_a_whole_evaluation(folder, whole, tmp_path):
+    """A work directory with a best checkpoint alone is another run's all the same."""
+    shutil.copytree(whole.workdir / "best", tmp_path / "run" / "best")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(load(folder), tmp_path / "run")
 
 
 def test_the_best_evaluation_is_kept(folder, whole):

@@ -106,17 +106,20 @@ def test_it_resumes_bit_for_bit(run, tmp_path):
 
 @pytest.mark.parametrize("kl_beta", [0.0, 0.1])
 def test_frozen_weights_are_kept_for_the_kl_alone(tmp_path, monkeypatch, kl_beta):
-    kernels = []
+    kernels, first = [], []
 
     def build(config):
         built = real(config)
         kernels.append(weakref.ref(built.model.base["proj_out/kernel"]))
         return built
 
-    def epoch(*arguments):
+    def epoch(run, state, null, number, *rest):
         gc.collect()
         assert (kernels[0]() is None) == (kl_beta == 0)
-        return one_epoch(*arguments)
+        if first:  # nor are the weights that training began with
+            assert first[0]() is None
+        first.append(weakref.ref(state.lora["proj_out/kernel"]))
+        return one_epoch(run, state, null, number, *rest)
 
     real = recipe.build
     monkeypatch.setattr("flowgrpo_jax.recipe.build", build)

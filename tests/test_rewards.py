@@ -128,6 +128,18 @@ def test_the_documentation_has_a_line_for_every_row():
     assert sorted(listed) == sorted(rewards.TABLE)
 
 
+def test_every_image_is_scored_once_and_beside_those_of_its_prompt():
+    ids = np.random.default_rng(0).integers(12, size=70)
+    for processes in (1, 3, 20):
+        calls = [c for p in range(processes) for c in host.shares(ids, p, processes, size=16)]
+        assert sorted(np.concatenate(calls).tolist()) == list(range(70))
+        homes = {}
+        for n, call in enumerate(calls):
+            assert len(call) <= max(16, *np.bincount(ids))
+            for i in ids[call]:
+                assert homes.setdefault(i, n) == n
+
+
 def test_a_row_may_be_used_several_times(monkeypatch):
     """Two servers: each under a name of its own, with what they share said once."""
     seen = []

@@ -9,10 +9,14 @@ Both return the same scores.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -57,24 +61,27 @@ def guarded(
 class Limited:
     """A reward whose calls may take so many seconds: then they raise TimeoutError.
 
-    A thread cannot be stopped from outside. The call that took too long goes on in its own, which
-    does not keep the process from ending; until it returns, further calls raise at once.
+    A thread cannot be stopped from outside. The call that took too long goes on in its own; until
+    it returns, further calls raise at once. `leaving_hung_calls` ends the process in spite of it.
     """
+
+    late: ClassVar[list[Future[Any]]] = []  # all calls that were given up
 
     def __init__(self, reward: Reward, seconds: float):
         self.reward, self.seconds = reward, seconds
-        self._late: Future[Any] | None = None
+        self._last: Future[Any] | None = None  # the call that was given up
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self._late and not self._late.done():
+        if self._last and not self._last.done():
             raise TimeoutError("an earlier call has not returned yet")
         result: Future[Any] = Future()
         work = (result, images, prompts, metadata)
         threading.Thread(target=self._call, args=work, daemon=True).start()
         if not wait([result], self.seconds).done:
-            self._late = result
+            self._last = result
+            self.late.append(result)
             raise TimeoutError(f"no scores after reward.timeout={self.seconds:g} seconds")
         return result.result()
 
@@ -83,6 +90,27 @@ class Limited:
             result.set_result(self.reward(*batch))
         except BaseException as error:
             result.set_exception(error)
+
+
+@contextmanager
+def leaving_hung_calls() -> Iterator[None]:
+    """Around a whole program: if a reward hangs at its end, leave without it.
+
+    Python would wait for the reward's own threads for ever, such as those of a pool.
+    """
+    status = 0
+    try:
+        yield
+    except BaseException as error:
+        if all(call.done() for call in Limited.late):
+            raise
+        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        traceback.print_exc()
+    if not all(call.done() for call in Limited.late):
+        print("a reward hangs: leaving without it", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def composite(
@@ -124,6 +152,20 @@ def overlap(pool: Executor, score: Score, images: jax.Array, ids: jax.Array) -> 
         return {name: spread(rows, s, images.shape[0]) for name, s in scores.items()}
 
     return pool.submit(own_rows)
+
+
+def shares(ids: np.ndarray, process: int, processes: int, size: int) -> list[np.ndarray]:
+    """Rows of what one process scores, cut into calls of about `size` images, at least one call.
+
+    A prompt's images are in one call, whatever their places: rewards may compare them.
+    """
+    calls: list[list[int]] = [[]]
+    for i in np.unique(ids)[process::processes]:
+        rows = np.flatnonzero(ids == i).tolist()
+        if calls[-1] and len(calls[-1]) + len(rows) > size:
+            calls.append([])
+        calls[-1] += rows
+    return [np.array(rows, int) for rows in calls]
 
 
 def spread(rows: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
