@@ -12,6 +12,13 @@ import matplotlib.pyplot as plt
 
 from flowgrpo_jax import logs
 
+LABELS = {
+    "shapes_strict": "strict accuracy",
+    "shapes_unknown": "unrecognisable",
+    "ocr": "OCR score",
+    "ocr_exact": "words read right",
+}
+
 
 def curve(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
     """(minutes of training so far, values) of the epochs that have `key`."""
@@ -32,9 +39,10 @@ def main() -> None:
     rows = logs.read(args.workdir / "metrics.jsonl")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     left.plot(*curve(rows, "reward"), linewidth=0.8)
-    left.set(xlabel="minutes of training", ylabel="reward of the rollouts (graded, 0 to 1)")
-    for key, label in (("shapes_strict", "strict accuracy"), ("shapes_unknown", "unrecognisable")):
-        right.plot(*curve(rows, f"eval/{key}"), marker=".", label=label)
+    left.set(xlabel="minutes of training", ylabel="reward of the rollouts, 0 to 1")
+    for key, label in LABELS.items():
+        if any(f"eval/{key}" in row for row in rows):
+            right.plot(*curve(rows, f"eval/{key}"), marker=".", label=label)
     right.set(xlabel="minutes of training", ylabel="held-out prompts, 40-step ODE", ylim=(0, 1))
     right.legend()
     figure.tight_layout()

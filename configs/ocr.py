@@ -35,8 +35,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.reward.weights = ConfigDict({"ocr": 1.0})
     c.reward.options = ConfigDict(
         {
-            "ocr": {  # also for ocr_lenient, which is never strict
+            "ocr": {  # also for ocr_lenient, which is never strict, and ocr_exact
                 "strict": True,  # text that was not asked for costs as much as text that is missing
+                "exact": False,  # 1 for the right text alone, 0 for all others
                 "confidence": 0.0,  # of recognised boxes, 0 to 1: those above it are read
                 "upscale": 1,  # how many times larger pictures are made first
                 "detector_side": 736,  # px: smaller pictures are enlarged to it to find text
@@ -50,6 +51,6 @@ def get_config(variant: str = "full") -> ConfigDict:
 
     c.eval.every = c.checkpoint.every = 60
     c.eval.images = 1_018  # every test prompt once
-    c.eval.rewards = ("ocr", "ocr_lenient")
+    c.eval.rewards = ("ocr", "ocr_exact", "ocr_lenient")
     c.checkpoint.best = "ocr"
     return base.variant(c, variant)

@@ -29,6 +29,6 @@ def get_config() -> ConfigDict:
     c.reward.weights = ConfigDict({"ocr": 1.0})
     c.reward.options = ConfigDict({"ocr": {"upscale": 4, "detector_side": 256}})
 
-    c.eval.rewards = ("ocr",)
+    c.eval.rewards = ("ocr", "ocr_exact")
     c.checkpoint.best = "ocr"
     return c

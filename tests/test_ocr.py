@@ -153,10 +153,11 @@ def test_rewards_of_the_same_options_read_a_picture_once(monkeypatch):
         return lambda image: looks.append(settings) or "stop stop"
 
     monkeypatch.setattr(ocr, "recogniser", counted)
-    rows = rewards.load(["ocr", "ocr_lenient"], {"ocr": {"workers": 1}})
+    rows = rewards.load(["ocr", "ocr_lenient", "ocr_exact"], {"ocr": {"workers": 1}})
     batch = np.stack([picture("STOP"), picture("GO")]), ['"stop"', '"stop"'], [{}] * 2
     assert rows["ocr"](*batch)[0].tolist() == [0, 0]
     assert rows["ocr_lenient"](*batch)[0].tolist() == [1, 1]
+    assert rows["ocr_exact"](batch[0], ['"stop"', '"Stop stop"'], [{}] * 2)[0].tolist() == [0, 1]
     assert len(looks) == 2
     rewards.load(["ocr"], {"ocr": {"workers": 1, "upscale": 2}})["ocr"](*batch)
     assert len(looks) == 4

@@ -32,6 +32,7 @@ TABLE = {
     "image_similarity": "flowgrpo_jax.rewards.clip:image_similarity()",
     "imagereward": "flowgrpo_jax.rewards.imagereward:make()",
     "ocr": "flowgrpo_jax.rewards.ocr:make()",
+    "ocr_exact": "flowgrpo_jax.rewards.ocr:make()",
     "ocr_lenient": "flowgrpo_jax.rewards.ocr:make()",
     "unifiedreward": "flowgrpo_jax.rewards.judge:unifiedreward()",
     "vlm_judge": "flowgrpo_jax.rewards.judge:make()",
@@ -46,6 +47,7 @@ TABLE = {
 VIEWS: dict[str, tuple[str, dict[str, Any]]] = {
     "geneval_strict": ("geneval", {}),
     "geneval_official": ("geneval", {}),
+    "ocr_exact": ("ocr", {"exact": True}),
     "ocr_lenient": ("ocr", {"strict": False}),
 }
 

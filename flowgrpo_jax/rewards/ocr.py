@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 def make(
     *,
     strict: bool = True,
+    exact: bool = False,
     confidence: float = 0.0,
     upscale: int = 1,
     detector_side: int = 736,
@@ -43,6 +44,7 @@ def make(
 
     Args:
       strict: text that was not asked for costs as much as text that is missing.
+      exact: 1 for the wanted text and nothing else, 0 for all others.
       confidence: boxes that are recognised with this confidence or less are not read; 0 to 1.
       upscale: how many times larger, either way, pictures are made first (bicubic).
       detector_side: px, by default RapidOCR's own; pictures whose shorter side is less are enlarged
@@ -74,7 +76,8 @@ def make(
         scores, valid = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
         for i, text in zip(asked, read(np.asarray(images)[asked])):
             if text is not None:
-                scores[i] = similarity(targets[i], normalised(text), strict=strict)
+                score = similarity(targets[i], normalised(text), strict=strict)
+                scores[i] = float(score == 1) if exact else score
                 valid[i] = True
         return scores, valid
 
