@@ -6,20 +6,41 @@ import jax
 import numpy as np
 import pytest
 
-from flowgrpo_jax import sampler, sde
+from configs import signs as signs_recipe
+from flowgrpo_jax import rewards, sampler, sde
 from flowgrpo_jax.generate import t5_limit
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.pretraining import vae
 from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.shapes.render import render
 from flowgrpo_jax.shapes.verify import judge
+from flowgrpo_jax.signs import grammar as signs
+from flowgrpo_jax.signs.world import WORLD
 
-DIRECTORY = sd3.resolve("shapes")
-SCENES_PER_TAG = 50
+SCENES_PER_TAG, SIGNS = 50, 100
+PROMPTS = {
+    "shapes": ["a red circle", "a star above a cross"],
+    "signs": ['a sign that says "CAT"', 'a sign that says "ZOO"'],
+}
 
 
-def test_it_is_small_enough_to_come_along():
-    assert sum(file.stat().st_size for file in DIRECTORY.rglob("*") if file.is_file()) < 16e6
+@pytest.mark.parametrize("name", sd3.BUNDLED)
+def test_it_is_small_enough_to_come_along(name):
+    files = [file for file in sd3.resolve(name).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 16e6
+
+
+def decoded(name, pictures):
+    """The pictures after the autoencoder there and back, and their latents."""
+    directory = sd3.resolve(name)
+    model = sd3.load(directory, t5_length=t5_limit(directory))
+    settings = json.loads((directory / "vae" / "config.json").read_text())
+    means = vae.encode_all(model.params["vae"], pictures, batch=100)
+    latents = (means - settings["shift_factor"]) * settings["scaling_factor"]
+    assert abs(latents.mean()) < 0.1 and abs(latents.std() - 1) < 0.1  # as the transformer expects
+    decode = jax.jit(model.decode)
+    parts = np.split(latents, len(latents) // 100)
+    return np.concatenate([decode(model.params["vae"], part) for part in parts])
 
 
 def test_the_autoencoder_keeps_what_the_verifier_reads():
@@ -30,28 +51,37 @@ def test_the_autoencoder_keeps_what_the_verifier_reads():
         asked += [pool[i] for i in rng.integers(len(pool), size=SCENES_PER_TAG)]
     pictures = np.stack([render(grammar.sample_scene(metadata, rng)) for metadata in asked])
 
-    model = sd3.load("shapes", t5_length=t5_limit(DIRECTORY))
-    settings = json.loads((DIRECTORY / "vae" / "config.json").read_text())
-    means = vae.encode_all(model.params["vae"], pictures, batch=100)
-    latents = (means - settings["shift_factor"]) * settings["scaling_factor"]
-    decode = jax.jit(model.decode)
-    parts = [decode(model.params["vae"], part) for part in np.split(latents, 3)]
+    kept = decoded("shapes", pictures)
 
     def strict(images):
         return np.mean([judge(image, m).strict for image, m in zip(images, asked, strict=True)])
 
     assert strict(pictures) >= 0.99
-    assert strict(np.concatenate(parts)) >= 0.97
-    assert abs(latents.mean()) < 0.1 and abs(latents.std() - 1) < 0.1  # as the transformer expects
+    assert strict(kept) >= 0.97
 
 
-def test_diffusers_draws_the_same_with_it():
+def test_the_autoencoder_keeps_what_the_ocr_reads():
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    config = signs_recipe.get_config()
+    read = rewards.load(["ocr_exact"], config.reward.options.to_dict())["ocr_exact"]
+    rng = np.random.default_rng(0)
+    pool = signs.prompts("test") + signs.prompts("train")
+    asked = [pool[i] for i in rng.integers(len(pool), size=SIGNS)]
+    pictures = np.stack([WORLD.picture(record, rng) for record in asked])
+    scores, valid = read(decoded("signs", pictures), [r["prompt"] for r in asked], asked)
+    assert valid.all() and scores.mean() >= 0.97
+
+
+@pytest.mark.parametrize("name", sd3.BUNDLED)
+def test_diffusers_draws_the_same_with_it(name):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    prompts, steps, length = ["a red circle", "a star above a cross"], 2, t5_limit(DIRECTORY)
+    directory, prompts, steps = sd3.resolve(name), PROMPTS[name], 2
+    length = t5_limit(directory)
     noise = np.random.default_rng(0).normal(size=(2, 8, 8, 16)).astype(np.float32)
 
-    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(DIRECTORY, dtype=torch.float32)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(directory, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
         prompts,
@@ -64,7 +94,7 @@ def test_diffusers_draws_the_same_with_it():
         output_type="np",
     ).images
 
-    model = sd3.load(DIRECTORY, t5_length=length)
+    model = sd3.load(directory, t5_length=length)
     lora, cond = model.init_lora(jax.random.key(0)), model.encode(prompts)
     guided = sampler.guided(model.velocity, 1.0)
 
