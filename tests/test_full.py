@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from flowgrpo_jax import export, recipe
 from flowgrpo_jax.checkpoint import load_lora
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models import convert, sd3
+from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.train import one_epoch, train
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,14 @@ def test_every_weight_is_trained(run):
     assert still == {f"{last}/{name}" for name in idle}
     first, *_ = rows(workdir)
     assert first["ratio_gap"] < 1e-5 and first["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_is_trained_is_float32_whatever_computes(rank):
+    parts = sd3.find_architecture("shapes")
+    model = sd3.describe(parts, lora_spec=LoRASpec(rank=rank), dtype=jnp.bfloat16)
+    assert {x.dtype for x in model.lora_shapes.values()} == {np.dtype("float32")}
+    assert {x.dtype for x in model.base.values()} == {jnp.dtype("bfloat16")}
 
 
 def test_before_training_it_is_the_base():

@@ -275,13 +275,10 @@ def describe(
         return part(lambda rngs: TEXT[name](fields, dtype=text_dtype, rngs=rngs), text_dtype)
 
     mmdit, shapes = part(adapted, dtype)
-    lora_shapes, base = lora.split(shapes)
-    if not spec.rank:
-        lora_shapes = {
-            path: jax.ShapeDtypeStruct(x.shape, jnp.float32)
-            for path, x in base.items()
-            if path not in CONSTANTS
-        }
+    adapter, base = lora.split(shapes)
+    trained = adapter if spec.rank else {k: x for k, x in base.items() if k not in CONSTANTS}
+    # What is trained is f32, whatever the model computes in.
+    lora_shapes = {k: jax.ShapeDtypeStruct(x.shape, jnp.float32) for k, x in trained.items()}
     vae, vae_shapes = part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
     text = {name: encoder(name) for name in TEXT if getattr(parts, name) is not None}
 

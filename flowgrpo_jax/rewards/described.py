@@ -26,25 +26,27 @@ def never(prompts: Any, metadata: Any) -> Any:
 
 
 @functools.cache
-def tower(kind: Any, config: Any, dtype: str) -> towers.Tower:
+def tower(weights: str, kind: Any, config: Any, dtype: str) -> towers.Tower:
     """Rewards on the same weights have the same tower, as `towers` has it."""
     return towers.describe(kind, config, dtype)
 
 
-def agreement(shape: DualConfig, rule: dict[str, Any], dtype: str) -> tuple[GraphReward, Rows]:
+def agreement(
+    weights: str, shape: DualConfig, rule: dict[str, Any], dtype: str
+) -> tuple[GraphReward, Rows]:
     ids = jax.ShapeDtypeStruct((shape.text.max_position_embeddings,), jnp.int32)
-    return clip.agreement(tower(CLIP, shape, dtype), dtype, never, **rule), {"ids": ids}
+    return clip.agreement(tower(weights, CLIP, shape, dtype), dtype, never, **rule), {"ids": ids}
 
 
 def aesthetic(dtype: str) -> tuple[GraphReward, Rows]:
-    head = tower(Head, VIT_L_14.vision.projection_dim, "float32")
-    return clip.beauty(tower(CLIP, VIT_L_14, dtype), dtype, head), {}
+    head = tower("head", Head, VIT_L_14.vision.projection_dim, "float32")
+    return clip.beauty(tower("clip_l", CLIP, VIT_L_14, dtype), dtype, head), {}
 
 
 def similarity(dtype: str) -> tuple[GraphReward, Rows]:
     side = VIT_L_14.vision.image_size
     pixels = jax.ShapeDtypeStruct((side, side, 3), jnp.float32)
-    return clip.similarity(tower(CLIP, VIT_L_14, dtype), dtype, never), {"pixels": pixels}
+    return clip.similarity(tower("clip_l", CLIP, VIT_L_14, dtype), dtype, never), {"pixels": pixels}
 
 
 def reading(dtype: str) -> tuple[GraphReward, Rows]:
@@ -53,13 +55,15 @@ def reading(dtype: str) -> tuple[GraphReward, Rows]:
         "ids": jax.ShapeDtypeStruct(shape, jnp.int32),
         "mask": jax.ShapeDtypeStruct(shape, bool),
     }
-    return imagereward.reading(tower(ImageReward, BLIPConfig(), dtype), dtype, never), rows
+    return imagereward.reading(
+        tower("imagereward", ImageReward, BLIPConfig(), dtype), dtype, never
+    ), rows
 
 
 TABLE: dict[str, Callable[[str], tuple[GraphReward, Rows]]] = {
-    "pickscore": lambda dtype: agreement(VIT_H_14, clip.PICKSCORE, dtype),
-    "clipscore": lambda dtype: agreement(VIT_L_14, clip.CLIPSCORE, dtype),
-    "hpsv2": lambda dtype: agreement(VIT_H_14, clip.HPSV2, dtype),
+    "pickscore": lambda dtype: agreement("pickscore", VIT_H_14, clip.PICKSCORE, dtype),
+    "clipscore": lambda dtype: agreement("clip_l", VIT_L_14, clip.CLIPSCORE, dtype),
+    "hpsv2": lambda dtype: agreement("hpsv2", VIT_H_14, clip.HPSV2, dtype),
     "aesthetic": aesthetic,
     "image_similarity": similarity,
     "imagereward": reading,
