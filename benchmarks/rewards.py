@@ -2,9 +2,9 @@
 
     python -m benchmarks.rewards --out benchmarks/results/rewards.json
 
-Host rewards see 512 px pictures (the shapes verifier its own 64 px ones) on one core, in batches of
-8; the median of five batches after a first one. Rewards in the graph are not run: their arithmetic
-is counted in the program that would run, for one image and its prompt.
+Host rewards see 512 px pictures (the shapes verifier its own 64 px ones) in batches of 8, OCR on
+one core; the median of five batches after a first one. Rewards in the graph are not run: their
+arithmetic is counted in the program that would run, for one image and its prompt.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ HOST = {  # row: its options, and what it looks at
 
 def pictures(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, list[str], list[dict]]:
     if kind == "scene":
-        records = [shapes.prompts("test")[i] for i in rng.integers(100, size=BATCH)]
+        pool = shapes.prompts("test")
+        records = [pool[i] for i in rng.integers(len(pool), size=BATCH)]
         scenes = [render_scene(shapes.sample_scene(record, rng)) for record in records]
         return np.stack(scenes), [record["prompt"] for record in records], records
     words = [signs.WORDS[i] for i in rng.integers(len(signs.WORDS), size=BATCH)]

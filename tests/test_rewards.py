@@ -119,13 +119,11 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
 
 def test_the_documentation_has_a_line_for_every_row():
     page = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
-    listed = [
-        name
-        for line in page.splitlines()
-        if line.startswith("| `")
-        for name in re.findall(r"`(\w+)`", line.split("|")[1])
-    ]
+    lines = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    listed = [name for line in lines for name in re.findall(r"`(\w+)`", line[1])]
     assert sorted(listed) == sorted(rewards.TABLE)
+    for line in lines:  # a cost that was measured, or what it depends on
+        assert re.search(r"\d (ms|GFLOP)|none more|request", line[-2]), line[1]
 
 
 def test_every_image_is_scored_once_and_beside_those_of_its_prompt():
