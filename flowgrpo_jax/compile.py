@@ -260,7 +260,7 @@ def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
     except jax.errors.JaxRuntimeError as error:
         if "hbm" not in str(error).lower():
             raise
-        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)G", str(error))
         memory = float(used[1]) * 2**30 + others if used else math.inf
         return empty._replace(memory=memory, error="does not fit")
     needs = compiled.memory_analysis()
