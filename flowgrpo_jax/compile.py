@@ -82,7 +82,7 @@ class Report(NamedTuple):
 # ----------------------------------------------------------------------------------- shapes
 
 
-def describe(config: ConfigDict) -> tuple[sd3.SD3, Architecture]:
+def describe(config: ConfigDict, mesh: Mesh) -> tuple[sd3.SD3, Architecture]:
     """The recipe's model without its weights."""
     parts = sd3.find_architecture(config.model.path, t5=config.model.t5)
     model = sd3.describe(
@@ -91,6 +91,7 @@ def describe(config: ConfigDict) -> tuple[sd3.SD3, Architecture]:
         dtype=jnp.dtype(config.model.dtype),
         t5_length=config.model.t5_length,
         remat=config.model.remat,
+        gather=sharding.gather(mesh),
     )
     return recipe.release(config, model), parts
 
@@ -340,7 +341,7 @@ def main(_: list[str]) -> None:
     chip, devices = topology(flags.FLAGS.topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     plan = settings.make_plan(config, sharding.row_shards(mesh))
-    model, parts = describe(config)
+    model, parts = describe(config, mesh)
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     print(f"{config.name}: {config.model.path} on {flags.FLAGS.topology}, {layout}\n{plan}")
     listed, stays = programs(config, model, parts, mesh, plan)

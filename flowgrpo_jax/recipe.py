@@ -109,6 +109,7 @@ def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None
         t5_length=config.model.t5_length,
         remat=config.model.remat,
         place=sharding.place(mesh),
+        gather=sharding.gather(mesh),
     )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import described
 
+ROOT = Path(__file__).parent.parent
 LAYERS, ROWS, WIDTH = 6, 64, 32
 
 
@@ -135,9 +137,19 @@ def collectives(devices):
 
 
 def run(code, **env):
+    return run_code(PROGRAM + code, **env)
+
+
+def run_code(code, **env):
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM + code],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **env},
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "PYTHONPATH": str(ROOT),
+            **env,
+        },
         check=True,
         capture_output=True,
         text=True,
@@ -206,3 +218,37 @@ def test_the_recipe_in_the_box_compiles_for_a_pod(tmp_path):
     summed = 2 * 3 / 4 * report["config"]["sample"]["window"] * adapter
     assert programs["accumulate"]["links"] == pytest.approx(summed, rel=1e-3)
     assert set(programs["accumulate"]["collectives"]) == {"all-reduce"}
+
+
+SHARDED = """
+import jax
+from configs import shapes
+from flowgrpo_jax import compile, cost, settings, sharding
+
+config = shapes.get_config()
+config.mesh.data, config.mesh.fsdp, config.sample.guidance_scale = 1, 4, 2.0
+mesh = sharding.make_mesh(**config.mesh)
+plan = settings.make_plan(config, sharding.row_shards(mesh))
+model, parts = compile.describe(config, mesh)
+for program in compile.programs(config, model, parts, mesh, plan)[0]:
+    if program.name in ("sample", "accumulate"):
+        text = program.run.trace(*program.args).lower().compile().as_text()
+        print(program.name, {c.kind: c.bytes for c in cost.collectives(text)}, sep=" = ")
+weights = sum(x.size * x.dtype.itemsize for x in model.base.values())
+print("weights", weights, sep=" = ")
+"""
+
+
+def test_fsdp_fetches_weights_and_moves_no_activations():
+    """Sampling fetches the three quarters that a device lacks once a step, and does nothing else;
+    the update does so there and back, and sums the adapter's gradient."""
+    found = {}
+    flag = "--xla_force_host_platform_device_count=4"
+    exec(run_code(SHARDED, XLA_FLAGS=flag), {}, found)
+    once = 3 / 4 * found["weights"]
+    steps, window = 20, 3
+    assert set(found["sample"]) == {"all-gather"}
+    assert 0.5 * steps * once < found["sample"]["all-gather"] <= steps * once
+    assert set(found["accumulate"]) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert 0.5 * window * once < found["accumulate"]["all-gather"] <= 3 * window * once
+    assert found["accumulate"]["all-reduce"] < 0.5 * window * once

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, Any]  # flat: path -> array, or ShapeDtypeStruct for an abstract model
+Gather = Callable[[str, jax.Array], jax.Array]  # (path, parameter) -> the same, laid out otherwise
 
 
 class LoRAParam(nnx.Param):
@@ -63,16 +64,22 @@ def scan(
     *,
     unroll: bool = False,
     remat: bool = False,
+    gather: Gather | None = None,
 ) -> Any:
     """Apply the modules of a stack one after another: carry = call(module, carry).
 
     A raw `lax.scan`: the compiler sees one block, not n. `unroll` is the same computation laid out
     in full (compiles longer, runs the same); `remat` recomputes a block's activations in the
-    backward pass instead of keeping them.
+    backward pass instead of keeping them; `gather` is done to a block's parameters, by their paths
+    within it, before it runs, and again in the backward pass with `remat`.
     """
     graphdef, state = nnx.split(stacked)
 
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
+        if gather:
+            parts = nnx.to_flat_state(layer)
+            gathered = [(path, v.replace(gather(name(path), v.get_value()))) for path, v in parts]
+            layer = nnx.from_flat_state(gathered)
         return call(nnx.merge(graphdef, layer), carry), None
 
     length = jax.tree.leaves(state)[0].shape[0]

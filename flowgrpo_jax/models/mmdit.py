@@ -259,9 +259,10 @@ class MMDiT(nnx.Module):
         dtype: Any = jnp.float32,
         remat: bool = False,
         unroll: bool = False,
+        gather: layers.Gather | None = None,
         rngs: nnx.Rngs,
     ):
-        self.config, self.remat, self.unroll = config, remat, unroll
+        self.config, self.remat, self.unroll, self.gather = config, remat, unroll, gather
         make = Maker(config, dtype, rngs)
         self.pos_embed = PatchEmbed(make)
         self.time_text_embed = TimeTextEmbed(make)
@@ -305,6 +306,7 @@ class MMDiT(nnx.Module):
                 (x, c),
                 unroll=self.unroll,
                 remat=self.remat,
+                gather=self.gather,
             )
         scale, shift = self.norm_out(temb)
         x = self.proj_out(modulate(layer_norm(x), shift, scale))

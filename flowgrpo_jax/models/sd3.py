@@ -246,6 +246,7 @@ def describe(
     t5_length: int = 256,
     remat: bool = False,
     unroll: bool = False,
+    gather: layers.Gather | None = None,
 ) -> SD3:
     """The functions of a model, and the shapes of what they take; nothing is allocated.
 
@@ -256,6 +257,7 @@ def describe(
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
       unroll: lay equal blocks out one by one instead of scanning them.
+      gather: done to the transformer's parameters right before they are used (sharding.gather).
     """
     spec = lora_spec or LoRASpec()
     text_dtype = text_dtype or dtype
@@ -265,7 +267,8 @@ def describe(
         return apply, {k: jax.ShapeDtypeStruct(v.shape, dtype) for k, v in shapes.items()}
 
     def adapted(rngs: nnx.Rngs) -> MMDiT:
-        module = MMDiT(parts.transformer, dtype=dtype, remat=remat, unroll=unroll, rngs=rngs)
+        config = parts.transformer
+        module = MMDiT(config, dtype=dtype, remat=remat, unroll=unroll, gather=gather, rngs=rngs)
         if spec.rank:
             lora.add(module, spec)
         return module
@@ -286,7 +289,10 @@ def describe(
         x = latents.astype(dtype)
         if not spec.rank:  # as the frozen weights are: bit for bit the same policy before training
             lora = {path: w.astype(dtype) for path, w in lora.items()}
-        v = mmdit({**base, **lora}, x, 1000 * sigma, tokens.astype(dtype), pooled.astype(dtype))
+        params = {**base, **lora}
+        if gather:  # blocks do it themselves, one by one
+            params = {k: w if ":" in k else gather(k, w) for k, w in params.items()}
+        v = mmdit(params, x, 1000 * sigma, tokens.astype(dtype), pooled.astype(dtype))
         return v.astype(jnp.float32)
 
     @jax.jit
