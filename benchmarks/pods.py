@@ -4,8 +4,8 @@
 
 Compiles configs/geneval.py (48 groups of 24 images of 512 px, 10 steps with guidance, 2 updates)
 with `flowgrpo_jax.compile`, once for every row of `PODS` and of `SCALING`, and prints two tables in
-Markdown: those of docs/scaling.md. Rows that are in the file already are not compiled again. Takes
-minutes a row; needs `pip install -e '.[tpu]'`, no TPU and no weights.
+Markdown. Rows that are in the file already are not compiled again. Takes minutes a row; needs
+`pip install -e '.[tpu]'`, no TPU and no weights.
 """
 
 from __future__ import annotations
