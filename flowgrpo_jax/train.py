@@ -3,9 +3,8 @@
     python -m flowgrpo_jax.train --config configs/shapes.py --workdir runs/shapes [--resume]
 
 An epoch: prompts -> a group of images for each, by the stochastic sampler -> rewards -> advantages
-relative to the group -> clipped policy updates of the LoRA weights (or, with lora.rank=0, of all of
-the transformer's). Now and then: evaluation by the
-deterministic ODE, and a checkpoint.
+relative to the group -> clipped policy updates of the LoRA weights (with lora.rank=0, of all of the
+transformer's). Now and then: evaluation by the deterministic ODE, and a checkpoint.
 """
 
 from __future__ import annotations
