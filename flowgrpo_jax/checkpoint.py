@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import platform
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from flowgrpo_jax.types import Params, TrainState
 log = logging.getLogger(__name__)
 BASE = "base"  # the name of the policy before training
 FOLDERS = ("checkpoints", "best")  # of a work directory
+LIBRARIES = ("flowgrpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Checkpoints:
@@ -116,10 +119,15 @@ class Checkpoints:
         """A training state after `epoch` epochs."""
         self.write(epoch, _parts(state), record)
 
-    def resume(self, like: TrainState) -> tuple[TrainState, int]:
-        """The newest readable training state, and the epoch to go on with."""
+    def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest readable training state, and its record."""
         trees, record = self.newest(_parts(like))
-        return dataclasses.replace(trees["state"], ema=trees["ema"]), int(record["epoch"])
+        return dataclasses.replace(trees["state"], ema=trees["ema"]), record
+
+    def keep_only(self, step: int) -> None:
+        """Remove all others, newer ones too."""
+        for other in set(self.steps()) - {step}:
+            self._manager.delete(other)
 
     def wait(self) -> None:
         """Until all is written. Raises OSError where the last one could not be."""
@@ -149,7 +157,8 @@ class Best:
     """The checkpoint with the highest value of an evaluated reward, in a directory of its own."""
 
     def __init__(self, directory: epath.PathLike, reward: str):
-        self.checkpoints = Checkpoints(directory, keep=1)
+        # Not the newest one: a run may have gone on from a checkpoint before it.
+        self.checkpoints = Checkpoints(directory)
         self.figure = f"eval/{reward}"
         # As the first process reads it: all must agree on when to save.
         self.value = float(sharding.everyone(np.array(self._stored(), np.float64))[0])
@@ -158,7 +167,7 @@ class Best:
         value = -math.inf
         for step in self.checkpoints.steps():
             try:
-                value = float(self.checkpoints.record(step)[self.figure])
+                value = max(value, float(self.checkpoints.record(step)[self.figure]))
             except Exception as error:  # another reward's, or damaged: the next one replaces it
                 log.warning("%s/%d is passed over: %s", self.checkpoints.directory, step, error)
         return value
@@ -174,11 +183,93 @@ class Best:
         try:
             self.checkpoints.save(epoch, state, {"epoch": epoch, self.figure: value})
             self.checkpoints.wait()
+            self.checkpoints.keep_only(epoch)
             self.value = value
         except OSError as error:
             if jax.process_count() > 1:
                 raise
             log.warning("%s; training goes on", error)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that decide on a run's bits."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):  # ours, where it was not installed
+            found[name] = metadata.version(name)
+    return found
+
+
+class Kept:
+    """What a run keeps in its work directory: its last states, and its best one if asked to.
+
+    Args:
+      record: the resolved config, kept with every state.
+      best: a reward's name, or "": the state with its highest value in evaluation is kept.
+    """
+
+    def __init__(self, workdir: epath.Path, record: dict[str, Any], *, keep: int, best: str):
+        self.config = record
+        self.last = Checkpoints(workdir / "checkpoints", keep=keep)
+        self.best = Best(workdir / "best", best) if best else None
+        self.saved = -1  # epochs that the newest state has behind it
+
+    def resume(self, like: TrainState) -> tuple[TrainState, int]:
+        """The newest state and its epoch, or `like` and 0: launchers always resume, and the first
+        time there is nothing yet."""
+        if not self.last.steps():
+            log.warning("no checkpoint in %s: starting from epoch 0", self.last.directory)
+            return like, 0
+        state, record = self.last.resume(like)
+        self.saved = int(record["epoch"])
+        then, now = record.get("versions", {}), versions()
+        changed = [
+            f"{name} {then[name]} -> {now.get(name)}"
+            for name in then
+            if then[name] != now.get(name)
+        ]
+        if changed:
+            log.warning(
+                "the run was saved with other versions (%s): it goes on, but not bit for bit",
+                ", ".join(changed),
+            )
+        return state, self.saved
+
+    def save(self, epoch: int, state: TrainState) -> None:
+        """If it cannot be written, that is a warning. Of several processes some may not know: there
+        it is an OSError, that the run may be started again."""
+        try:
+            self._save(epoch, state)
+        except OSError as error:
+            if jax.process_count() > 1:
+                raise
+            log.warning("%s; training goes on", error)
+
+    def finish(self, epoch: int, state: TrainState) -> None:
+        """Save and wait. Raises OSError, once the state has been rescued to another place."""
+        try:
+            self._save(epoch, state)
+            self.last.wait()  # a second signal must not cut it short
+        except OSError as error:
+            raise rescue(epoch, state, self._record(epoch), error) from error
+
+    def _save(self, epoch: int, state: TrainState) -> None:
+        if self.saved != epoch:
+            self.last.save(epoch, state, self._record(epoch))
+        self.saved = epoch
+
+    def _record(self, epoch: int) -> dict[str, Any]:
+        return {"epoch": epoch, "config": self.config, "versions": versions()}
+
+    def offer(self, epoch: int, state: TrainState, report: dict[str, float]) -> None:
+        """Keep the state if its evaluation, `report`, is the best so far."""
+        if self.best:
+            self.best.offer(epoch, state, report)
+
+    def close(self) -> None:
+        self.last.close()
+        if self.best:
+            self.best.checkpoints.close()
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

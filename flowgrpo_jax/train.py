@@ -28,8 +28,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import cli, grpo, logs, recipe, sampler, settings, sharding, update
-from flowgrpo_jax.checkpoint import Best, Checkpoints, rescue
+from flowgrpo_jax import checkpoint, cli, grpo, logs, recipe, sampler, settings, sharding, update
 from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.rewards import graph, host
@@ -43,105 +42,64 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     exits with `cli.RESTART`, on which the launchers start again."""
     workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
     run = recipe.build(config)
-    first_process = jax.process_index() == 0
-    if first_process:
+    if first_process := jax.process_index() == 0:
         print(recipe.describe(run))
     cli.prepare(workdir, resume)
-
-    key = jax.random.key(config.seed)
-    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
-    state = update.init(sharding.put_state(run.mesh, run.model.init_lora(key)), run.optimiser, key)
-    state = sharding.put_state(run.mesh, state)
+    state = first_state(run)
     run = dataclasses.replace(run, model=recipe.release(config, run.model))
     null = run.encode([""])
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    keep_best = config.checkpoint.best
-    best = Best(workdir / "best", keep_best) if keep_best else None
-    first = 0
-    if resume and checkpoints.steps():
-        state, first = checkpoints.resume(state)
-    elif resume:  # launchers always say --resume; the first time there is nothing yet
-        log.warning("no checkpoint in %s: starting from epoch 0", checkpoints.directory)
+    kept = checkpoint.Kept(
+        workdir, config.to_dict(), keep=config.checkpoint.keep, best=config.checkpoint.best
+    )
+    state, epoch = kept.resume(state) if resume else (state, 0)
     cli.record(workdir, config)
     metrics = logs.Metrics(
-        workdir,
-        first,
-        tensorboard=config.log.tensorboard,
-        wandb=config.log.wandb,
-        config=config.to_dict(),
-        active=first_process,
+        workdir, epoch, config=config.to_dict(), active=first_process, **config.log
     )
     bar = tqdm(
         total=config.epochs,
-        initial=first,
+        initial=epoch,
         desc=config.name,
         unit="epoch",
         smoothing=0.1,
-        disable=jax.process_index() > 0,
+        disable=not first_process,
     )
-    saved, epoch, asked, lost = first if resume else -1, first, 0, 0
-
-    def save(last: bool = False) -> None:
-        """A checkpoint that cannot be written costs a warning, unless it is the last one, or some
-        of several processes may not know: then the run ends, to be started again."""
-        nonlocal saved
-        record = {"epoch": epoch, "config": config.to_dict()}
-        try:
-            if saved != epoch:
-                checkpoints.save(epoch, state, record)
-            saved = epoch
-            if last:
-                checkpoints.wait()  # a second signal must not cut it short
-        except OSError as error:
-            if last:
-                raise rescue(epoch, state, record, error) from error
-            if jax.process_count() > 1:
-                raise
-            log.warning("%s; training goes on", error)
-
+    asked = lost = 0
     with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
         try:
             while epoch < config.epochs:
                 stop.check()
-                report: dict[str, Any] = {}
+                report: dict[str, float] = {}
                 if run.test_prompts and config.eval.every and epoch % config.eval.every == 0:
-                    report |= evaluate_into(workdir, run, state, null, epoch, best, stop.check)
+                    report = evaluate_into(workdir, run, state, null, epoch, kept, stop.check)
                 begun = time.perf_counter()
                 state, figures = one_epoch(run, state, null, epoch, pool, stop)
-                lost = lost + 1 if figures["skipped"] > 1 - 1e-6 else 0
-                if lost > config.train.max_skipped:
-                    raise Hopeless(
-                        f"no update of the last {lost} epochs had a finite gradient, more than"
-                        f" train.max_skipped={config.train.max_skipped}: go on from an earlier"
-                        " checkpoint with a lower train.learning_rate or in float32"
-                    )
+                lost = count_lost(lost, figures["skipped"], config.train.max_skipped)
                 figures["seconds"] = time.perf_counter() - begun
                 figures["images_per_second"] = run.plan.images / figures["seconds"]
                 metrics.write(epoch, figures | report)
                 show(bar, figures, report)
                 epoch += 1
                 if epoch % config.checkpoint.every == 0:
-                    save()
+                    kept.save(epoch, state)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
         except Exception as error:
             # What was trained is kept. Saving takes all processes: not if one failed alone.
             if isinstance(error, Hopeless) or jax.process_count() == 1:
                 try:
-                    save(last=True)
+                    kept.finish(epoch, state)
                 except OSError as unsaved:
                     error.add_note(str(unsaved))
             raise
-        save(last=True)
+        kept.finish(epoch, state)
     bar.close()
     if epoch == config.epochs and run.test_prompts and config.eval.every:
-        report = evaluate_into(workdir, run, state, null, epoch, best)
+        report = evaluate_into(workdir, run, state, null, epoch, kept)
         metrics.write(epoch, report)
         if first_process:
             print(json.dumps({k: round(v, 4) for k, v in report.items() if math.isfinite(v)}))
-    checkpoints.close()
-    if best:
-        best.checkpoints.close()
+    kept.close()
     metrics.close()
     if epoch < config.epochs and first_process:
         print(f"stopped after epoch {epoch}; go on with --resume")
@@ -150,8 +108,29 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     return state
 
 
+def first_state(run: Recipe) -> TrainState:
+    """The state before the first update, on the devices."""
+    key = jax.random.key(run.config.seed)
+    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
+    state = update.init(sharding.put_state(run.mesh, run.model.init_lora(key)), run.optimiser, key)
+    return sharding.put_state(run.mesh, state)
+
+
 class Hopeless(RuntimeError):
     """The run cannot go on; all processes find so alike, in the same epoch."""
+
+
+def count_lost(lost: int, skipped: float, most: int) -> int:
+    """Epochs in a row without a single finite gradient, after one that skipped this share of its
+    updates. Raises Hopeless where they are more than `most`."""
+    lost = lost + 1 if skipped > 1 - 1e-6 else 0
+    if lost > most:
+        raise Hopeless(
+            f"no update of the last {lost} epochs had a finite gradient, more than"
+            f" train.max_skipped={most}: go on from an earlier checkpoint with a lower"
+            " train.learning_rate or in float32"
+        )
+    return lost
 
 
 def one_epoch(
@@ -314,7 +293,7 @@ def evaluate_into(
     state: TrainState,
     null: Conditioning,
     epoch: int,
-    best: Best | None = None,
+    kept: checkpoint.Kept,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
@@ -329,8 +308,8 @@ def evaluate_into(
         for name, value in values.items()
     }
     report = {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
-    if best and result["failed"] <= run.config.reward.max_failed:
-        best.offer(epoch, state, report)
+    if result["failed"] <= run.config.reward.max_failed:
+        kept.offer(epoch, state, report)
     return report
 
 

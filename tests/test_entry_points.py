@@ -30,7 +30,7 @@ from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.rewards.mix import Mix
-from flowgrpo_jax.train import one_epoch, train
+from flowgrpo_jax.train import first_state, one_epoch, train
 from flowgrpo_jax.types import GraphReward
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +260,16 @@ def damage(step, how):
             file.write_bytes({"garbage": b"\xff" * len(content), "cut": content[:-9]}[how])
 
 
+def test_a_resume_says_which_libraries_changed(folder, half, tmp_path, monkeypatch, caplog):
+    shutil.copytree(half, tmp_path / "run")
+    saved = Checkpoints(half / "checkpoints").record(2)["versions"]
+    assert saved["jax"] == jax.__version__ and saved["numpy"] == np.__version__
+    now = saved | {"jax": "0.0.1"}
+    monkeypatch.setattr("flowgrpo_jax.checkpoint.versions", lambda: now)
+    train(load(folder, epochs=2, eval__every=0), tmp_path / "run", resume=True)
+    assert f"other versions (jax {jax.__version__} -> 0.0.1)" in caplog.text
+
+
 @pytest.mark.parametrize("how", ["garbage", "cut"])
 def test_a_damaged_checkpoint_is_passed_over(folder, whole, how, caplog):
     workdir = folder / how
@@ -268,7 +278,8 @@ def test_a_damaged_checkpoint_is_passed_over(folder, whole, how, caplog):
     state = train(load(folder), workdir, resume=True)
     assert f"{workdir}/checkpoints/4 cannot be read" in caplog.text
     same(state, whole.state)
-    assert Checkpoints(workdir / "checkpoints").resume(state)[1] == 4  # it was written again
+    _, record = Checkpoints(workdir / "checkpoints").resume(state)
+    assert record["epoch"] == 4  # it was written again
 
     for step in (workdir / "checkpoints").iterdir():
         damage(step, how)
@@ -443,6 +454,18 @@ def test_the_best_evaluation_is_kept(folder, whole):
         run, checkpoint.load_lora(whole.workdir / "best", run.model), run.encode([""])
     )
     assert result["metrics"]["jpeg_incompressibility"] == pytest.approx(scores[epoch], rel=1e-6)
+
+
+def test_the_best_may_be_older_than_one_of_before(folder, tmp_path):
+    """A run that goes on from an earlier checkpoint with another reward begins anew."""
+    state = first_state(recipe.build(load(folder)))
+    checkpoint.Best(tmp_path, "shapes").offer(4, state, {"eval/shapes": 0.75})
+    checkpoint.Best(tmp_path, "shapes_strict").offer(2, state, {"eval/shapes_strict": 0.25})
+    assert Checkpoints(tmp_path).steps() == [2]
+    again = checkpoint.Best(tmp_path, "shapes_strict")
+    assert again.value == 0.25
+    again.offer(6, state, {"eval/shapes_strict": 0.25})  # not better
+    assert Checkpoints(tmp_path).steps() == [2]
 
 
 def brightness(images, prompts, metadata):
