@@ -63,32 +63,42 @@ def evaluate(
         graphed.append(run.test_scorer.graph(images[-1], prepared, row))
     pictures = np.concatenate([sharding.whole(i) for i in images])[: config.images]
 
-    mine = host.shares(batch.ids, jax.process_index(), jax.process_count(), micro)
-    scored = [run.test_scorer.host(pictures[part], batch.ids[part]) for part in mine]
-    scores = {}
-    for name in scored[0]:
-        own = np.concatenate([part[name] for part in scored])
-        scores[name] = host.merge(host.spread(np.concatenate(mine), own, config.images))
-    for name in run.test_scorer.in_graph:
-        scores[name] = np.concatenate([sharding.whole(g[name]) for g in graphed])[: config.images]
-    table = run.test_scorer.mix.table(batch.metadata)
-    applies = dict(zip(run.test_scorer.mix.names, ~np.isnan(table)))
-    scores = {name: np.where(applies[name], scores[name], np.nan) for name in applies}
+    scores, failed = _scores(run, pictures, batch, graphed, micro)
     tags = np.array([m.get("tag", "") for m in batch.metadata])
-    per_tag = {
-        tag: {name: mean(s[tags == tag]) for name, s in scores.items()}
-        for tag in sorted(set(tags))
-        if tag
-    }
-    metrics = {name: mean(s) for name, s in scores.items()}
-    failed = np.any([np.isnan(s) & applies[name] for name, s in scores.items()], axis=0)
     result = {
-        "metrics": metrics,
-        "per_tag": per_tag,
+        "metrics": {name: mean(s) for name, s in scores.items()},
+        "per_tag": {
+            tag: {name: mean(s[tags == tag]) for name, s in scores.items()}
+            for tag in sorted(set(tags))
+            if tag
+        },
         "images": config.images,
         "failed": float(failed.mean()),
     }
     return result, pictures, batch
+
+
+def _scores(
+    run: Recipe, pictures: np.ndarray, batch: PromptBatch, graphed: list[Any], micro: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Every reward of every image, f32 [n], NaN where it failed or does not apply to the prompt;
+    and whether any failed, bool [n].
+
+    Args:
+      graphed: what the rewards in the graph gave for each micro-batch of `micro` images.
+    """
+    scorer, n = run.test_scorer, len(pictures)
+    mine = host.shares(batch.ids, jax.process_index(), jax.process_count(), micro)
+    scored = [scorer.host(pictures[part], batch.ids[part]) for part in mine]
+    scores = {}
+    for name in scored[0]:
+        own = np.concatenate([part[name] for part in scored])
+        scores[name] = host.merge(host.spread(np.concatenate(mine), own, n))
+    for name in scorer.in_graph:
+        scores[name] = np.concatenate([sharding.whole(g[name]) for g in graphed])[:n]
+    applies = dict(zip(scorer.mix.names, ~np.isnan(scorer.mix.table(batch.metadata))))
+    scores = {name: np.where(applies[name], scores[name], np.nan) for name in applies}
+    return scores, np.any([np.isnan(s) & applies[name] for name, s in scores.items()], axis=0)
 
 
 def mean(scores: np.ndarray) -> float:

@@ -260,11 +260,44 @@ def describe(
       gather: done to the transformer's parameters right before they are used (sharding.gather).
     """
     spec = lora_spec or LoRASpec()
-    text_dtype = text_dtype or dtype
+    velocity, base, trained = _transformer(parts, spec, dtype, remat, unroll, gather)
+    vae, vae_shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
+    encode_text, text_shapes = _encoders(parts, text_dtype or dtype, t5_length)
+    return SD3(
+        params={"transformer": base, "vae": vae_shapes},
+        velocity=velocity,
+        decode=lambda params, z: to_uint8(vae(params, z, method="decode")),
+        encode_text=encode_text,
+        # What is trained is f32, whatever the model computes in.
+        lora_shapes=_as_dtype(trained, jnp.float32),
+        lora_spec=spec,
+        shift=parts.shift,
+        latent_channels=parts.transformer.in_channels,
+        downsampling=parts.vae.downsampling,
+        default_size=parts.transformer.sample_size * parts.vae.downsampling,
+        text_shapes=text_shapes,
+    )
 
-    def part(create: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> tuple[Any, Params]:
-        apply, shapes = layers.abstract(create)
-        return apply, {k: jax.ShapeDtypeStruct(v.shape, dtype) for k, v in shapes.items()}
+
+def _as_dtype(shapes: Params, dtype: Any) -> Params:
+    return {path: jax.ShapeDtypeStruct(x.shape, dtype) for path, x in shapes.items()}
+
+
+def _part(create: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> tuple[Any, Params]:
+    """A module's function and the shapes of its parameters, stored as `dtype`."""
+    apply, shapes = layers.abstract(create)
+    return apply, _as_dtype(shapes, dtype)
+
+
+def _transformer(
+    parts: Architecture,
+    spec: LoRASpec,
+    dtype: Any,
+    remat: bool,
+    unroll: bool,
+    gather: layers.Gather | None,
+) -> tuple[Callable[..., jax.Array], Params, Params]:
+    """The velocity, and the shapes of the frozen and of the trained weights."""
 
     def adapted(rngs: nnx.Rngs) -> MMDiT:
         config = parts.transformer
@@ -273,17 +306,9 @@ def describe(
             lora.add(module, spec)
         return module
 
-    def encoder(name: str) -> tuple[Any, Params]:
-        fields = getattr(parts, name)
-        return part(lambda rngs: TEXT[name](fields, dtype=text_dtype, rngs=rngs), text_dtype)
-
-    mmdit, shapes = part(adapted, dtype)
+    mmdit, shapes = _part(adapted, dtype)
     adapter, base = lora.split(shapes)
     trained = adapter if spec.rank else {k: x for k, x in base.items() if k not in CONSTANTS}
-    # What is trained is f32, whatever the model computes in.
-    lora_shapes = {k: jax.ShapeDtypeStruct(x.shape, jnp.float32) for k, x in trained.items()}
-    vae, vae_shapes = part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
-    text = {name: encoder(name) for name in TEXT if getattr(parts, name) is not None}
 
     def velocity(lora, base, latents, sigma, tokens, pooled):
         x = latents.astype(dtype)
@@ -294,6 +319,20 @@ def describe(
             params = {k: w if ":" in k else gather(k, w) for k, w in params.items()}
         v = mmdit(params, x, 1000 * sigma, tokens.astype(dtype), pooled.astype(dtype))
         return v.astype(jnp.float32)
+
+    return velocity, base, trained
+
+
+def _encoders(
+    parts: Architecture, dtype: Any, t5_length: int
+) -> tuple[Callable[..., Conditioning], dict[str, Params]]:
+    """Prompts' ids to what the transformer reads, and the shapes of each text encoder's weights."""
+
+    def encoder(name: str) -> tuple[Any, Params]:
+        fields = getattr(parts, name)
+        return _part(lambda rngs: TEXT[name](fields, dtype=dtype, rngs=rngs), dtype)
+
+    text = {name: encoder(name) for name in TEXT if getattr(parts, name) is not None}
 
     @jax.jit
     def encode_text(params: dict[str, Params], ids: Any) -> Conditioning:
@@ -308,16 +347,4 @@ def describe(
         )
         return Conditioning(tokens=tokens, pooled=pooled)
 
-    return SD3(
-        params={"transformer": base, "vae": vae_shapes},
-        velocity=velocity,
-        decode=lambda params, z: to_uint8(vae(params, z, method="decode")),
-        encode_text=encode_text,
-        lora_shapes=lora_shapes,
-        lora_spec=spec,
-        shift=parts.shift,
-        latent_channels=parts.transformer.in_channels,
-        downsampling=parts.vae.downsampling,
-        default_size=parts.transformer.sample_size * parts.vae.downsampling,
-        text_shapes={name: shapes for name, (_, shapes) in text.items()},
-    )
+    return encode_text, {name: shapes for name, (_, shapes) in text.items()}
