@@ -11,7 +11,7 @@ from flowgrpo_jax.models import architecture, sd3
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.pretraining import data, flow, package, vae
 from flowgrpo_jax.pretraining import run as pretrain
-from flowgrpo_jax.shapes import grammar, verify
+from flowgrpo_jax.shapes import verify
 from flowgrpo_jax.shapes.world import WORLD
 from flowgrpo_jax.signs import world as signs
 
@@ -65,7 +65,7 @@ def test_data_is_repeatable_and_careless_by_a_fixed_share():
     np.testing.assert_array_equal(one[0], two[0])
     np.testing.assert_array_equal(one[1], two[1])
     assert (data.chunk(WORLD, 0, 1)[0] != one[0]).any()
-    records = grammar.prompts("all")
+    records = WORLD.captions()
     wrong = [not verify.judge(image, records[i]).strict for image, i in zip(*one)]
     # A binomial of 1000 with share `garbled` stays within four standard deviations.
     share = WORLD.garbled
@@ -107,3 +107,12 @@ def test_two_steps_make_a_model_that_loads(small, tmp_path, monkeypatch):
     assert (model.default_size, model.shift) == (64, 3.0)
     assert all(np.isfinite(x).all() for part in model.params.values() for x in part.values())
     assert model.tokenizers(['a sign that says "CAT"'])[0].shape == (1, signs.WORLD.length)
+
+    pretrain.main(signs.WORLD)  # nothing is left to do
+    for other, named in (("--seed=1", "seed 0 -> 1"), ("--flow_steps=3", "flow_steps 2 -> 3")):
+        monkeypatch.setattr(sys, "argv", ["pretrain", f"--workdir={tmp_path}", *options, other])
+        with pytest.raises(ValueError, match=f"another pretraining run .*{named}"):
+            pretrain.main(signs.WORLD)
+    monkeypatch.setattr(sys, "argv", ["pretrain", f"--workdir={tmp_path}", *options])
+    with pytest.raises(ValueError, match="world signs -> shapes"):
+        pretrain.main(WORLD)

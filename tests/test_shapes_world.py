@@ -18,6 +18,7 @@ from flowgrpo_jax.shapes.render import (
     render,
 )
 from flowgrpo_jax.shapes.verify import UNKNOWN, detect, judge
+from flowgrpo_jax.shapes.world import WORLD
 
 SCENES_PER_TAG = 100
 
@@ -172,9 +173,9 @@ def test_detections_name_shape_colour_and_place(scenes):
 
 def test_garbled_scenes_fail_their_caption(scenes):
     rng = np.random.default_rng(2)
-    captions = [m for m, _ in scenes]
+    captions = [m for m, _ in scenes] + grammar.descriptions()[::61]
     garbled = [grammar.garble(m, rng) for m in captions]
-    known = {m["prompt"] for m in grammar.prompts("all")}
+    known = {m["prompt"] for m in WORLD.captions()}
     assert all(
         g["prompt"] in known and g["include"] != m["include"]
         for g, m in zip(garbled, captions, strict=True)
@@ -186,9 +187,29 @@ def test_garbled_scenes_fail_their_caption(scenes):
 
 def test_garbling_every_prompt_stays_in_the_grammar():
     rng = np.random.default_rng(3)
-    known = {m["prompt"] for m in grammar.prompts("all")}
-    for metadata in grammar.prompts("all"):
+    captions = WORLD.captions()
+    known = {m["prompt"] for m in captions}
+    assert len(known) == len(captions)
+    assert max(len(prompt.split()) for prompt in known) + 2 == grammar.LENGTH
+    for metadata in captions:
         assert grammar.garble(metadata, rng)["prompt"] in known - {metadata["prompt"]}
+
+
+def test_a_description_says_all_that_is_shown():
+    rng = np.random.default_rng(4)
+    for metadata in grammar.descriptions()[::397]:
+        words = metadata["prompt"].split()
+        subject, relation, target = words[1:3], " ".join(words[3:-3]), words[-2:]
+        shown = {(t.color, t.shape): t for t in grammar.sample_scene(metadata, rng)}
+        a, b = shown.pop(tuple(subject)), shown.pop(tuple(target))
+        assert not shown
+        ahead = {
+            "left of": b.x - a.x,
+            "right of": a.x - b.x,
+            "above": b.y - a.y,
+            "below": a.y - b.y,
+        }
+        assert ahead[relation] > grammar.RADII[0]
 
 
 @pytest.mark.parametrize("first, second", list(combinations(SHAPES, 2)) + [(s, s) for s in SHAPES])

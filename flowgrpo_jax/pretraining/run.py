@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,33 @@ def arguments(world: World) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def begin(args: argparse.Namespace, world: World) -> None:
+    """Make the work directory, or see to it that it is the same run which goes on there.
+
+    Raises ValueError that names what differs: caches and checkpoints would be taken from another.
+    """
+    images, captions = data.chunk(world, args.seed, 0)
+    drawn = hashlib.sha256(images.tobytes() + captions.tobytes()).hexdigest()[:12]
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("workdir", "out")}
+    settings |= {"world": world.name, "first pictures": drawn}
+    file = args.workdir / "pretrain.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        names = [name for name in settings if settings[name] != before.get(name)]
+        if names:
+            differing = ", ".join(f"{n} {before.get(n)} -> {settings[n]}" for n in names)
+            raise ValueError(
+                f"{args.workdir} holds another pretraining run ({differing}): give another"
+                " --workdir, or the same settings to go on"
+            )
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def main(world: World) -> None:
     args = arguments(world)
     out = args.out or args.workdir / "model"
-    args.workdir.mkdir(parents=True, exist_ok=True)
+    begin(args, world)
 
     pictures = data.make(world, args.pictures, args.seed, cache=args.workdir)
     vae_params = train_vae(args, pictures)

@@ -4,13 +4,15 @@ A share of the captions is wrong in one attribute, so that the pretrained model 
 and yet follows prompts imperfectly, which is the state in which online RL meets SD3.5.
 """
 
-from functools import partial
-
 import numpy as np
 
 from flowgrpo_jax.pretraining.world import World
 from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.shapes.render import render
+
+
+def captions() -> list[dict]:
+    return grammar.prompts("all") + grammar.descriptions()
 
 
 def picture(metadata: dict, rng: np.random.Generator) -> np.ndarray:
@@ -19,16 +21,17 @@ def picture(metadata: dict, rng: np.random.Generator) -> np.ndarray:
 
 WORLD = World(
     name="shapes",
-    captions=partial(grammar.prompts, "all"),
+    captions=captions,
     picture=picture,
     garble=grammar.garble,
     tag_weights={
         "single_object": 0.5,
-        "two_object": 3.0,
+        "two_object": 2.5,
         "counting": 1.5,
         "colors": 1.0,
-        "position": 4.0,
-        "color_attr": 4.0,
+        "position": 3.0,
+        "color_attr": 3.0,
+        "described": 4.0,
     },
     garbled=0.2,
     length=grammar.LENGTH,
