@@ -42,7 +42,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        """As the first process sees them: a shared disk may show a new one to others later."""
+        return sharding.agreed(sorted(self._manager.all_steps()))
 
     def write(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> None:
         """Write in the background; `wait` and `close` wait for the last one.
@@ -79,36 +80,50 @@ class Checkpoints:
             ) from error
 
     def read(self, step: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The named trees with the shapes, dtypes and shardings of `like`, and the record."""
+        """The named trees with the shapes, dtypes and shardings of `like`, and the record.
+
+        By Orbax's handlers, where the manager would wait for all processes at the end: those that
+        can read it for ever, if one cannot.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(**items, record=ocp.args.JsonRestore())
-        )
-        return {name: restored[name] for name in like}, restored["record"]
+        trees = {
+            name: ocp.StandardCheckpointHandler().restore(
+                self.directory / str(step) / name, args=ocp.args.StandardRestore(tree)
+            )
+            for name, tree in abstract.items()
+        }
+        return trees, self.record(step)
 
     def record(self, step: int) -> dict[str, Any]:
         """The record alone."""
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["record"]
+        folder = self.directory / str(step) / "record"
+        return ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore())
 
-    def newest(self, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The newest checkpoint that can be read; damaged ones are passed over with a warning.
+    def newest(
+        self, like: dict[str, Any], only: int | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The newest checkpoint that all processes can read, or the `only` one that is meant;
+        damaged ones are passed over with a warning.
 
         Raises FileNotFoundError when there is none, ValueError when none can be read.
         """
-        steps = self.steps()
+        steps = self.steps() if only is None else [only]
         if not steps:
-            raise FileNotFoundError(f"no checkpoint in {self.directory}: start without --resume")
+            raise FileNotFoundError(f"no checkpoint in {self.directory}")
         problem: Exception | None = None
         for step in reversed(steps):
+            failed: Exception | None = None
             try:
-                return self.read(step, like)
+                found = self.read(step, like)
             except Exception as error:
                 if "RESOURCE_EXHAUSTED" in str(error):  # no room for it, which is no damage
                     raise
-                log.warning("checkpoint %s/%d cannot be read: %s", self.directory, step, error)
-                problem = problem or error
+                failed = error
+            if not sharding.everyone(np.array(failed is not None)).any():
+                return found
+            failed = failed or OSError("another process of the run could not read its part")
+            log.warning("checkpoint %s/%d cannot be read: %s", self.directory, step, failed)
+            problem = problem or failed
         raise ValueError(
             f"none of the checkpoints {steps} in {self.directory} can be read. Either they are"
             " damaged (restore them from a copy) or they belong to another model or LoRA (set"
@@ -126,8 +141,10 @@ class Checkpoints:
 
     def keep_only(self, step: int) -> None:
         """Remove all others, newer ones too."""
-        for other in set(self.steps()) - {step}:
-            self._manager.delete(other)
+        for other in self.steps():
+            if other != step:
+                with self._complete():
+                    self._manager.delete(other)
 
     def wait(self) -> None:
         """Until all is written. Raises OSError where the last one could not be."""
@@ -192,8 +209,9 @@ class Best:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that decide on a run's bits."""
-    found = {"python": platform.python_version()}
+    """Of Python, of the libraries and of the devices that decide on a run's bits."""
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    found = {"devices": devices, "python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):  # ours, where it was not installed
             found[name] = metadata.version(name)
@@ -230,7 +248,8 @@ class Kept:
         ]
         if changed:
             log.warning(
-                "the run was saved with other versions (%s): it goes on, but not bit for bit",
+                "the run was saved with other libraries or devices (%s): it goes on, but not bit"
+                " for bit",
                 ", ".join(changed),
             )
         return state, self.saved
@@ -313,7 +332,7 @@ def load_lora(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> P
             raise FileNotFoundError(
                 f"no checkpoint {step} in {folder}: choose from {checkpoints.steps()}"
             )
-        trees, _ = checkpoints.newest(like) if step is None else checkpoints.read(step, like)
+        trees, _ = checkpoints.newest(like, step)
         checkpoints.close()
         return trees["ema"]
     file, spec = lora.read_spec(str(path))

@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import Future, wait
 from types import FrameType, TracebackType
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from flowgrpo_jax import sharding
+from flowgrpo_jax import logs, sharding
 
 CONFIG_FILE = "config.json"
 RESTART = 75  # exit status after SIGTERM: saved, to be started again (sysexits.h: EX_TEMPFAIL)
@@ -100,23 +102,33 @@ def config() -> ConfigDict:
 
 
 def prepare(workdir: epath.Path, resume: bool) -> None:
-    """Make the work directory.
+    """Make the work directory, before anything that takes long.
 
-    Raises FileExistsError when it holds another run and this is no resume.
+    Raises FileExistsError when it holds another run and this is no resume, OSError when nothing can
+    be written to it.
     """
     if not resume and any(any((workdir / f).glob("[0-9]*")) for f in ("checkpoints", "best")):
         raise FileExistsError(
             f"{workdir} already holds a run: add --resume to go on with it, or give another"
             " --workdir"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f".probe-{jax.process_index()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # those of buckets are not OSErrors
+        raise OSError(
+            f"nothing can be written to {workdir}: {error}. Give another --workdir, or see to it"
+            " that the disk or bucket exists, has room and lets you write"
+        ) from error
 
 
 def record(workdir: epath.Path, config: ConfigDict) -> None:
     """Write the resolved config. A resumed run does so once its checkpoint has been read, so that a
     wrong setting does not replace the record of the right one."""
     if jax.process_index() == 0:
-        (workdir / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        logs.replace(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 class Stopped(Exception):
@@ -141,6 +153,15 @@ class Stop:
         """Raise Stopped when any process has been asked to stop. All processes call this alike."""
         if number := int(sharding.everyone(np.array(self.requested)).max()):
             raise Stopped(number)
+
+    def wait(self, pending: Any) -> Any:
+        """A future's result (what is none is one already). Where this process is alone a request
+        ends the waiting; several would not notice it alike."""
+        if not isinstance(pending, Future):
+            return pending
+        while jax.process_count() == 1 and not wait([pending], 1.0).done:
+            self.check()
+        return pending.result()
 
     def __enter__(self) -> Stop:
         self._previous = {s: signal.signal(s, self._request) for s in self.signals}

@@ -63,7 +63,8 @@ def evaluate(
         graphed.append(run.test_scorer.graph(images[-1], prepared, row))
     pictures = np.concatenate([sharding.whole(i) for i in images])[: config.images]
 
-    scores, failed = _scores(run, pictures, batch, graphed, micro)
+    alone = check if jax.process_count() == 1 else lambda: None  # several have unequal shares
+    scores, failed = _scores(run, pictures, batch, graphed, micro, alone)
     tags = np.array([m.get("tag", "") for m in batch.metadata])
     result = {
         "metrics": {name: mean(s) for name, s in scores.items()},
@@ -79,7 +80,12 @@ def evaluate(
 
 
 def _scores(
-    run: Recipe, pictures: np.ndarray, batch: PromptBatch, graphed: list[Any], micro: int
+    run: Recipe,
+    pictures: np.ndarray,
+    batch: PromptBatch,
+    graphed: list[Any],
+    micro: int,
+    check: Callable[[], None],
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Every reward of every image, f32 [n], NaN where it failed or does not apply to the prompt;
     and whether any failed, bool [n].
@@ -89,7 +95,10 @@ def _scores(
     """
     scorer, n = run.test_scorer, len(pictures)
     mine = host.shares(batch.ids, jax.process_index(), jax.process_count(), micro)
-    scored = [scorer.host(pictures[part], batch.ids[part]) for part in mine]
+    scored = []
+    for part in mine:
+        check()
+        scored.append(scorer.host(pictures[part], batch.ids[part]))
     scores = {}
     for name in scored[0]:
         own = np.concatenate([part[name] for part in scored])

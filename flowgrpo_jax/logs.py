@@ -48,7 +48,7 @@ class Metrics:
         kept = [row for row in read(self.file) if row["epoch"] < first_epoch]
         self.text = "".join(json.dumps(row) + "\n" for row in kept)
         self.unwritten = ""
-        self.file.write_text(self.text)
+        replace(self.file, self.text)
         if tensorboard:
             self.events = Events(workdir / "tensorboard", first_epoch)
         if wandb:
@@ -70,8 +70,9 @@ class Metrics:
         with spared("TensorBoard's events"):
             if self.events:
                 self.events.write(epoch, values)
-        if self.wandb:
-            self.wandb.log(row, step=epoch)
+        with spared("Weights & Biases"):
+            if self.wandb:
+                self.wandb.log(row, step=epoch)
 
     def close(self) -> None:
         with spared("TensorBoard's events"):
@@ -104,11 +105,22 @@ class Events:
 
 @contextmanager
 def spared(what: str) -> Iterator[None]:
-    """What cannot be written inside is a warning: it is not worth a run."""
+    """What cannot be written inside is a warning: it is not worth a run. Buckets and wandb have
+    errors of their own kinds."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         log.warning("%s could not be written: %s; training goes on", what, error)
+
+
+def replace(file: epath.Path, text: str) -> None:
+    """Write a whole file. If the disk is full, the one before it stays."""
+    if "://" in str(file):  # in a bucket nothing appears before it is complete
+        file.write_text(text)
+        return
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    part.replace(file)
 
 
 def read(file: epath.Path) -> list[dict[str, Any]]:

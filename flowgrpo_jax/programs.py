@@ -60,7 +60,7 @@ def accumulate(
     """Add a micro-batch's share to the gradient of an update over `images` images."""
     guided = sampler.guided(model.velocity, guidance)
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=0)
     def run(gradient, figures, lora, reference, base, cond, null, trajectory, advantage, start,
             trained):  # fmt: skip
         def velocity(lora: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:

@@ -67,7 +67,7 @@ def make_mesh(
     known = math.prod(n for n in sizes.values() if n != -1)
     open_axes = [axis for axis, n in sizes.items() if n == -1]
     for axis in open_axes:
-        sizes[axis] = len(chosen) // known
+        sizes[axis] = len(chosen) // max(known, 1)
     if len(open_axes) > 1 or min(sizes.values()) < 1 or math.prod(sizes.values()) != len(chosen):
         raise ValueError(
             f"mesh {dict(zip(AXES, (data, fsdp, tensor)))} does not fit {len(chosen)} devices: the"
@@ -204,6 +204,13 @@ def everyone(x: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return x[None]
     return np.asarray(multihost_utils.process_allgather(x))
+
+
+def agreed(numbers: list[int]) -> list[int]:
+    """The first process's, in every process; a meeting point."""
+    length = int(everyone(np.array(len(numbers)))[0])
+    same_length = (numbers + [0] * length)[:length]
+    return everyone(np.array(same_length, int))[0].tolist() if length else []
 
 
 def whole(x: Any) -> np.ndarray:

@@ -12,11 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import signal
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,10 +39,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     """Train until `config.epochs`. Ctrl-C saves the last whole epoch and returns; SIGTERM saves and
     exits with `cli.RESTART`, on which the launchers start again."""
     workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
+    cli.prepare(workdir, resume)
     run = recipe.build(config)
     if first_process := jax.process_index() == 0:
         print(recipe.describe(run))
-    cli.prepare(workdir, resume)
     state = first_state(run)
     run = dataclasses.replace(run, model=recipe.release(config, run.model))
     null = run.encode([""])
@@ -52,6 +50,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         workdir, config.to_dict(), keep=config.checkpoint.keep, best=config.checkpoint.best
     )
     state, epoch = kept.resume(state) if resume else (state, 0)
+    if epoch > config.epochs:
+        log.warning("%s has %d epochs, more than epochs=%d", workdir, epoch, config.epochs)
     cli.record(workdir, config)
     metrics = logs.Metrics(
         workdir, epoch, config=config.to_dict(), active=first_process, **config.log
@@ -64,41 +64,39 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         smoothing=0.1,
         disable=not first_process,
     )
-    asked = lost = 0
+    first, asked, lost = epoch, 0, 0
     with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
         try:
             while epoch < config.epochs:
                 stop.check()
                 report: dict[str, float] = {}
                 if run.test_prompts and config.eval.every and epoch % config.eval.every == 0:
-                    report = evaluate_into(workdir, run, state, null, epoch, kept, stop.check)
+                    report = evaluate_into(workdir, run, state, null, epoch, kept, stop)
                 begun = time.perf_counter()
-                state, figures = one_epoch(run, state, null, epoch, pool, stop)
+                trained, figures = one_epoch(run, state, null, epoch, pool, stop)
                 lost = count_lost(lost, figures["skipped"], config.train.max_skipped)
+                state, epoch = trained, epoch + 1
                 figures["seconds"] = time.perf_counter() - begun
                 figures["images_per_second"] = run.plan.images / figures["seconds"]
-                metrics.write(epoch, figures | report)
+                metrics.write(epoch - 1, figures | report)
                 show(bar, figures, report)
-                epoch += 1
                 if epoch % config.checkpoint.every == 0:
                     kept.save(epoch, state)
+            kept.finish(epoch, state)
+            bar.close()
+            if run.test_prompts and config.eval.every and epoch == config.epochs:
+                report = evaluate_into(workdir, run, state, null, epoch, kept, stop)
+                metrics.write(epoch, report)
+                if first_process:
+                    print(json.dumps({k: round(v, 4) for k, v in report.items() if np.isfinite(v)}))
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
+            pool.shutdown(wait=False, cancel_futures=True)
+            kept.finish(epoch, state)
         except Exception as error:
-            # What was trained is kept. Saving takes all processes: not if one failed alone.
-            if isinstance(error, Hopeless) or jax.process_count() == 1:
-                try:
-                    kept.finish(epoch, state)
-                except OSError as unsaved:
-                    error.add_note(str(unsaved))
+            pool.shutdown(wait=False, cancel_futures=True)
+            keep_after(error, kept, epoch, state, began=first)
             raise
-        kept.finish(epoch, state)
-    bar.close()
-    if epoch == config.epochs and run.test_prompts and config.eval.every:
-        report = evaluate_into(workdir, run, state, null, epoch, kept)
-        metrics.write(epoch, report)
-        if first_process:
-            print(json.dumps({k: round(v, 4) for k, v in report.items() if math.isfinite(v)}))
     kept.close()
     metrics.close()
     if epoch < config.epochs and first_process:
@@ -106,6 +104,25 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     if asked == signal.SIGTERM:
         raise SystemExit(cli.RESTART)
     return state
+
+
+def keep_after(
+    error: Exception, kept: checkpoint.Kept, epoch: int, state: TrainState, *, began: int
+) -> None:
+    """Save what was trained before an error, which goes on; what cannot be saved becomes its note.
+
+    Saving takes all processes: not if one of several failed alone. Then, if there were epochs since
+    the start, `began`, it becomes the exit status on which the launchers start again: a lost peer,
+    or a disk that did not answer, while the same error once more would end it.
+    """
+    if isinstance(error, Hopeless) or jax.process_count() == 1:
+        try:
+            kept.finish(epoch, state)
+        except OSError as unsaved:
+            error.add_note(str(unsaved))
+    elif epoch > began:
+        log.error("to be started again after this error", exc_info=error)
+        raise SystemExit(cli.RESTART) from error
 
 
 def first_state(run: Recipe) -> TrainState:
@@ -161,6 +178,7 @@ def one_epoch(
         trajectory, images, called = run.programs.sample(
             state.lora, run.weights, cond, null, state.key, epoch, start, ids, rows, images_of
         )
+        jax.block_until_ready(trajectories[-1:])  # two at a time, or a stop would wait for all
         trajectories.append(trajectory)
         scored.append(run.scorer.graph(images, prepared, rows))
         if called or not on_host:
@@ -169,7 +187,7 @@ def one_epoch(
             scored.append(host.overlap(pool, run.scorer.host, images, ids))
 
     # Rewards and advantages.
-    scores, weights = gather(run, scored, batch)
+    scores, weights = gather(run, [stop.wait(part) for part in scored], batch)
     total, valid = map(np.asarray, grpo.weighted(jnp.asarray(scores), jnp.asarray(weights)))
     failed = 1.0 - float(np.mean(valid))
     if failed > config.reward.max_failed:
@@ -218,6 +236,7 @@ def improve(
         gradient, sums = update.empty(state.lora)
         for m in range(u * plan.micro_batches, (u + 1) * plan.micro_batches):
             stop.check()
+            before = sums
             gradient, sums = run.programs.accumulate(
                 gradient,
                 sums,
@@ -231,6 +250,7 @@ def improve(
                 start,
                 trained,
             )
+            jax.block_until_ready(before)  # as in sampling
         state, applied = run.programs.apply(state, gradient)
         for name, value in (sums | applied).items():
             # The ratio is 1 only before the first update; later ones are off policy by intent.
@@ -238,7 +258,7 @@ def improve(
                 figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
             elif u == 0:
                 figures[name] = float(value)
-    if figures["ratio_gap"] > config.train.clip_range:
+    if not figures["ratio_gap"] <= config.train.clip_range:
         log.warning(
             "epoch %d: ratio_gap %.2g exceeds train.clip_range %.2g: update and sampler disagree"
             " on the same policy; use a higher precision or train earlier steps",
@@ -259,12 +279,11 @@ def micro_batches(run: Recipe, batch: PromptBatch):
         yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
 
-def gather(run: Recipe, scored: list[Any], batch: PromptBatch) -> tuple[np.ndarray, np.ndarray]:
-    """The epoch's scores and weights, f32 [K, B] each, waiting for the last micro-batch.
+def gather(run: Recipe, parts: list[Scores], batch: PromptBatch) -> tuple[np.ndarray, np.ndarray]:
+    """The epoch's scores and weights, f32 [K, B] each, from those of all micro-batches.
 
     Both are NaN where a reward does not apply to the prompt, the scores also where it failed.
     """
-    parts: list[Scores] = [s.result() if hasattr(s, "result") else s for s in scored]
     merged = [
         np.concatenate([sharding.whole(part[name]) for part in parts if name in part])
         for name in run.scorer.mix.names
@@ -294,11 +313,11 @@ def evaluate_into(
     null: Conditioning,
     epoch: int,
     kept: checkpoint.Kept,
-    check: Callable[[], None] = lambda: None,
+    stop: cli.Stop,
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
     state where it is the best so far."""
-    result, images, batch = evaluate(run, state.ema, null, check=check)
+    result, images, batch = evaluate(run, state.ema, null, check=stop.check)
     with logs.spared("a sample grid"):
         file = workdir / "samples" / f"epoch-{epoch:05d}.png"
         save_grid(file, images, batch, run.config.eval.grid)

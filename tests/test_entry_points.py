@@ -267,7 +267,7 @@ def test_a_resume_says_which_libraries_changed(folder, half, tmp_path, monkeypat
     now = saved | {"jax": "0.0.1"}
     monkeypatch.setattr("flowgrpo_jax.checkpoint.versions", lambda: now)
     train(load(folder, epochs=2, eval__every=0), tmp_path / "run", resume=True)
-    assert f"other versions (jax {jax.__version__} -> 0.0.1)" in caplog.text
+    assert f"other libraries or devices (jax {jax.__version__} -> 0.0.1)" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["garbage", "cut"])
@@ -386,6 +386,14 @@ def test_the_last_state_finds_a_place_when_the_disk_is_full(folder, small_disk, 
         train(config, small_disk / "run")
     spare = Path(re.search(r"is in (\S+):", str(told.value))[1])
     assert Checkpoints(spare).steps() == [1]
+
+
+def test_a_directory_that_cannot_be_written_is_an_early_error(folder, small_disk):
+    """Before anything is loaded: not even the model's directory is looked for."""
+    config = load(folder, model__path="/nowhere/sd3")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(OSError, match=r"nothing can be written to .*run: .*another --workdir"):
+        train(config, small_disk / "run")
 
 
 def hangs(images, prompts, metadata):

@@ -1,7 +1,8 @@
 """Guidance, rollout, keys and ODE, against scipy, closed forms and invariances."""
 
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from flowgrpo_jax import sampler, sde
+from flowgrpo_jax import programs, sampler, sde, sharding
 from flowgrpo_jax.sampler import ODE_KEY, SDE_KEY, Process
 from flowgrpo_jax.types import Conditioning
 
@@ -183,3 +184,31 @@ def test_the_ode_is_exact_for_a_straight_path():
     x_1, datum = np.random.default_rng(0).normal(size=(2, 3, *SHAPE)).astype(np.float32)
     end = sampler.ode(lambda x, sigma: (x - datum) / sigma, SIGMAS, x_1)
     np.testing.assert_allclose(end, datum, atol=1e-4)
+
+
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_a_group_may_start_from_the_same_noise(same_noise):
+    """Its images then differ by the transitions' noise alone; other prompts' start elsewhere."""
+    model = SimpleNamespace(
+        velocity=lambda lora, base, x, sigma, tokens, pooled: x - 1,
+        decode=lambda vae, latents: latents,
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    run = programs.sample(
+        model,
+        mesh,
+        Process(SIGMAS, "cps", window=2),
+        guidance=1.0,
+        latent=(2, 2, 1),
+        same_noise=same_noise,
+        score=None,
+    )
+    cond = Conditioning(jnp.zeros((2, 1, 1)), jnp.zeros((2, 1)))
+    weights = {"transformer": {}, "vae": {}}
+    ids, images = jnp.array([3, 3, 5, 5]), jnp.array([0, 1, 0, 1])
+    trajectory, _, _ = run({}, weights, cond, cond, KEY, 0, 0, ids, ids // 5, images)
+    first, last = trajectory.x[0], trajectory.latents
+    for a, b in combinations(range(4), 2):
+        together = same_noise and ids[a] == ids[b]
+        assert bool((first[a] == first[b]).all()) == together
+        assert (last[a] != last[b]).any()
