@@ -4,33 +4,61 @@
 #   HOSTS="node1 node2" launch/ssh.sh --config configs/geneval.py --workdir /shared/runs/geneval
 #
 # DIRECTORY is where this repository lies on every machine (here, without it); PYTHON its
-# interpreter; PORT a free port of the first machine. Ends when every process has ended; when one
-# fails the others are told to stop.
+# interpreter; PORT a free port of the first machine. Ends when every process has ended. Ctrl-C,
+# SIGTERM and the failure of one machine tell all of them to save and end, and hang up on those that
+# have not done so after GRACE seconds, or at the second Ctrl-C.
 set -euo pipefail
+set -m # every machine's pipeline is a process group of its own
 
 read -r -a hosts <<<"${HOSTS:?give the machines, HOSTS=\"node1 node2\"}"
 DIRECTORY=${DIRECTORY:-$PWD}
 PYTHON=${PYTHON:-python}
 PORT=${PORT:-8476}
 SSH=${SSH:-ssh}
+GRACE=${GRACE:-120}
 
 arguments=$(printf ' %q' "$@")
+pidfile=/tmp/flowgrpo-${HOSTNAME:-here}-$$.pid # on the machines; each run.sh's own
 pids=()
-stop() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
+deadline=""
+
+stop() {
+  if [[ $deadline ]]; then deadline=$SECONDS; return; fi
+  deadline=$((SECONDS + GRACE))
+  for i in "${!hosts[@]}"; do
+    $SSH -o BatchMode=yes "${hosts[$i]}" "kill -TERM \$(cat $pidfile.$i)" </dev/null &>/dev/null &
+  done
+}
 trap stop TERM INT
 
 for i in "${!hosts[@]}"; do
-  # -tt: when this script is stopped, the hang-up reaches the remote process as well
-  $SSH -tt -o BatchMode=yes "${hosts[$i]}" \
-    "cd $(printf %q "$DIRECTORY") && FLOWGRPO_COORDINATOR=${hosts[0]}:$PORT" \
-    "FLOWGRPO_PROCESSES=${#hosts[@]} FLOWGRPO_PROCESS=$i" \
-    "launch/run.sh $PYTHON -m flowgrpo_jax.train$arguments" </dev/null 2>&1 |
-    sed -u "s/^/[${hosts[$i]}] /" &
+  # -tt: a hang-up reaches the remote process as well
+  {
+    $SSH -tt -o BatchMode=yes "${hosts[$i]}" \
+      "cd $(printf %q "$DIRECTORY") && echo \$\$ >$pidfile.$i &&" \
+      "FLOWGRPO_COORDINATOR=${hosts[0]}:$PORT" \
+      "FLOWGRPO_PROCESSES=${#hosts[@]} FLOWGRPO_PROCESS=$i" \
+      "exec launch/run.sh $PYTHON -m flowgrpo_jax.train$arguments" </dev/null 2>&1 |
+      sed -u "s/^/[${hosts[$i]}] /"
+  } &
   pids+=($!)
 done
 
 status=0
-for _ in "${pids[@]}"; do
-  wait -n || { status=$?; stop; }
+while ((${#pids[@]})); do
+  for i in "${!pids[@]}"; do
+    if kill -0 "${pids[$i]}" 2>/dev/null; then
+      if [[ $deadline ]] && ((SECONDS >= deadline)); then
+        kill -TERM -- "-${pids[$i]}" 2>/dev/null || true
+      fi
+      continue
+    fi
+    code=0
+    wait "${pids[$i]}" || code=$?
+    unset "pids[$i]"
+    if ((code)) && ((!status)); then status=$code; fi
+    if ((code)) && [[ ! $deadline ]]; then stop; fi
+  done
+  sleep 0.2
 done
 exit "$status"

@@ -2,17 +2,18 @@
 # A Cloud TPU pod slice from nothing to a run, with gcloud. Every step can be repeated.
 #
 #   export NAME=flowgrpo ZONE=us-east5-b TYPE=v6e-64 PROJECT=my-project
-#   launch/tpu_pod.sh create        # SPOT=1: as a spot slice through a queued resource
+#   launch/tpu_pod.sh create        # QUEUED=1: as a queued resource; SPOT=1: and a spot slice
 #   launch/tpu_pod.sh install       # EXTRAS=tpu,torch: what the recipe needs, see launch/README.md
 #   launch/tpu_pod.sh start --config configs/geneval.py --workdir gs://my-bucket/runs/geneval
 #   launch/tpu_pod.sh logs          # of worker 0, followed
-#   launch/tpu_pod.sh watch ...     # start, and after a preemption create, install and start again
+#   launch/tpu_pod.sh watch ...     # start, and after a preemption create, install and start again;
+#                                   # ends when the run does, and can itself be started again
 #   launch/tpu_pod.sh stop          # SIGTERM: saves and ends
 #   launch/tpu_pod.sh delete
 set -euo pipefail
 
 : "${NAME:?the name of the slice}" "${ZONE:?its zone}" "${TYPE:?its type, such as v6e-64}"
-VERSION=${VERSION:-v2-alpha-tpuv6e} # runtime: tpu-ubuntu2204-base for v4 and v5p
+VERSION=${VERSION:-v2-alpha-tpuv6e} # v5e: v2-alpha-tpuv5-lite, v5p: v2-alpha-tpuv5
 REPOSITORY=${REPOSITORY:-$(git config --get remote.origin.url || true)}
 REVISION=${REVISION:-$(git rev-parse HEAD 2>/dev/null || true)}
 EXTRAS=${EXTRAS:-tpu}
@@ -22,14 +23,25 @@ place=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
 
 tpu() { gcloud compute tpus tpu-vm "$1" "$NAME" "${place[@]}" "${@:2}"; }
 everywhere() { tpu ssh --worker=all --command "$1"; }
-state() { tpu describe --format='value(state)' 2>/dev/null || echo ABSENT; }
+
+# READY, CREATING, PREEMPTED, ...; ABSENT; UNKNOWN while gcloud does not say.
+state() {
+  local said
+  if said=$(tpu describe --format='value(state)' 2>&1); then
+    echo "${said##*$'\n'}"
+  elif [[ $said == *NOT_FOUND* ]]; then
+    echo ABSENT
+  else
+    echo UNKNOWN
+  fi
+}
 
 create() {
-  if [[ ${SPOT:-} ]]; then
+  if [[ ${QUEUED:-}${SPOT:-} ]]; then
     gcloud compute tpus queued-resources create "$NAME" "${place[@]}" --node-id "$NAME" \
-      --accelerator-type "$TYPE" --runtime-version "$VERSION" --spot
+      --accelerator-type "$TYPE" --runtime-version "$VERSION" ${SPOT:+--spot} || return
   else
-    tpu create --accelerator-type "$TYPE" --version "$VERSION"
+    tpu create --accelerator-type "$TYPE" --version "$VERSION" || return
   fi
   until [[ $(state) == READY ]]; do sleep "$PAUSE"; done
 }
@@ -44,31 +56,63 @@ install() {
     UV_TORCH_BACKEND=cpu ~/.uv/uv pip install -q -e '.[$EXTRAS]' gcsfs"
 }
 
+up="grep -qs flowgrpo_jax.train /proc/\$(cat train.pid 2>/dev/null)/cmdline"
+
+# On the workers where no run is up. It leaves its exit status in train.status.
 start() {
   local train="launch/run.sh .venv/bin/python -m flowgrpo_jax.train"
+  local wrapper="'trap : TERM; echo \$\$ >train.pid; \"\$@\"; echo \$? >train.status'"
   # FLOWGRPO_POD: join the other workers, of which no variable tells on these machines
-  everywhere "cd flowgrpo_jax; FLOWGRPO_POD=1 nohup $train$(printf ' %q' "$@") \
-    >train.log 2>&1 </dev/null &"
+  everywhere "cd flowgrpo_jax; $up && exit; rm -f train.status; FLOWGRPO_POD=1 \
+    nohup bash -c $wrapper run $train$(printf ' %q' "$@") >>train.log 2>&1 </dev/null &"
 }
 
 delete() {
-  if [[ ${SPOT:-} ]]; then
+  if [[ ${QUEUED:-}${SPOT:-} ]]; then
     gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
   else
     tpu delete --quiet
   fi
 }
 
-# The brackets keep the pattern from matching the command line of the shell that searches for it.
-running() { everywhere "pgrep -f '[f]lowgrpo_jax.train'" >/dev/null 2>&1; }
+# Of every worker "run up", "run gone", or "run" and the exit status; nothing where ssh fails.
+progress() {
+  everywhere "cd flowgrpo_jax; if $up; then echo run up; else
+    echo run \$(cat train.status 2>/dev/null || echo gone); fi" 2>/dev/null || true
+}
+
+again() {
+  echo "$1: a new slice"
+  until delete || true; create && install; do
+    echo "no slice; again in $PAUSE s"
+    sleep "$PAUSE"
+  done
+}
 
 watch() {
-  [[ $(state) == READY ]] || { create; install; }
+  case $(state) in
+    READY) ;;
+    UNKNOWN) echo "gcloud does not answer: is it logged in?" >&2; return 1 ;;
+    ABSENT) create && install ;;
+    *) again "the slice is not ready" ;;
+  esac
   start "$@"
   while sleep "$PAUSE"; do
     case $(state) in
-      READY) running || { echo "the run has ended"; return 0; } ;;
-      *) echo "the slice is gone: again"; delete || true; create; install; start "$@" ;;
+      READY)
+        case $(progress) in
+          *"run gone"*) echo "a worker was started anew"; start "$@" ;;
+          *"run up"*) ;;
+          *"run 0"*) echo "the run has ended"; return 0 ;;
+          *"run "*) echo "the run failed: see launch/tpu_pod.sh logs" >&2; return 1 ;;
+          *) ;; # nobody answers: look again
+        esac
+        ;;
+      PREEMPTED | STOPPED | STOPPING | TERMINATED | DELETING | ABSENT)
+        again "the slice is gone"
+        start "$@"
+        ;;
+      *) ;; # being repaired, or gcloud does not say: look again
     esac
   done
 }
@@ -78,6 +122,7 @@ shift
 case $command in
   create | install | start | watch | delete) "$command" "$@" ;;
   logs) tpu ssh --worker=0 --command "tail -n 100 -F flowgrpo_jax/train.log" ;;
+  # The brackets keep the pattern from matching the shell that searches for it.
   stop) everywhere "pkill -TERM -f '[l]aunch/run.sh' || true" ;;
   *) echo "launch/tpu_pod.sh: no command $command" >&2; exit 2 ;;
 esac
