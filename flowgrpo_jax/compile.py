@@ -63,6 +63,7 @@ class Program(NamedTuple):
     calls: int  # an epoch
     run: Any  # jitted
     args: tuple[Any, ...]  # shapes with their layout
+    repeated: bool = False  # every chip does all of the work
 
 
 class Report(NamedTuple):
@@ -162,8 +163,12 @@ def programs(
     state, gradient, figures = training_state(model, optimiser, mesh)
 
     lengths = [parts.text_encoder.max_position_embeddings] * 2 + [config.model.t5_length]
-    ids = tuple(array(everywhere, plan.groups, n) for n in lengths)
-    cond = laid_out(jax.eval_shape(model.encode_text, text, ids), everywhere)
+    encoded = min(plan.groups, sd3.TEXTS)
+    ids = tuple(array(everywhere, encoded, n) for n in lengths)
+    cond = jax.tree.map(
+        lambda x: array(everywhere, plan.groups, *x.shape[1:], dtype=x.dtype),
+        jax.eval_shape(model.encode_text, text, ids),
+    )
     null = jax.tree.map(lambda x: array(everywhere, 1, *x.shape[1:], dtype=x.dtype), cond)
 
     process = recipe.make_process(config, model.shift)
@@ -192,7 +197,7 @@ def programs(
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
     listed = [
-        Program("text", 1, model.encode_text, (text, ids)),
+        Program("text", -(-plan.groups // encoded), model.encode_text, (text, ids), repeated=True),
         Program("sample", batches, built.sample, sample),
         *(Program("score", batches, *program) for program in scoring),
         Program("accumulate", batches, built.accumulate, (gradient, figures, *policy, *replay)),
@@ -253,9 +258,8 @@ def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
     # What is resident and also an argument is there once.
     stays = {id(x) for x in jax.tree.leaves(resident)}
     others = chip_bytes(resident) - chip_bytes([x for x in shapes if id(x) in stays])
-    empty = Report(
-        program.name, program.calls, work, 0.0, 0.0, 0.0, {}, work / chips / chip.peak, ""
-    )
+    arithmetic = work / (1 if program.repeated else chips) / chip.peak
+    empty = Report(program.name, program.calls, work, 0.0, 0.0, 0.0, {}, arithmetic, "")
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -276,7 +280,7 @@ def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
         temporaries=float(needs.temp_size_in_bytes),
         links=sent,
         collectives={c.kind: (c.times, c.bytes) for c in found},
-        seconds=max(work / chips / chip.peak, sent / chip.links),
+        seconds=max(arithmetic, sent / chip.links),
     )
 
 
@@ -286,7 +290,9 @@ def table(reports: list[Report], resident: float, chip: Chip) -> str:
         f"{'s at least':>12}  collectives"
     ]
     for r in reports:
-        kinds = ", ".join(f"{n} {kind}" for kind, (n, _) in r.collectives.items())
+        kinds = ", ".join(
+            f"{n} {kind} ({sent / 1e9:.2f} GB)" for kind, (n, sent) in r.collectives.items()
+        )
         lines.append(
             f"{r.program:<11}{r.calls:>6}{r.memory / 1e9:>11.2f}{chip.memory / 1e9:>6.0f}"
             f"{r.flops / 1e12:>10.1f}{r.links / 1e9:>9.2f}{r.seconds:>12.3f}"
@@ -299,7 +305,7 @@ def table(reports: list[Report], resident: float, chip: Chip) -> str:
     return "\n".join(lines)
 
 
-def advice(reports: list[Report], resident: float, chip: Chip, fsdp: int) -> str:
+def advice(reports: list[Report], resident: float, chip: Chip, *, fsdp: int, remat: bool) -> str:
     """Whether the recipe fits, and else which knobs would make it fit."""
     over = [r for r in reports if r.error or r.memory > chip.memory]
     if not over:
@@ -313,7 +319,7 @@ def advice(reports: list[Report], resident: float, chip: Chip, fsdp: int) -> str
         )
     if largest.memory - resident > chip.memory / 3:
         knobs.append("a smaller config.sample.micro_batch (and config.eval.micro_batch)")
-        knobs.append("config.model.remat=True, if it is not")
+        knobs += [] if remat else ["config.model.remat=True"]
     return (
         f"does not fit: {', '.join(r.program for r in over)} (up to {largest.memory / 1e9:.1f} GB"
         f" of {chip.memory / 1e9:.0f}); try {'; '.join(knobs) or 'config.model.t5=False'}"
@@ -351,7 +357,7 @@ def main(_: list[str]) -> None:
         raise ValueError(f"--programs: {', '.join(unknown)} is not one of {', '.join(names)}")
     reports = [inspect(p, stays, chip, mesh.size) for p in listed if p.name in wanted]
     resident = chip_bytes(stays)
-    verdict = advice(reports, resident, chip, config.mesh.fsdp)
+    verdict = advice(reports, resident, chip, fsdp=mesh.shape["fsdp"], remat=config.model.remat)
     part = f" (of {', '.join(wanted)} alone)" if len(reports) < len(listed) else ""
     print(table(reports, resident, chip), verdict + part, sep="\n")
     if flags.FLAGS.out:

@@ -97,9 +97,13 @@ def collectives(hlo: str) -> list[Collective]:
             if not times[name] or not (operation := OPERATION.search(line)):
                 continue
             own, result, kind, started = operation.groups()
-            shapes = [_bytes(*shape) for shape in RESULT.findall(result)]
-            # Started operations return their operands, then their results, then contexts.
-            size = max(shapes) if started else sum(shapes)
+            shapes = RESULT.findall(result)
+            # Several that were combined return one result each. Started ones, but for all-reduce,
+            # return their operands before, and scalars as contexts after.
+            if started and kind != "all-reduce":
+                shapes = [shape for shape in shapes if shape[1]]
+                shapes = shapes[len(shapes) // 2 :]
+            size = sum(_bytes(*shape) for shape in shapes)
             # One collective that is cut into stages has its channel's number in each of them.
             channel = CHANNEL.search(line)
             each = (times[name], times[name] * size * RING[kind](_group(line)))

@@ -177,6 +177,25 @@ def test_collectives_in_loops():
     check(eval(out))
 
 
+def test_started_collectives_count_their_results():
+    """Combined ones have several; all but all-reduce name operands before, and contexts after."""
+    groups = "replica_groups=[1,4]<=[4]"
+    lines = [
+        "ENTRY %main (x: f32[8]) -> f32[8] {",
+        "  %a = ((f32[2,4]{1,0}, bf16[6]{0}), (f32[8,4]{1,0}, bf16[24]{0}))"
+        f" all-gather-start(%x, %y), channel_id=1, {groups}",
+        f"  %b = (f32[10]{{0}}, f32[]) all-reduce-start(%x, %y), channel_id=2, {groups}",
+        "  %c = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=3",
+        "}",
+    ]
+    found = {c.kind: (c.times, c.bytes) for c in cost.collectives("\n".join(lines))}
+    assert found == {
+        "all-gather": (1, (8 * 4 * 4 + 24 * 2) * 3 / 4),
+        "all-reduce": (1, (10 + 1) * 4 * 2 * 3 / 4),
+        "collective-permute": (1, 6 * 4),
+    }
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="pip install 'flowgrpo_jax[tpu]'"
 )
@@ -226,7 +245,8 @@ from configs import shapes
 from flowgrpo_jax import compile, cost, settings, sharding
 
 config = shapes.get_config()
-config.mesh.data, config.mesh.fsdp, config.sample.guidance_scale = 1, 4, 2.0
+config.mesh.data, config.sample.guidance_scale = 1, 2.0
+config.mesh[AXIS] = 4
 mesh = sharding.make_mesh(**config.mesh)
 plan = settings.make_plan(config, sharding.row_shards(mesh))
 model, parts = compile.describe(config, mesh)
@@ -244,7 +264,7 @@ def test_fsdp_fetches_weights_and_moves_no_activations():
     the update does so there and back, and sums the adapter's gradient."""
     found = {}
     flag = "--xla_force_host_platform_device_count=4"
-    exec(run_code(SHARDED, XLA_FLAGS=flag), {}, found)
+    exec(run_code(SHARDED.replace("AXIS", "'fsdp'"), XLA_FLAGS=flag), {}, found)
     once = 3 / 4 * found["weights"]
     steps, window = 20, 3
     assert set(found["sample"]) == {"all-gather"}
@@ -252,3 +272,18 @@ def test_fsdp_fetches_weights_and_moves_no_activations():
     assert set(found["accumulate"]) <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert 0.5 * window * once < found["accumulate"]["all-gather"] <= 3 * window * once
     assert found["accumulate"]["all-reduce"] < 0.5 * window * once
+
+
+def test_tensor_sums_activations_behind_every_second_linear():
+    """Megatron's two sums a layer and stream: behind its attentions and behind its MLP. With dual
+    attention in three of six blocks, and no text behind the last one, these are 15 sums of 16 image
+    tokens and 10 of 20 text tokens, 128 wide, and those 16 wide within the adapters of 6 + 5 output
+    linears; of 144 images in both branches of guidance. Nothing else is sent."""
+    found = {}
+    flag = "--xla_force_host_platform_device_count=4"
+    exec(run_code(SHARDED.replace("AXIS", "'tensor'"), XLA_FLAGS=flag), {}, found)
+    image, text = 16, 20
+    sums = 128 * (15 * image + 10 * text) + 16 * (6 * image + 5 * text)
+    sent = 2 * 3 / 4 * 4 * sums * 144 * 2 * 20
+    assert set(found["sample"]) == {"all-reduce"}
+    assert found["sample"]["all-reduce"] == pytest.approx(sent, rel=1e-3)
