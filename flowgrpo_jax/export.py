@@ -29,6 +29,8 @@ def export(
     workdir: epath.PathLike, out: Path, step: int | None = None, *, best: bool = False
 ) -> list[Path]:
     """Write the EMA weights of a run's newest checkpoint, of `step`, or of the best under `out`."""
+    if best and step is not None:
+        raise ValueError(f"--best and --step={step} are two different checkpoints: give one")
     workdir = epath.Path(workdir)
     file = workdir / CONFIG_FILE
     if not file.exists():

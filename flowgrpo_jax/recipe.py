@@ -23,7 +23,7 @@ from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.settings import Plan, check, make_plan, window, window_range
+from flowgrpo_jax.settings import Plan, check, make_plan, require, window, window_range
 from flowgrpo_jax.types import (
     Conditioning,
     GraphReward,
@@ -260,6 +260,11 @@ def _callback(config: ConfigDict, scorer: Scorer, mesh: Mesh) -> programs.HostSc
     names = tuple(name for name in scorer.mix.names if name not in scorer.in_graph)
     if config.reward.host_call != "callback" or not names:
         return None
+    require(
+        mesh.shape["tensor"] == 1,
+        f"reward.host_call='callback' with mesh.tensor={mesh.shape['tensor']}: every image would"
+        " be scored that often; use 'overlap'",
+    )
     return host.callback(scorer.host, names, mesh, sharding.ROWS)
 
 
@@ -273,7 +278,12 @@ def make_programs(
     score: programs.HostScore | None = None,
 ) -> Programs:
     """The programs; `model` may be one that is only described."""
-    s, t = config.sample, config.train
+    s, t, tensor = config.sample, config.train, mesh.shape["tensor"]
+    require(
+        model.heads % tensor == 0,
+        f"mesh.tensor={tensor} does not divide the transformer's {model.heads} heads: choose a"
+        " divisor, or cut by mesh.fsdp",
+    )
     latent = model.latent_shape(config.model.height, config.model.width)
     objective = update.Objective(t.clip_range, t.kl_beta, t.kl_weighting)
     return Programs(
@@ -310,6 +320,7 @@ def describe(recipe: Recipe) -> str:
     parts = (model.params | model.text_shapes).values()
     frozen = sum(x.size for part in parts for x in part.values())
     trained = sum(np.prod(x.shape) for x in model.lora_shapes.values())
+    frozen -= 0 if model.lora_spec.rank else trained  # in full fine-tuning they are among them
     low, high = window_range(config)
     layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
     after = config.train.decay_steps

@@ -84,7 +84,6 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
 
 def check(config: ConfigDict) -> None:
     """Everything about the values that can be judged before anything is loaded."""
-    s, t = config.sample, config.train
     choice(config, "sample", "kernel", sde.KERNELS)
     choice(config, "sample", "density", sde.DENSITIES)
     choice(config, "sample", "reduction", sde.REDUCTIONS)
@@ -99,6 +98,14 @@ def check(config: ConfigDict) -> None:
         " overflows; use 'bfloat16', or 'float32'",
     )
     choice(config, "model", "dtype", ("float32", "bfloat16"))
+    _check_sampling(config)
+    _check_training(config)
+    _check_evaluation(config)
+    _check_rewards(config)
+
+
+def _check_sampling(config: ConfigDict) -> None:
+    s = config.sample
     require(
         s.noise_level > 0,
         f"sample.noise_level={s.noise_level}: without noise a rollout has no log-prob to train on;"
@@ -116,18 +123,13 @@ def check(config: ConfigDict) -> None:
         f"sample.window={size} in sample.window_range={(low, high)} does not fit into the first"
         f" {s.steps - 1} of {s.steps} steps (the last one has almost no noise)",
     )
+
+
+def _check_training(config: ConfigDict) -> None:
+    t, size, rank = config.train, window(config), config.lora.rank
     require(0 <= t.steps <= size, f"train.steps={t.steps}: the window has {size} steps to train")
-    rank = config.lora.rank
     require(
         rank >= 0, f"lora.rank={rank}: must be at least 1, or 0 to train all of the transformer"
-    )
-    every = config.checkpoint.every
-    require(every >= 1, f"checkpoint.every={every}: must be at least 1 epoch")
-    best, evaluated = config.checkpoint.best, config.eval.rewards or tuple(config.reward.weights)
-    require(
-        not best or best in evaluated,
-        f"checkpoint.best={best!r} is not evaluated: choose from {', '.join(evaluated)}, or leave"
-        " it empty to keep only the newest checkpoints",
     )
     require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
     require(
@@ -135,6 +137,29 @@ def check(config: ConfigDict) -> None:
         f"train.warmup_steps={t.warmup_steps}, train.decay_steps={t.decay_steps}: not below 0",
     )
     require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
+
+
+def _check_evaluation(config: ConfigDict) -> None:
+    for section, key, least in (
+        ("checkpoint", "every", 1),
+        ("checkpoint", "keep", 1),
+        ("eval", "every", 0),
+        ("eval", "images", 1),
+        ("eval", "grid", 1),
+        ("eval", "micro_batch", 0),
+        ("eval", "steps", 1),
+    ):
+        value = config[section][key]
+        require(value >= least, f"{section}.{key}={value}: must be at least {least}")
+    best, evaluated = config.checkpoint.best, config.eval.rewards or tuple(config.reward.weights)
+    require(
+        not best or best in evaluated,
+        f"checkpoint.best={best!r} is not evaluated: choose from {', '.join(evaluated)}, or leave"
+        " it empty to keep only the newest checkpoints",
+    )
+
+
+def _check_rewards(config: ConfigDict) -> None:
     require(
         any(config.reward.weights.values()),
         f"reward.weights={config.reward.weights.to_dict()}: name at least one reward whose weight"

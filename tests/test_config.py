@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import recipe, rewards, settings
+from flowgrpo_jax import compile, recipe, rewards, settings, sharding
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("[a-z]*.py"))
@@ -135,6 +137,9 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
         ({"lora.rank": -1}, r"lora\.rank=-1: .*at least 1, or 0 to train all"),
         ({"checkpoint.best": "beauty"}, r"checkpoint\.best='beauty' is not evaluated: choose from"),
         ({"checkpoint.every": 0}, r"checkpoint\.every=0: .*at least 1"),
+        ({"checkpoint.keep": 0}, r"checkpoint\.keep=0: .*at least 1"),
+        ({"eval.images": 0}, r"eval\.images=0: .*at least 1"),
+        ({"eval.micro_batch": -8}, r"eval\.micro_batch=-8: .*at least 0"),
         ({"reward.weights": ConfigDict()}, r"reward\.weights=\{\}: name at least one"),
         ({"reward.combine": "sum"}, r"reward\.combine='sum': choose from 'rewards', 'advantages'"),
         (
@@ -150,6 +155,27 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
 def test_a_value_that_makes_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         settings.check(load("base", changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mesh.tensor": 3}, r"mesh\.tensor=3 does not divide the transformer's 4 heads"),
+        (
+            {"mesh.tensor": 2, "reward.host_call": "callback"},
+            r"host_call='callback' with mesh\.tensor=2: every image .* use 'overlap'",
+        ),
+    ],
+)
+def test_a_layout_that_makes_no_sense(changes, message, monkeypatch):
+    config = load("shapes", changes)
+    mesh = AbstractMesh((1, 1, config.mesh.tensor), sharding.AXES)
+    model, _ = compile.describe(config, mesh)
+    scorer = SimpleNamespace(mix=SimpleNamespace(names=("shapes",)), in_graph={}, host=None)
+    process, plan = recipe.make_process(config, 3.0), settings.make_plan(config, 1)
+    with pytest.raises(ValueError, match=message):
+        score = recipe._callback(config, scorer, mesh)
+        recipe.make_programs(config, model, mesh, plan, process, None, score)
 
 
 @pytest.mark.parametrize("path", ["/nowhere/sd3", "./sd3", "sd3"])

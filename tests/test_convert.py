@@ -265,3 +265,11 @@ def test_published_names_and_shapes(config, model_class, kind):
         theirs = getattr(diffusers, kind)(**options).state_dict()
     expected = convert._expected(shapes_of(model_class, config), patch_size=2)
     assert {k: v[-1] for k, v in expected.items()} == {k: tuple(v.shape) for k, v in theirs.items()}
+
+
+def test_a_file_that_was_cut_is_named(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a.weight": np.zeros((8, 8), np.float32)}, file)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .*again"):
+        convert.load(tmp_path, {})

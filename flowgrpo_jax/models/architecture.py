@@ -99,6 +99,8 @@ def config(directory: Path, component: str, kind: type) -> Any:
         raise FileNotFoundError(f"{file} does not exist: {directory} is no complete SD3 model")
     fields = {f.name for f in dataclasses.fields(kind)}
     raw = {k: v for k, v in json.loads(file.read_text()).items() if k in fields}
+    if kind is MMDiTConfig and raw.get("out_channels", 0) is None:  # as many as go in
+        raw["out_channels"] = raw.get("in_channels", MMDiTConfig.in_channels)
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
 

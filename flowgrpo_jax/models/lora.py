@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from flowgrpo_jax.models.convert import torch_names
 from flowgrpo_jax.models.layers import Linear, LoRAParam, Params, name
+from flowgrpo_jax.models.tensors import open_safetensors
 
 JOINT_ATTENTION = tuple(
     f"attn.{m}"
@@ -203,7 +203,7 @@ def read_spec(path: str | Path) -> tuple[Path, LoRASpec]:
     if file.name == PEFT_FILE:
         config = json.loads((file.parent / "adapter_config.json").read_text())
     else:
-        with safe_open(str(file), "numpy") as handle:
+        with open_safetensors(file) as handle:
             header = (handle.metadata() or {}).get("lora_adapter_metadata")
         if header is None:
             raise ValueError(
@@ -223,7 +223,7 @@ def read(file: str | Path, shapes: Params) -> Params:
     """The factors in a diffusers or PEFT file."""
     prefixes = ("base_model.model.", "transformer.")
     tensors = {}
-    with safe_open(str(file), "numpy") as handle:
+    with open_safetensors(Path(file)) as handle:
         for key in handle.keys():  # noqa: SIM118 (a file, no dict)
             prefix = next((p for p in prefixes if key.startswith(p)), "")
             tensors[key.removeprefix(prefix)] = handle.get_tensor(key)

@@ -61,6 +61,8 @@ class SD3:
     lora_spec: LoRASpec
     shift: float
     latent_channels: int
+    patch_size: int
+    heads: int  # of the transformer
     downsampling: int
     default_size: int
     text_shapes: dict[str, Params]  # {"text_encoder", ...} -> {path: ShapeDtypeStruct}
@@ -84,7 +86,7 @@ class SD3:
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Latent [H, W, C] of an image of height x width pixels."""
-        unit = 2 * self.downsampling
+        unit = self.patch_size * self.downsampling
         if height % unit or width % unit:
             raise ValueError(f"image size {height} x {width}: both must be multiples of {unit}")
         return height // self.downsampling, width // self.downsampling, self.latent_channels
@@ -226,7 +228,15 @@ def load(
         )
 
     def read_all(parts: dict[str, Params]) -> dict[str, Params]:
-        return {name: read(name, shapes) for name, shapes in parts.items()}
+        found, problems = {}, []
+        for name, shapes in parts.items():
+            try:
+                found[name] = read(name, shapes)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return found
 
     return replace(
         described,
@@ -273,6 +283,8 @@ def describe(
         lora_spec=spec,
         shift=parts.shift,
         latent_channels=parts.transformer.in_channels,
+        patch_size=parts.transformer.patch_size,
+        heads=parts.transformer.num_attention_heads,
         downsampling=parts.vae.downsampling,
         default_size=parts.transformer.sample_size * parts.vae.downsampling,
         text_shapes=text_shapes,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 STORAGES = {
     "DoubleStorage": np.float64,
@@ -47,16 +47,25 @@ def open_file(file: str | Path) -> Tensors:
     """The tensors of one weight file, by its suffix; nothing but names and shapes is read yet.
 
     Raises:
-      ValueError: a `.pt` file that is older than torch 1.6 or holds more than a state dict.
+      ValueError: a damaged file, or a `.pt` that is older than torch 1.6 or holds more than a state
+        dict.
     """
     file = Path(file)
     return from_safetensors([file]) if file.suffix == ".safetensors" else from_torch(file)
 
 
+def open_safetensors(file: Path) -> Any:
+    """The opened file. Raises ValueError that names it where it is damaged."""
+    try:
+        return safe_open(str(file), framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}. Download or copy it again") from error
+
+
 def from_safetensors(files: Iterable[Path]) -> Tensors:
     tensors = {}
     for file in files:
-        handle = safe_open(file, framework="numpy")
+        handle = open_safetensors(file)
         for name in handle.keys():  # noqa: SIM118 (a file, no dict)
             shape = tuple(handle.get_slice(name).get_shape())
             tensors[name] = Tensor(shape, partial(handle.get_tensor, name))
