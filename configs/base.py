@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     c.sample = ConfigDict()
     c.sample.groups = 48  # prompts an epoch (P)
     c.sample.group_size = 24  # images of each prompt (G)
-    c.sample.micro_batch = 0  # images a device program handles at once (M); 0: the whole update
+    c.sample.micro_batch = 0  # images handled at once (M); 0: derived, 4 of 512 x 512 px a device
     c.sample.steps = 10  # transitions of a rollout (T)
     c.sample.guidance_scale = 4.5  # classifier-free guidance; 1 means a single forward
     c.sample.kernel = "flow_sde"  # transition kernel: flow_sde or cps

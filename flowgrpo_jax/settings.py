@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import grpo, rewards, sde
 from flowgrpo_jax.prompts import tasks
 
+AT_ONCE = 4 * 512 * 512  # px a device: SD3.5-medium's update takes 12 of 16 GB (docs/scaling.md)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,7 +64,8 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
         " update needs the same number of whole groups",
     )
     per_update = s.groups * s.group_size // updates
-    micro = s.micro_batch or per_update
+    pixels = config.model.height * config.model.width
+    micro = s.micro_batch or derived_micro_batch(per_update, devices, pixels)
     require(
         micro > 0 and per_update % micro == 0,
         f"sample.micro_batch={micro} does not divide the {per_update} images of an update"
@@ -80,6 +83,14 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
         f" is spread over: choose a multiple of {devices}, or 0",
     )
     return Plan(s.groups, s.group_size, updates, micro)
+
+
+def derived_micro_batch(images: int, devices: int, pixels: int) -> int:
+    """The most images at once that cut an update of `images` evenly and are `AT_ONCE` px or fewer a
+    device, of `pixels` each."""
+    most = max(AT_ONCE // pixels, 1) * devices
+    sizes = range(devices, min(most, images) + 1, devices)
+    return max((m for m in sizes if images % m == 0), default=devices)
 
 
 def check(config: ConfigDict) -> None:

@@ -54,11 +54,11 @@ def test_recipe_has_the_knobs_of_base_and_no_others(name):
 @pytest.mark.parametrize(
     "updates, micro_batch, size, count",
     [
-        (2, 0, 576, 1),  # 0: the whole update, 1152 / 2
+        (2, 0, 4, 144),  # 0: derived, 4 of 512 px a device
         (2, 9, 9, 64),
         (2, 32, 32, 18),
         (2, 144, 144, 4),
-        (1, 0, 1152, 1),
+        (1, 576, 576, 2),
         (1, 24, 24, 48),
         (48, 8, 8, 3),  # a group an update
     ],
@@ -76,6 +76,15 @@ def test_plan_of_the_papers_48_groups_of_24(updates, micro_batch, size, count):
 def test_the_plan_does_not_depend_on_the_devices_that_share_it():
     config = load("base", {"sample.micro_batch": 32})
     assert len({settings.make_plan(config, devices) for devices in (1, 2, 8, 32)}) == 1
+
+
+@pytest.mark.parametrize(
+    "side, devices, size", [(512, 8, 32), (512, 64, 192), (1024, 8, 8), (64, 1, 192), (64, 8, 576)]
+)
+def test_a_micro_batch_is_derived(side, devices, size):
+    """Of an update's 576 images: a divisor, a multiple of the devices, few enough pixels each."""
+    config = load("base", {"model.height": side, "model.width": side})
+    assert settings.make_plan(config, devices).micro_batch == size
 
 
 # ------------------------------------------------------------------------------- the errors
