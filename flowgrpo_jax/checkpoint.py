@@ -112,14 +112,16 @@ class Checkpoints:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
         problem: Exception | None = None
         for step in reversed(steps):
-            failed: Exception | None = None
+            found, failed = None, None
             try:
                 found = self.read(step, like)
             except Exception as error:
-                if "RESOURCE_EXHAUSTED" in str(error):  # no room for it, which is no damage
+                alone = jax.process_count() == 1
+                if alone and "RESOURCE_EXHAUSTED" in str(error):  # no room, which is no damage
                     raise
                 failed = error
-            if not sharding.everyone(np.array(failed is not None)).any():
+            by_all = not sharding.everyone(np.array(failed is not None)).any()
+            if found and by_all:
                 return found
             failed = failed or OSError("another process of the run could not read its part")
             log.warning("checkpoint %s/%d cannot be read: %s", self.directory, step, failed)
@@ -270,6 +272,7 @@ class Kept:
             self._save(epoch, state)
             self.last.wait()  # a second signal must not cut it short
         except OSError as error:
+            self.saved = epoch  # as far as may be, and not once more
             raise rescue(epoch, state, self._record(epoch), error) from error
 
     def _save(self, epoch: int, state: TrainState) -> None:

@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -97,6 +100,20 @@ def has_all_devices() -> bool:
     return "SLURM_NTASKS" in env and env["SLURM_NTASKS"] == env.get("SLURM_STEP_NUM_NODES")
 
 
+@contextmanager
+def restarting() -> Iterator[None]:
+    """Around a whole program. Where it is one of several, what goes wrong between them (a peer is
+    lost, or late to join) ends it with the status on which launchers start again."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        several_now = jax.distributed.is_initialized() or "distributed" in str(error).lower()
+        if not several_now or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        traceback.print_exc()
+        raise SystemExit(RESTART) from error
+
+
 def config() -> ConfigDict:
     return flags.FLAGS.config
 
@@ -115,9 +132,11 @@ def prepare(workdir: epath.Path, resume: bool) -> None:
     probe = workdir / f".probe-{jax.process_index()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
+        probe.write_text("to be removed")
         probe.unlink()
     except Exception as error:  # those of buckets are not OSErrors
+        with suppress(Exception):
+            probe.unlink(missing_ok=True)
         raise OSError(
             f"nothing can be written to {workdir}: {error}. Give another --workdir, or see to it"
             " that the disk or bucket exists, has room and lets you write"

@@ -357,7 +357,9 @@ def main(_: list[str]) -> None:
         raise ValueError(f"--programs: {', '.join(unknown)} is not one of {', '.join(names)}")
     reports = [inspect(p, stays, chip, mesh.size) for p in listed if p.name in wanted]
     resident = chip_bytes(stays)
-    verdict = advice(reports, resident, chip, fsdp=mesh.shape["fsdp"], remat=config.model.remat)
+    verdict = advice(
+        reports, resident, chip, fsdp=sharding.weight_shards(mesh), remat=config.model.remat
+    )
     part = f" (of {', '.join(wanted)} alone)" if len(reports) < len(listed) else ""
     print(table(reports, resident, chip), verdict + part, sep="\n")
     if flags.FLAGS.out:

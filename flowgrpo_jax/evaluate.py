@@ -61,6 +61,7 @@ def evaluate(
         row, keys = sharding.split_rows(run.mesh, (rows[part].astype(np.int32), keys))
         images.append(run.programs.generate(lora, run.weights, cond, null, row, keys))
         graphed.append(run.test_scorer.graph(images[-1], prepared, row))
+        jax.block_until_ready(images[-2:-1])  # two at a time, or a stop would wait for all
     pictures = np.concatenate([sharding.whole(i) for i in images])[: config.images]
 
     alone = check if jax.process_count() == 1 else lambda: None  # several have unequal shares

@@ -78,8 +78,9 @@ class Metrics:
         with spared("TensorBoard's events"):
             if self.events:
                 self.events.writer.close()
-        if self.wandb:
-            self.wandb.finish()
+        with spared("Weights & Biases"):
+            if self.wandb:
+                self.wandb.finish()
 
 
 class Events:

@@ -260,10 +260,11 @@ def _callback(config: ConfigDict, scorer: Scorer, mesh: Mesh) -> programs.HostSc
     names = tuple(name for name in scorer.mix.names if name not in scorer.in_graph)
     if config.reward.host_call != "callback" or not names:
         return None
+    heads = sharding.head_shards(mesh)
     require(
-        mesh.shape["tensor"] == 1,
-        f"reward.host_call='callback' with mesh.tensor={mesh.shape['tensor']}: every image would"
-        " be scored that often; use 'overlap'",
+        heads == 1,
+        f"reward.host_call='callback' with mesh.tensor={heads}: every image would be scored that"
+        " often; use 'overlap'",
     )
     return host.callback(scorer.host, names, mesh, sharding.ROWS)
 
@@ -278,7 +279,7 @@ def make_programs(
     score: programs.HostScore | None = None,
 ) -> Programs:
     """The programs; `model` may be one that is only described."""
-    s, t, tensor = config.sample, config.train, mesh.shape["tensor"]
+    s, t, tensor = config.sample, config.train, sharding.head_shards(mesh)
     require(
         model.heads % tensor == 0,
         f"mesh.tensor={tensor} does not divide the transformer's {model.heads} heads: choose a"

@@ -161,7 +161,9 @@ def _check_evaluation(config: ConfigDict) -> None:
         ("eval", "steps", 1),
     ):
         value = config[section][key]
-        require(value >= least, f"{section}.{key}={value}: must be at least {least}")
+        require(
+            value is None or value >= least, f"{section}.{key}={value}: must be at least {least}"
+        )
     best, evaluated = config.checkpoint.best, config.eval.rewards or tuple(config.reward.weights)
     require(
         not best or best in evaluated,

@@ -82,6 +82,16 @@ def row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def weight_shards(mesh: Mesh) -> int:
+    """Into how many parts the frozen weights are cut."""
+    return mesh.shape["fsdp"]
+
+
+def head_shards(mesh: Mesh) -> int:
+    """Into how many parts a linear's work is cut, and with it the heads of attention."""
+    return mesh.shape["tensor"]
+
+
 # ------------------------------------------------------------------------------- parameters
 
 
@@ -123,7 +133,7 @@ def gather(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array] | None:
     None where `fsdp` cuts nothing. Said outright because the compiler, left to itself, moves the
     activations between the devices instead, a hundred times as much.
     """
-    if mesh.shape["fsdp"] == 1:
+    if weight_shards(mesh) == 1:
         return None
 
     def whole(path: str, x: jax.Array) -> jax.Array:

@@ -345,10 +345,10 @@ def show(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None
 
 
 def main(_: list[str]) -> None:
-    cli.connect()
-    config = cli.config()
-    workdir = flags.FLAGS.workdir or f"runs/{config.name}"
-    with host.leaving_hung_calls():
+    with host.leaving_hung_calls(), cli.restarting():
+        cli.connect()
+        config = cli.config()
+        workdir = flags.FLAGS.workdir or f"runs/{config.name}"
         train(config, workdir, resume=flags.FLAGS.resume)
 
 

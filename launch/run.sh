@@ -20,6 +20,7 @@ trap 'stopping=INT interrupted=1; kill -INT "$child" 2>/dev/null || true' INT
 run() { # a command; sets $status
   (trap - INT; exec "$@") & # a background command would not see Ctrl-C
   child=$!
+  if [[ $stopping ]]; then kill -"$stopping" "$child" 2>/dev/null || true; fi
   while # a signal cuts `wait` short and not the command
     interrupted="" status=0
     wait "$child" || status=$?

@@ -8,7 +8,6 @@
 # SIGTERM and the failure of one machine tell all of them to save and end, and hang up on those that
 # have not done so after GRACE seconds, or at the second Ctrl-C.
 set -euo pipefail
-set -m # every machine's pipeline is a process group of its own
 
 read -r -a hosts <<<"${HOSTS:?give the machines, HOSTS=\"node1 node2\"}"
 DIRECTORY=${DIRECTORY:-$PWD}
@@ -18,31 +17,33 @@ SSH=${SSH:-ssh}
 GRACE=${GRACE:-120}
 
 arguments=$(printf ' %q' "$@")
-pidfile=/tmp/flowgrpo-${HOSTNAME:-here}-$$.pid # on the machines; each run.sh's own
+run="launch/run.sh env FLOWGRPO_RUN=${HOSTNAME:-here}-$$"
 pids=()
 deadline=""
 
 stop() {
   if [[ $deadline ]]; then deadline=$SECONDS; return; fi
   deadline=$((SECONDS + GRACE))
-  for i in "${!hosts[@]}"; do
-    $SSH -o BatchMode=yes "${hosts[$i]}" "kill -TERM \$(cat $pidfile.$i)" </dev/null &>/dev/null &
+  # Found by its command line, from the start: in that of this machine's ssh it stands further behind.
+  for host in "${hosts[@]}"; do
+    $SSH -o BatchMode=yes "$host" "pkill -TERM -f '^[^ ]*bash [^ ]*$run '" </dev/null &>/dev/null &
   done
 }
 trap stop TERM INT
 
+set -m # every machine's pipeline is a process group of its own
 for i in "${!hosts[@]}"; do
   # -tt: a hang-up reaches the remote process as well
   {
     $SSH -tt -o BatchMode=yes "${hosts[$i]}" \
-      "cd $(printf %q "$DIRECTORY") && echo \$\$ >$pidfile.$i &&" \
-      "FLOWGRPO_COORDINATOR=${hosts[0]}:$PORT" \
+      "cd $(printf %q "$DIRECTORY") && FLOWGRPO_COORDINATOR=${hosts[0]}:$PORT" \
       "FLOWGRPO_PROCESSES=${#hosts[@]} FLOWGRPO_PROCESS=$i" \
-      "exec launch/run.sh $PYTHON -m flowgrpo_jax.train$arguments" </dev/null 2>&1 |
+      "exec $run $PYTHON -m flowgrpo_jax.train$arguments" </dev/null 2>&1 |
       sed -u "s/^/[${hosts[$i]}] /"
   } &
   pids+=($!)
 done
+set +m # or Ctrl-C would reach a `sleep` alone
 
 status=0
 while ((${#pids[@]})); do
@@ -59,6 +60,6 @@ while ((${#pids[@]})); do
     if ((code)) && ((!status)); then status=$code; fi
     if ((code)) && [[ ! $deadline ]]; then stop; fi
   done
-  sleep 0.2
+  sleep 0.2 || true
 done
 exit "$status"

@@ -36,14 +36,27 @@ state() {
   fi
 }
 
+queued() { [[ ${QUEUED:-}${SPOT:-} ]]; }
+queue() { gcloud compute tpus queued-resources "$1" "$NAME" "${place[@]}" "${@:2}"; }
+
+# Waits until the slice is ready; fails where there is none to be had.
 create() {
-  if [[ ${QUEUED:-}${SPOT:-} ]]; then
-    gcloud compute tpus queued-resources create "$NAME" "${place[@]}" --node-id "$NAME" \
-      --accelerator-type "$TYPE" --runtime-version "$VERSION" ${SPOT:+--spot} || return
+  if queued; then
+    queue create --node-id "$NAME" --accelerator-type "$TYPE" --runtime-version "$VERSION" \
+      ${SPOT:+--spot} || return
   else
     tpu create --accelerator-type "$TYPE" --version "$VERSION" || return
   fi
-  until [[ $(state) == READY ]]; do sleep "$PAUSE"; done
+  while :; do
+    case $(state) in
+      READY) return ;;
+      PREEMPTED | STOPPED | TERMINATED) return 1 ;;
+    esac
+    if queued && [[ $(queue describe --format='value(state.state)' 2>&1) =~ FAILED|SUSPENDED ]]; then
+      return 1
+    fi
+    sleep "$PAUSE"
+  done
 }
 
 install() {
@@ -61,59 +74,55 @@ up="grep -qs flowgrpo_jax.train /proc/\$(cat train.pid 2>/dev/null)/cmdline"
 # On the workers where no run is up. It leaves its exit status in train.status.
 start() {
   local train="launch/run.sh .venv/bin/python -m flowgrpo_jax.train"
-  local wrapper="'trap : TERM; echo \$\$ >train.pid; \"\$@\"; echo \$? >train.status'"
+  local wrapper="'trap : TERM; \"\$@\"; echo \$? >train.status'"
   # FLOWGRPO_POD: join the other workers, of which no variable tells on these machines
-  everywhere "cd flowgrpo_jax; $up && exit; rm -f train.status; FLOWGRPO_POD=1 \
-    nohup bash -c $wrapper run $train$(printf ' %q' "$@") >>train.log 2>&1 </dev/null &"
+  everywhere "cd flowgrpo_jax || exit; $up && exit; rm -f train.status; FLOWGRPO_POD=1 \
+    nohup bash -c $wrapper run $train$(printf ' %q' "$@") >>train.log 2>&1 </dev/null &
+    echo \$! >train.pid"
 }
 
 delete() {
-  if [[ ${QUEUED:-}${SPOT:-} ]]; then
-    gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
-  else
-    tpu delete --quiet
-  fi
+  if queued; then queue delete --force --quiet; else tpu delete --quiet; fi
 }
 
-# Of every worker "run up", "run gone", or "run" and the exit status; nothing where ssh fails.
+# A line of every worker: "run up", "run gone" without a trace, "run missing" where nothing is
+# installed, or "run" and its exit status. Nothing where ssh fails.
 progress() {
-  everywhere "cd flowgrpo_jax; if $up; then echo run up; else
-    echo run \$(cat train.status 2>/dev/null || echo gone); fi" 2>/dev/null || true
+  everywhere "cd flowgrpo_jax 2>/dev/null || { echo run missing; exit; }
+    if $up; then echo run up; else echo run \$(cat train.status 2>/dev/null || echo gone); fi" \
+    2>/dev/null || true
 }
 
 again() {
   echo "$1: a new slice"
-  until delete || true; create && install; do
+  until delete || true; create; do
     echo "no slice; again in $PAUSE s"
     sleep "$PAUSE"
   done
 }
 
 watch() {
-  case $(state) in
-    READY) ;;
-    UNKNOWN) echo "gcloud does not answer: is it logged in?" >&2; return 1 ;;
-    ABSENT) create && install ;;
-    *) again "the slice is not ready" ;;
-  esac
-  start "$@"
-  while sleep "$PAUSE"; do
+  local said status
+  while :; do
     case $(state) in
       READY)
-        case $(progress) in
-          *"run gone"*) echo "a worker was started anew"; start "$@" ;;
+        said=$(progress)
+        case $said in
+          *"run missing"*) install || true ;;
+          *"run gone"*) start "$@" || true ;;
           *"run up"*) ;;
-          *"run 0"*) echo "the run has ended"; return 0 ;;
-          *"run "*) echo "the run failed: see launch/tpu_pod.sh logs" >&2; return 1 ;;
+          *"run "*)
+            status=$(grep -oE 'run [0-9]+' <<<"$said" | sort -rn -k 2 | head -n 1)
+            echo "the run has ended with ${status#run }: see launch/tpu_pod.sh logs"
+            return "${status#run }"
+            ;;
           *) ;; # nobody answers: look again
         esac
         ;;
-      PREEMPTED | STOPPED | STOPPING | TERMINATED | DELETING | ABSENT)
-        again "the slice is gone"
-        start "$@"
-        ;;
-      *) ;; # being repaired, or gcloud does not say: look again
+      ABSENT | PREEMPTED | STOPPED | STOPPING | TERMINATED | DELETING) again "no slice" ;;
+      *) ;; # being made or repaired, or gcloud does not say: look again
     esac
+    sleep "$PAUSE"
   done
 }
 
@@ -122,7 +131,6 @@ shift
 case $command in
   create | install | start | watch | delete) "$command" "$@" ;;
   logs) tpu ssh --worker=0 --command "tail -n 100 -F flowgrpo_jax/train.log" ;;
-  # The brackets keep the pattern from matching the shell that searches for it.
-  stop) everywhere "pkill -TERM -f '[l]aunch/run.sh' || true" ;;
+  stop) everywhere "cd flowgrpo_jax && pkill -TERM -P \$(cat train.pid) || true" ;;
   *) echo "launch/tpu_pod.sh: no command $command" >&2; exit 2 ;;
 esac

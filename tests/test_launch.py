@@ -1,13 +1,17 @@
 """The launchers, run here on stand-ins for the programs that they call on clusters."""
 
 import configparser
+import fcntl
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -144,7 +148,7 @@ def test_a_signal_to_the_launcher_alone_is_passed_on_as_it_is(tmp_path, number, 
 def test_a_signal_between_two_starts_ends_the_launcher(tmp_path):
     command(tmp_path, "train", "echo >> calls; echo > up; exit 134")
     process = launch(tmp_path, "train", PAUSE="30")
-    time.sleep(0.5)
+    time.sleep(0.5)  # whether it waits by then or not
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75 and len(calls(tmp_path)) == 1
 
@@ -185,7 +189,7 @@ echo > "up-$HOST"; for _ in {1..600}; do sleep 0.05; done
 """
 
 
-def saving(folder, **more):
+def saving(folder, options, **more):
     """`ssh.sh` on two machines, once both are up."""
     command(folder, "ssh", SSH)
     command(folder, "python", SAVING)
@@ -195,6 +199,7 @@ def saving(folder, **more):
         cwd=folder,
         env=environment(folder, HOSTS="one two", **more),
         start_new_session=True,
+        **options,
     )
     wait_for(folder / "up-one")
     wait_for(folder / "up-two")
@@ -202,14 +207,22 @@ def saving(folder, **more):
 
 
 def test_ssh_tells_every_machine_to_save(tmp_path):
-    process = saving(tmp_path)
-    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
+    """At Ctrl-C in a terminal, which sends it to the foreground alone."""
+    terminal, inside = pty.openpty()
+
+    def control():
+        fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
+
+    process = saving(tmp_path, {"stdin": inside, "preexec_fn": control})
+    os.write(terminal, b"\x03")
     assert process.wait(30) == 75
     assert (tmp_path / "saved-one").exists() and (tmp_path / "saved-two").exists()
+    os.close(inside)
+    os.close(terminal)
 
 
 def test_ssh_hangs_up_on_a_machine_that_does_not_end(tmp_path):
-    process = saving(tmp_path, GRACE="2", DEAF="one")
+    process = saving(tmp_path, {}, GRACE="2", DEAF="one")
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) != 0 and (tmp_path / "saved-two").exists()
 
@@ -233,6 +246,7 @@ def test_slurm_puts_a_saved_run_back_into_the_queue(tmp_path):
 GCLOUD = """
 echo "$@" >> calls
 case "$*" in
+  *" queued-resources describe "*) head -n 1 queue; sed -i 1d queue ;;
   *" describe "*)
     state=$(head -n 1 states); [[ $(wc -l < states) -gt 1 ]] && sed -i 1d states
     case $state in
@@ -275,7 +289,7 @@ def cloud(tmp_path):
     command(
         tmp_path,
         "train",
-        'echo "train $FLOWGRPO_POD $*" >> ../../calls\n'
+        'trap "exit 75" TERM; echo "train $FLOWGRPO_POD $*" >> ../../calls\n'
         "until [[ -s ../../ends ]]; do sleep 0.05; done; exit $(cat ../../ends)",
     )
     for worker in ("worker-0", "worker-1"):
@@ -288,6 +302,7 @@ def cloud(tmp_path):
     for step in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"], ["tag", "v1"]):
         subprocess.run([*git, *step], cwd=tmp_path / "origin", check=True)
     (tmp_path / "states").write_text("READY\n")
+    (tmp_path / "queue").write_text("")
     yield tmp_path
     (tmp_path / "ends").write_text("0")  # whatever still runs ends
 
@@ -345,8 +360,8 @@ def watch(folder, **more):
     )
 
 
-@pytest.mark.parametrize("status, code", [("0", 0), ("1", 1)])
-def test_the_watch_ends_with_the_run(cloud, status, code):
+@pytest.mark.parametrize("status", [0, 1, 75])
+def test_the_watch_ends_with_the_run(cloud, status):
     """Not before: neither a worker that does not answer nor gcloud without a connection, nor a
     machine under repair, is the end of it."""
     pod(cloud, "install")
@@ -358,11 +373,14 @@ def test_the_watch_ends_with_the_run(cloud, status, code):
     (cloud / "deaf").touch()
     wait_until(lambda: not (cloud / "deaf").exists())
     assert watching.poll() is None
-    (cloud / "ends").write_text(status)
+    if status == 75:
+        assert pod(cloud, "stop").returncode == 0
+    else:
+        (cloud / "ends").write_text(str(status))
     out, err = watching.communicate(timeout=60)
-    assert watching.returncode == code and len(trained(cloud)) == 2, err
+    assert watching.returncode == status and f"ended with {status}" in out, err
+    assert len(trained(cloud)) == 2
     assert not any(" delete " in line for line in calls(cloud))
-    assert ("the run has ended" in out) == (code == 0)
 
 
 def test_a_worker_that_was_started_anew_runs_again(cloud):
@@ -377,26 +395,27 @@ def test_a_worker_that_was_started_anew_runs_again(cloud):
     for number in family:  # the wrapper, run.sh and the program
         family += [child for child, parent in parents if parent == number]
     for number in family:
-        os.kill(number, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # a short sleep of the program
+            os.kill(number, signal.SIGKILL)
     wait_until(lambda: len(trained(cloud)) == 3)
     assert int(pid.read_text()) != family[0]
     (cloud / "ends").write_text("0")
     assert watching.wait(60) == 0 and len(trained(cloud)) == 3
 
 
-@pytest.mark.parametrize("first", ["PREEMPTED", "ABSENT", "READY\nPREEMPTED"])
+@pytest.mark.parametrize("first", ["PREEMPTED", "ABSENT", "READY\nPREEMPTED", "CREATING"])
 def test_a_spot_slice_that_is_gone_is_made_again(cloud, first):
-    """Also before the first start, and though there is no slice to be had for a while."""
-    if first.startswith("READY"):
-        pod(cloud, "install")
-    (cloud / "states").write_text(f"{first}\nREADY\n")
-    (cloud / "refusals").write_text("no capacity\n" * (first != "ABSENT"))
+    """Also before the first start, and though there is no slice to be had for a while: one request
+    is refused, one fails in the queue. One that is being made is waited for."""
+    (cloud / "states").write_text(f"{first}\nABSENT\nREADY\n")
+    (cloud / "refusals").write_text("no capacity\n")
+    (cloud / "queue").write_text("FAILED\n")
     (cloud / "ends").write_text("0")
     out, err = watch(cloud, SPOT="1").communicate(timeout=60)
-    assert "the run has ended" in out, err
+    assert "the run has ended with 0" in out, err
     created = [line for line in calls(cloud) if "queued-resources create pod" in line]
-    assert len(created) == (1 if first == "ABSENT" else 2)
-    assert all(line.endswith("--spot") for line in created)
+    assert len(created) >= 2 and all(line.endswith("--spot") for line in created)
+    assert len(trained(cloud)) == 2  # workers without an installation get one
 
 
 def test_a_queued_resource_need_not_be_spot(cloud):

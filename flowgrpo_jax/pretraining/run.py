@@ -17,8 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
+from flowgrpo_jax import logs
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.tokenizers import Tokenizers
@@ -163,7 +165,7 @@ def begin(args: argparse.Namespace, world: World) -> None:
                 " --workdir, or the same settings to go on"
             )
     args.workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    logs.replace(epath.Path(file), json.dumps(settings, indent=2) + "\n")
 
 
 def main(world: World) -> None:
