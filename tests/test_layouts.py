@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from flowgrpo_jax import cli, recipe, rewards, sharding
 from flowgrpo_jax.checkpoint import Checkpoints, load_lora
@@ -269,10 +270,20 @@ def same(ours, theirs, within=2e-3):
         np.testing.assert_allclose(ours[1][path], x, atol=within * size + 1e-9, err_msg=path)
 
 
+def same_pictures(folder, ours, theirs):
+    """The evaluation's, before training: the same noise drew them, on whatever devices."""
+    mine, other = (
+        np.asarray(Image.open(folder / name / "samples" / "epoch-00000.png"), int)
+        for name in (ours, theirs)
+    )
+    assert np.abs(mine - other).max() <= 1 and other.std() > 5
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_does_not_change_the_result(folder, one_device, layout):
     start(folder, layout, *LAYOUTS[layout], devices=8)
     same(outcome(folder, layout), one_device)
+    same_pictures(folder, layout, "one")
 
 
 def test_the_layout_does_not_change_full_fine_tuning(folder):
@@ -295,6 +306,7 @@ def test_two_processes_train_as_one(folder, one_device, host_call, mesh):
     name = f"two-{host_call}"
     start(folder, name, mesh, host_call, devices=8, processes=2)
     same(outcome(folder, name), one_device)
+    same_pictures(folder, name, "one")
 
 
 @pytest.fixture(scope="module")
