@@ -161,11 +161,14 @@ def _bytes(kind: str, shape: str) -> int:
 
 def _group(line: str) -> int:
     """How many chips take part, from the three notations of replica groups."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if "replica_groups=" not in line:
+        return 2
+    # mesh['a'=16,'b'=4] {'a'}, also with an order of devices in between
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return found[1].count(",") + 1
-    return 2
+    raise ValueError(f"replica groups in a notation that is not known: {line.strip()}")

@@ -196,6 +196,25 @@ def test_started_collectives_count_their_results():
     }
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "replica_groups={{0,1,2,3},{4,5,6,7}}",
+        "replica_groups=[2,4]<=[8]",
+        "replica_groups=[2,4]<=[4,2]T(1,0)",
+        "replica_groups=mesh['a'=4,'b'=1,'c'=2] {'a'}",
+        "replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([4,2]T(1,0)) {'a','c'}",
+    ],
+)
+def test_groups_in_every_notation(groups):
+    """Four chips gather 64 values of 4 bytes: three quarters come from the others."""
+    lines = ["ENTRY %main (x: f32[16]) -> f32[64] {"]
+    lines += [f"  %a = f32[64]{{0}} all-gather(%x), channel_id=1, {groups}, dimensions={{0}}", "}"]
+    assert cost.collectives("\n".join(lines)) == [("all-gather", 1, 64 * 4 * 3 / 4)]
+    with pytest.raises(ValueError, match="notation that is not known"):
+        cost.collectives("\n".join(lines).replace(groups, "replica_groups=everyone"))
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="pip install 'flowgrpo_jax[tpu]'"
 )
