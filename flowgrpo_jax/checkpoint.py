@@ -7,7 +7,7 @@ import logging
 import math
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import Any
@@ -100,14 +100,14 @@ class Checkpoints:
         return ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore())
 
     def newest(
-        self, like: dict[str, Any], only: int | None = None
+        self, like: dict[str, Any], among: Sequence[int] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The newest checkpoint that all processes can read, or the `only` one that is meant;
-        damaged ones are passed over with a warning.
+        """The newest checkpoint that all processes can read, of all or `among` these steps; damaged
+        ones are passed over with a warning.
 
         Raises FileNotFoundError when there is none, ValueError when none can be read.
         """
-        steps = self.steps() if only is None else [only]
+        steps = self.steps() if among is None else among
         if not steps:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
         problem: Exception | None = None
@@ -224,12 +224,12 @@ class Kept:
     """What a run keeps in its work directory: its last states, and its best one if asked to.
 
     Args:
-      record: the resolved config, kept with every state.
+      config: the resolved one, kept with every state.
       best: a reward's name, or "": the state with its highest value in evaluation is kept.
     """
 
-    def __init__(self, workdir: epath.Path, record: dict[str, Any], *, keep: int, best: str):
-        self.config = record
+    def __init__(self, workdir: epath.Path, config: dict[str, Any], *, keep: int, best: str):
+        self.config = config
         self.last = Checkpoints(workdir / "checkpoints", keep=keep)
         self.best = Best(workdir / "best", best) if best else None
         self.saved = -1  # epochs that the newest state has behind it
@@ -335,7 +335,7 @@ def load_lora(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> P
             raise FileNotFoundError(
                 f"no checkpoint {step} in {folder}: choose from {checkpoints.steps()}"
             )
-        trees, _ = checkpoints.newest(like, step)
+        trees, _ = checkpoints.newest(like, None if step is None else [step])
         checkpoints.close()
         return trees["ema"]
     file, spec = lora.read_spec(str(path))

@@ -107,8 +107,7 @@ def restarting() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        several_now = jax.distributed.is_initialized() or "distributed" in str(error).lower()
-        if not several_now or "RESOURCE_EXHAUSTED" in str(error):
+        if not jax.distributed.is_initialized() or "RESOURCE_EXHAUSTED" in str(error):
             raise
         traceback.print_exc()
         raise SystemExit(RESTART) from error

@@ -328,11 +328,13 @@ def advice(reports: list[Report], resident: float, chip: Chip, *, fsdp: int, rem
 
 def topology(name: str) -> tuple[Chip, list[Any]]:
     """The chip and the devices of a topology such as v5e:4x4."""
-    kind = name.partition(":")[0]
+    kind, _, sizes = name.partition(":")
     if kind not in CHIPS:
         raise ValueError(f"--topology={name}: {kind!r} is not one of {', '.join(CHIPS)}")
+    # libtpu takes hosts to have four chips, even those of one.
+    alone = {"chips_per_host_bounds": [1, 1, 1]} if set(sizes) <= set("1x") else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone)
     except Exception as error:
         raise ValueError(
             f"--topology={name}: {error}. It takes `pip install -e '.[tpu]'` and a name such as"

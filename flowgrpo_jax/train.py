@@ -65,6 +65,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         disable=not first_process,
     )
     first, asked, lost = epoch, 0, 0
+    last: dict[str, float] = {}  # the last evaluation's figures
     with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
         try:
             while epoch < config.epochs:
@@ -83,12 +84,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 if epoch % config.checkpoint.every == 0:
                     kept.save(epoch, state)
             kept.finish(epoch, state)
-            bar.close()
             if run.test_prompts and config.eval.every and epoch == config.epochs:
-                report = evaluate_into(workdir, run, state, null, epoch, kept, stop)
-                metrics.write(epoch, report)
-                if first_process:
-                    print(json.dumps({k: round(v, 4) for k, v in report.items() if np.isfinite(v)}))
+                last = evaluate_into(workdir, run, state, null, epoch, kept, stop)
+                metrics.write(epoch, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
             pool.shutdown(wait=False, cancel_futures=True)
@@ -97,8 +95,11 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
             pool.shutdown(wait=False, cancel_futures=True)
             keep_after(error, kept, epoch, state, began=first)
             raise
+    bar.close()
     kept.close()
     metrics.close()
+    if last and first_process:
+        print(json.dumps({k: round(v, 4) for k, v in last.items() if np.isfinite(v)}))
     if epoch < config.epochs and first_process:
         print(f"stopped after epoch {epoch}; go on with --resume")
     if asked == signal.SIGTERM:

@@ -30,6 +30,18 @@ def test_a_signal_and_its_echo_count_once(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("problem", ["UNAVAILABLE: a peer is gone", "RESOURCE_EXHAUSTED: memory"])
+def test_a_lost_peer_asks_for_a_restart(joined, problem, monkeypatch):
+    """One process alone has none to lose, and what does not fit will not fit next time."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: joined)
+    lost = joined and "UNAVAILABLE" in problem
+    outcome = SystemExit if lost else jax.errors.JaxRuntimeError
+    with pytest.raises(outcome) as left, cli.restarting():
+        raise jax.errors.JaxRuntimeError(problem)
+    assert not lost or left.value.code == cli.RESTART
+
+
 # What the launchers set, besides what is only JAX's concern.
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_STEP_NUM_NODES": "4"}
 MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}

@@ -1,0 +1,240 @@
+"""Short training runs of a tiny model in processes of their own, one or several to a run."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from flowgrpo_jax import cli, recipe, rewards
+from flowgrpo_jax.checkpoint import Checkpoints, load_lora
+from flowgrpo_jax.models import layers
+from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from flowgrpo_jax.models.text import CLIPConfig, T5Config
+from flowgrpo_jax.models.vae import VAE, VAEConfig
+from flowgrpo_jax.pretraining import flow, package
+from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.shapes import grammar
+from flowgrpo_jax.train import first_state, train
+
+HERE = Path(__file__).parent
+MMDIT = MMDiTConfig(
+    sample_size=4,
+    num_layers=3,
+    attention_head_dim=8,
+    num_attention_heads=8,
+    joint_attention_dim=32,
+    caption_projection_dim=64,
+    pooled_projection_dim=32,
+    pos_embed_max_size=4,
+    dual_attention_layers=(0,),
+    qk_norm="rms_norm",
+)
+T5 = T5Config(vocab_size=9, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+PAIR = {"data": 1, "fsdp": 8}  # over two processes: each has a part of every weight and group
+
+
+def clip(vocabulary, activation):
+    return CLIPConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=grammar.LENGTH,
+        hidden_act=activation,
+        projection_dim=16,
+        eos_token_id=vocabulary - 1,
+    )
+
+
+def write_model(folder):
+    """A tiny model with random weights, none of them zero, in diffusers layout."""
+    words = grammar.vocabulary()
+    write_tokenizers(folder, words, grammar.LENGTH)
+    n_clip, n_t5 = sizes(words)
+    clips = clip(n_clip, "quick_gelu"), clip(n_clip, "gelu")
+    t5 = dataclasses.replace(T5, vocab_size=n_t5)
+    vae = VAEConfig(
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    makers = flow.makers(*clips, t5) | {
+        "transformer": lambda rngs: MMDiT(MMDIT, rngs=rngs),
+        "vae": lambda rngs: VAE(vae, rngs=rngs),
+    }
+    params = {name: layers.initialise(create, i) for i, (name, create) in enumerate(makers.items())}
+    package.write(folder, params, MMDIT, vae, *clips, t5, dtype=np.float32)
+
+
+CACHE_ALL = (
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+)
+calls: list[int] = []
+
+
+def brightness(images, prompts, metadata):
+    """Hardly moves when a value is rounded the other way. Kills its process at a call asked for,
+    once the checkpoint asked for is complete: checkpoints are written in the background."""
+    calls.append(len(images))
+    if os.environ.get("KILL_AT_CALL") == str(len(calls)):
+        deadline = time.monotonic() + 100
+        while not Path(os.environ["KILL_AFTER"]).exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return images.mean((1, 2, 3)) / 255, np.ones(len(images), bool)
+
+
+def load(folder, mesh, host_call):
+    from configs import shapes
+
+    c = shapes.get_config()
+    c.model.path = str(folder / "model")
+    c.model.height = c.model.width = 32
+    c.epochs = 2
+    c.lora.rank, c.lora.alpha = 8, 8.0
+    c.sample.groups, c.sample.group_size, c.sample.micro_batch = 2, 8, 8  # a group on all devices
+    c.sample.steps, c.sample.window, c.sample.window_range = 4, 2, (0, 3)
+    c.sample.guidance_scale = c.eval.guidance_scale = 2.0
+    c.reward.weights = {"brightness": 1.0}
+    c.reward.host_call = host_call
+    c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 8, 8, 2
+    c.eval.rewards, c.checkpoint.best = (), "brightness"
+    c.train.eps, c.train.learning_rate = 1.0, 1.0  # steps follow the gradient, not its sign
+    c.checkpoint.every = 1
+    c.mesh.update(mesh)
+    return c
+
+
+def adapted(config, name):
+    """Runs whose name begins with "full" have no adapter."""
+    config.lora.rank = 0 if name.startswith("full") else config.lora.rank
+    return config
+
+
+def refuse(read, unreadable, checkpoints, step, like):
+    """`Checkpoints.read` where this process cannot read its part of a step."""
+    if step == unreadable:
+        raise OSError("a part of it is gone")
+    return read(checkpoints, step, like)
+
+
+def run(folder, name, mesh, host_call, epochs):
+    """What each child process does, as launchers have it done."""
+    cli.connect()
+    rewards.TABLE["brightness"] = "processes:brightness"
+    config = adapted(load(Path(folder), mesh, host_call), name)
+    if step := os.environ.get("UNREADABLE"):
+        real = Checkpoints.read
+        Checkpoints.read = lambda *arguments: refuse(real, int(step), *arguments)
+    if jax.process_count() > 1:  # each with a cache of its own, as on machines without shared disks
+        config.model.text_cache = f"{folder}/texts-{jax.process_index()}"
+    config.epochs = epochs
+    train(config, Path(folder) / name, resume=True)
+
+
+def spawn(
+    folder, name, mesh, host_call="overlap", *, devices, processes=1, epochs=2, last=(), launcher=()
+):
+    """The run in child processes, which share the given number of devices; the last one gets more
+    environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    children = []
+    for i in range(processes):
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices // processes),
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        }
+        if processes > 1:
+            env |= {
+                "FLOWGRPO_COORDINATOR": address,
+                "FLOWGRPO_PROCESSES": str(processes),
+                "FLOWGRPO_PROCESS": str(i),
+            }
+        # Runs of one layout share compiled programs.
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
+        if i == processes - 1:
+            env |= dict(last)
+        call = f"processes.run{(str(folder), name, mesh, host_call, epochs)!r}"
+        children.append(
+            subprocess.Popen(
+                [*launcher, sys.executable, "-c", f"import processes; {call}"],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    started.extend(children)
+    return children
+
+
+started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """After a test that failed, either."""
+    yield
+    for child in started:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    started.clear()
+
+
+def start(*run, **settings):
+    """The same, until it has ended well; what each process printed."""
+    children = spawn(*run, **settings)
+    outputs = [child.communicate(timeout=600)[0] for child in children]
+    assert not any(child.returncode for child in children), outputs
+    return outputs
+
+
+def final_state(folder, name):
+    """All that a run's last checkpoint holds of the training: LoRA, EMA, optimiser, key, step."""
+    built = recipe.build(adapted(load(folder, {"data": 1}, "overlap"), name))
+    state, _ = Checkpoints(folder / name / "checkpoints").resume(first_state(built))
+    return jax.device_get(dataclasses.replace(state, key=jax.random.key_data(state.key)))
+
+
+def outcome(folder, name):
+    """(metrics without times, the EMA after training) of a run."""
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    config = adapted(load(folder, {"data": 1}, "overlap"), name)
+    built = recipe.build(config, training=False)
+    return rows, jax.device_get(load_lora(folder / name, built.model))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, table):
+    """Where the runs of a test file go, with the model that they train."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table():
+    rewards.TABLE["brightness"] = "processes:brightness"
+    yield
+    del rewards.TABLE["brightness"]

@@ -1,0 +1,85 @@
+"""Two processes of one run: one is killed, told to stop, or cannot read, and nothing is lost."""
+
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import processes
+import pytest
+from processes import HERE, PAIR, final_state, outcome, spawn, start
+
+from flowgrpo_jax import cli
+from flowgrpo_jax.checkpoint import Checkpoints
+
+folder, table = processes.folder, processes.table
+nothing_goes_on = processes.nothing_goes_on
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    start(folder, "undisturbed", PAIR, devices=8, processes=2)
+    return outcome(folder, "undisturbed")[0], final_state(folder, "undisturbed")
+
+
+def exactly(folder, name, undisturbed):
+    metrics, state = undisturbed
+    assert outcome(folder, name)[0] == metrics
+    jax.tree.map(np.testing.assert_array_equal, final_state(folder, name), state)
+
+
+def test_a_killed_process_costs_a_restart(folder, undisturbed):
+    """One of two processes is killed in the middle of the second epoch. The other one ends by
+    itself, the launchers start both again, and the run is, bit for bit, the one that was never
+    killed."""
+    kill = {"KILL_AT_CALL": "4", "KILL_AFTER": str(folder / "killed" / "checkpoints" / "1")}
+    launcher = [HERE.parent / "launch" / "run.sh"]
+    children = spawn(
+        folder,
+        "killed",
+        PAIR,
+        devices=8,
+        processes=2,
+        last=kill | {"PAUSE": "5"},
+        launcher=launcher,
+    )
+    outputs = [child.communicate(timeout=600)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    assert all("launch/run.sh: ended with" in output for output in outputs), outputs
+    assert "ended with 137" in outputs[1]
+    exactly(folder, "killed", undisturbed)
+
+
+def test_one_process_is_told_to_stop_and_both_save(folder, undisturbed):
+    """SIGTERM to one of two: both leave after the same epoch with the status for a restart."""
+    children = spawn(folder, "stopped", PAIR, devices=8, processes=2, epochs=100_000)
+    log, deadline = folder / "stopped" / "metrics.jsonl", time.monotonic() + 600
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert time.monotonic() < deadline and all(child.poll() is None for child in children)
+        time.sleep(0.1)
+    children[1].send_signal(signal.SIGTERM)
+    outputs = [child.communicate(timeout=600)[0] for child in children]
+    assert [child.returncode for child in children] == [cli.RESTART] * 2, outputs
+    done = len(log.read_text().splitlines())
+    assert Checkpoints(folder / "stopped" / "checkpoints").steps()[-1] == done
+    # The third row of the undisturbed run is its last evaluation; the stopped one went on instead.
+    assert outcome(folder, "stopped")[0][:2] == undisturbed[0][:2]
+
+
+def test_two_processes_pass_over_a_damaged_checkpoint(folder, undisturbed):
+    shutil.copytree(folder / "undisturbed", folder / "torn")
+    for file in (folder / "torn" / "checkpoints" / "2").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-9])
+    start(folder, "torn", PAIR, devices=8, processes=2)
+    exactly(folder, "torn", undisturbed)
+    assert Checkpoints(folder / "torn" / "checkpoints").steps() == [1, 2]
+
+
+def test_both_pass_over_a_checkpoint_that_one_cannot_read(folder, undisturbed):
+    shutil.copytree(folder / "undisturbed", folder / "half")
+    last = {"UNREADABLE": "2"}
+    first, _ = start(folder, "half", PAIR, devices=8, processes=2, last=last)
+    assert "2 cannot be read: another process of the run" in first
+    exactly(folder, "half", undisturbed)
