@@ -103,6 +103,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     config.model.t5_length = args.t5_length or config.model.t5_length
     for knob in ("groups", "group_size", "micro_batch", "steps", "window"):
         config.sample[knob] = getattr(args, knob) or config.sample[knob]
+    config.sample.window_range = (0, 0)  # it begins with the first step
     config.prompts.test = ""  # nothing is evaluated
 
     spec = lora.LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
@@ -314,8 +315,16 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "commit": commit,
-        **{name: metadata.version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES},
     }
+
+
+def version(name: str) -> str | None:
+    """None where it is not installed: JAX can be measured alone."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def table(figures: dict[str, dict[str, float]], ratio: dict[str, dict[str, float]]) -> str:
@@ -407,6 +416,8 @@ def main() -> int:
         config["model"]["path"] = args.model  # as it was named, wherever it lies
         print(describe(config, hardware, env), end="\n\n")
         workers, warmup, failures = start(args.engines, folder, env, args.warmup)
+        if not workers:
+            return 1
         try:
             differ = check(folder, list(workers))
             epochs = measure(workers, args.repeats)

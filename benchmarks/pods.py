@@ -60,18 +60,21 @@ PODS = {
         ),
     )
 }
-# The medium model on more and more v5e chips: the batch above, and three groups a chip.
+# The medium model on more and more v5e chips: the batch above, and four groups a chip.
 FIXED = {
     "1": ("v5e:1x1", 1, flags(MEDIUM, micro=4)),
     "4": ("v5e:2x2", 4, flags(MEDIUM, micro=16)),
     **{name: PODS[name] for name in ("v5e-16 medium", "v5e-64 medium", "v5e-256 medium")},
 }
 GROWING = {
-    "1, growing": ("v5e:1x1", 1, flags(MEDIUM, micro=4, groups=3)),
-    "4, growing": ("v5e:2x2", 4, flags(MEDIUM, micro=16, groups=12)),
-    "v5e-16 medium": PODS["v5e-16 medium"],
-    "64, growing": ("v5e:8x8", 64, flags(MEDIUM, micro=256, groups=192)),
-    "256, growing": ("v5e:16x16", 256, flags(MEDIUM, micro=1024, groups=768)),
+    f"{chips}, growing": (topology, chips, flags(MEDIUM, micro=4 * chips, groups=4 * chips))
+    for topology, chips in (
+        ("v5e:1x1", 1),
+        ("v5e:2x2", 4),
+        ("v5e:4x4", 16),
+        ("v5e:8x8", 64),
+        ("v5e:16x16", 256),
+    )
 }
 
 

@@ -175,7 +175,8 @@ def rescue(epoch: int, state: TrainState, record: dict[str, Any], error: OSError
 class Best:
     """The checkpoint with the highest value of an evaluated reward, in a directory of its own."""
 
-    def __init__(self, directory: epath.PathLike, reward: str):
+    def __init__(self, directory: epath.PathLike, reward: str, config: dict[str, Any]):
+        self.config = config
         # Not the newest one: a run may have gone on from a checkpoint before it.
         self.checkpoints = Checkpoints(directory)
         self.figure = f"eval/{reward}"
@@ -200,7 +201,8 @@ class Best:
         if not value > self.value:
             return
         try:
-            self.checkpoints.save(epoch, state, {"epoch": epoch, self.figure: value})
+            record = {"epoch": epoch, "config": self.config, self.figure: value}
+            self.checkpoints.save(epoch, state, record)
             self.checkpoints.wait()
             self.checkpoints.keep_only(epoch)
             self.value = value
@@ -220,6 +222,24 @@ def versions() -> dict[str, str]:
     return found
 
 
+def same_settings(
+    record: dict[str, Any], config: dict[str, Any], path: Sequence[str], where: epath.Path
+) -> None:
+    """Raises ValueError when a state was made with another value than the config's of a setting
+    that it cannot go on without; the others, rank and targets, show in its shapes."""
+    if not (then := record.get("config")):
+        return
+    now: Any = config
+    for part in path:
+        then, now = then[part], now[part]
+    if then != now:
+        name = ".".join(path)
+        raise ValueError(
+            f"{where} was trained with {name}={then}, and the config has {name}={now}: set"
+            f" --config.{name}={then}"
+        )
+
+
 class Kept:
     """What a run keeps in its work directory: its last states, and its best one if asked to.
 
@@ -231,7 +251,7 @@ class Kept:
     def __init__(self, workdir: epath.Path, config: dict[str, Any], *, keep: int, best: str):
         self.config = config
         self.last = Checkpoints(workdir / "checkpoints", keep=keep)
-        self.best = Best(workdir / "best", best) if best else None
+        self.best = Best(workdir / "best", best, config) if best else None
         self.saved = -1  # epochs that the newest state has behind it
 
     def resume(self, like: TrainState) -> tuple[TrainState, int]:
@@ -241,6 +261,8 @@ class Kept:
             log.warning("no checkpoint in %s: starting from epoch 0", self.last.directory)
             return like, 0
         state, record = self.last.resume(like)
+        same_settings(record, self.config, ("seed",), self.last.directory)
+        same_settings(record, self.config, ("lora", "alpha"), self.last.directory)
         self.saved = int(record["epoch"])
         then, now = record.get("versions", {}), versions()
         changed = [
@@ -335,8 +357,10 @@ def load_lora(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> P
             raise FileNotFoundError(
                 f"no checkpoint {step} in {folder}: choose from {checkpoints.steps()}"
             )
-        trees, _ = checkpoints.newest(like, None if step is None else [step])
+        trees, record = checkpoints.newest(like, None if step is None else [step])
         checkpoints.close()
+        ours = {"lora": dataclasses.asdict(model.lora_spec)}
+        same_settings(record, ours, ("lora", "alpha"), folder)
         return trees["ema"]
     file, spec = lora.read_spec(str(path))
     if spec.scale != model.lora_spec.scale:

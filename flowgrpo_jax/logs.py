@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,8 @@ class Metrics:
     """One JSON object an epoch in `metrics.jsonl`, and the same to TensorBoard and wandb.
 
     Args:
-      first_epoch: rows of this epoch and later are dropped: a resumed run writes them again.
+      first_epoch: rows of this epoch and later are dropped: a resumed run writes them again. The
+        last evaluation of a run that is prolonged becomes a part of its epoch's row.
       active: false in all processes of a run but the first, which alone writes.
     """
 
@@ -45,10 +46,12 @@ class Metrics:
         self.active = active
         if not active:
             return
-        kept = [row for row in read(self.file) if row["epoch"] < first_epoch]
-        self.text = "".join(json.dumps(row) + "\n" for row in kept)
+        rows = read(self.file)
+        self.text = lines(row for row in rows if row["epoch"] < first_epoch)
+        last = [row for row in rows if row["epoch"] == first_epoch and only_evaluated(row)]
+        self.evaluated = last[-1] if last else {}
         self.unwritten = ""
-        replace(self.file, self.text)
+        replace(self.file, self.text + lines(last[-1:]))
         if tensorboard:
             self.events = Events(workdir / "tensorboard", first_epoch)
         if wandb:
@@ -58,7 +61,11 @@ class Metrics:
         if not self.active:
             return
         row = {"epoch": epoch, **plain(values)}
-        self.unwritten += json.dumps(row) + "\n"  # with what a full disk refused before
+        if self.evaluated.get("epoch") == epoch:
+            row, self.evaluated = self.evaluated | row, {}
+            with spared(str(self.file)):
+                replace(self.file, self.text)
+        self.unwritten += lines([row])  # with what a full disk refused before
         with spared(str(self.file)):
             if "://" in str(self.file):  # nothing can be appended to in a bucket
                 self.file.write_text(self.text + self.unwritten)
@@ -133,6 +140,14 @@ def read(file: epath.Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def only_evaluated(row: Mapping[str, Any]) -> bool:
+    return all(key == "epoch" or key.startswith("eval/") for key in row)
 
 
 def plain(value: Any) -> Any:

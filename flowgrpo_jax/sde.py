@@ -1,4 +1,4 @@
-"""Sigma schedule, transition kernels, log-probabilities and KL. Pure functions; imports only jax.
+"""Sigma schedule, transition kernels, log-probabilities and KL. Pure functions of arrays.
 
 Convention (Liu et al. 2022, Esser et al. 2024): x_sigma = (1 - sigma) x_0 + sigma x_1 with noise
 x_1 ~ N(0, I); the model predicts the velocity v = x_1 - x_0; sampling takes sigma from 1 to 0.

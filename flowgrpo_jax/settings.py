@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,10 +110,47 @@ def check(config: ConfigDict) -> None:
         " overflows; use 'bfloat16', or 'float32'",
     )
     choice(config, "model", "dtype", ("float32", "bfloat16"))
+    _check_ranges(config)
     _check_sampling(config)
     _check_training(config)
     _check_evaluation(config)
     _check_rewards(config)
+
+
+LEAST = {  # setting: the least that it may be
+    "seed": 0,
+    "epochs": 0,
+    "model.height": 1,
+    "model.width": 1,
+    "reward.threads": 1,
+    "reward.timeout": 0,
+    "train.learning_rate": 0,
+    "train.warmup_steps": 0,
+    "train.decay_steps": 0,
+    "train.weight_decay": 0,
+    "train.max_skipped": 0,
+    "train.kl_beta": 0,
+    "eval.every": 0,
+    "eval.images": 1,
+    "eval.micro_batch": 0,
+    "eval.steps": 1,
+    "eval.seed": 0,
+    "eval.grid": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+}
+POSITIVE = ("train.clip_range", "train.max_grad_norm", "train.advantage_clip")
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    for path, least in LEAST.items():
+        value = operator.attrgetter(path)(config)
+        if value is None and path == "checkpoint.keep":  # all of them
+            continue
+        require(value is not None and value >= least, f"{path}={value}: must be at least {least}")
+    for path in POSITIVE:
+        value = operator.attrgetter(path)(config)
+        require(value > 0, f"{path}={value}: must be above 0")
 
 
 def _check_sampling(config: ConfigDict) -> None:
@@ -142,28 +180,10 @@ def _check_training(config: ConfigDict) -> None:
     require(
         rank >= 0, f"lora.rank={rank}: must be at least 1, or 0 to train all of the transformer"
     )
-    require(t.clip_range > 0, f"train.clip_range={t.clip_range}: must be above 0")
-    require(
-        t.warmup_steps >= 0 and t.decay_steps >= 0,
-        f"train.warmup_steps={t.warmup_steps}, train.decay_steps={t.decay_steps}: not below 0",
-    )
     require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
 
 
 def _check_evaluation(config: ConfigDict) -> None:
-    for section, key, least in (
-        ("checkpoint", "every", 1),
-        ("checkpoint", "keep", 1),
-        ("eval", "every", 0),
-        ("eval", "images", 1),
-        ("eval", "grid", 1),
-        ("eval", "micro_batch", 0),
-        ("eval", "steps", 1),
-    ):
-        value = config[section][key]
-        require(
-            value is None or value >= least, f"{section}.{key}={value}: must be at least {least}"
-        )
     best, evaluated = config.checkpoint.best, config.eval.rewards or tuple(config.reward.weights)
     require(
         not best or best in evaluated,
@@ -178,14 +198,15 @@ def _check_rewards(config: ConfigDict) -> None:
         f"reward.weights={config.reward.weights.to_dict()}: name at least one reward whose weight"
         " is not 0",
     )
-    used = {*config.reward.weights, *config.eval.rewards}
-    for name in {*used, *config.reward.options}:
+    for name in {*config.reward.weights, *config.eval.rewards, *config.reward.options}:
         rewards.row_of(name)
     require(
         not (config.prompts.tasks and (config.prompts.train or config.prompts.test)),
         "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",
     )
-    tasks.check(config.prompts.tasks.to_dict(), used)
+    tasks.check(
+        config.prompts.tasks.to_dict(), config.reward.weights.to_dict(), config.eval.rewards
+    )
 
 
 def window(config: ConfigDict) -> int:

@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     )
     first, asked, lost = epoch, 0, 0
     last: dict[str, float] = {}  # the last evaluation's figures
-    with cli.Stop() as stop, ThreadPoolExecutor(max(1, config.reward.threads)) as pool:
+    with cli.Stop() as stop, ThreadPoolExecutor(config.reward.threads) as pool:
         try:
             while epoch < config.epochs:
                 stop.check()
@@ -90,7 +90,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
             pool.shutdown(wait=False, cancel_futures=True)
-            kept.finish(epoch, state)
+            if epoch > first:
+                kept.finish(epoch, state)
         except Exception as error:
             pool.shutdown(wait=False, cancel_futures=True)
             keep_after(error, kept, epoch, state, began=first)
@@ -110,18 +111,21 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
 def keep_after(
     error: Exception, kept: checkpoint.Kept, epoch: int, state: TrainState, *, began: int
 ) -> None:
-    """Save what was trained before an error, which goes on; what cannot be saved becomes its note.
+    """Save what was trained since the start, at epoch `began`, before an error, which goes on; what
+    cannot be saved becomes its note.
 
-    Saving takes all processes: not if one of several failed alone. Then, if there were epochs since
-    the start, `began`, it becomes the exit status on which the launchers start again: a lost peer,
-    or a disk that did not answer, while the same error once more would end it.
+    Saving takes all processes: not if one of several failed alone. Then it becomes the exit status
+    on which the launchers start again: a lost peer, or a disk that did not answer, while the same
+    error once more, at once, would end it.
     """
+    if epoch == began:
+        return
     if isinstance(error, Hopeless) or jax.process_count() == 1:
         try:
             kept.finish(epoch, state)
         except OSError as unsaved:
             error.add_note(str(unsaved))
-    elif epoch > began:
+    else:
         log.error("to be started again after this error", exc_info=error)
         raise SystemExit(cli.RESTART) from error
 
@@ -145,8 +149,8 @@ def count_lost(lost: int, skipped: float, most: int) -> int:
     if lost > most:
         raise Hopeless(
             f"no update of the last {lost} epochs had a finite gradient, more than"
-            f" train.max_skipped={most}: go on from an earlier checkpoint with a lower"
-            " train.learning_rate or in float32"
+            f" train.max_skipped={most}: resume with a lower train.learning_rate or in float32, if"
+            " need be from an earlier checkpoint, by deleting the newest ones in checkpoints/"
         )
     return lost
 

@@ -90,7 +90,3 @@ class GraphReward:
     prepare: Callable[[Sequence[str], Sequence[Metadata]], Any]  # P prompts -> arrays [P, ...]
     score: Callable[[Any, jax.Array, Any], jax.Array]  # weights, images uint8 [M, H, W, 3],
     # prepared rows [M, ...] -> scores f32 [M]; a score that is not finite counts as failed
-
-
-# velocity(lora, x f32 [M, H, W, C], sigma f32 [M], prompt i32 [M]) -> f32 [M, H, W, C]
-Velocity = Callable[..., jax.Array]

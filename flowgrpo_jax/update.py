@@ -157,7 +157,7 @@ def optimiser(
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(
-            schedule if warmup_steps or decay_steps else learning_rate,
+            schedule,  # also a constant one: the state has the same parts with every setting
             b1=b1,
             b2=b2,
             eps=eps,

@@ -440,7 +440,7 @@ def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(folder):
     )
     assert done.returncode == 1
     assert "failed on 100%" in done.stderr and "leaving without it" in done.stderr
-    assert Checkpoints(folder / "hung" / "checkpoints").steps() == [0]
+    assert Checkpoints(folder / "hung" / "checkpoints").steps() == []  # nothing was trained
 
 
 def test_the_best_is_of_this_run_and_of_a_whole_evaluation(folder, whole, tmp_path):
@@ -448,6 +448,24 @@ def test_the_best_is_of_this_run_and_of_a_whole_evaluation(folder, whole, tmp_pa
     shutil.copytree(whole.workdir / "best", tmp_path / "run" / "best")
     with pytest.raises(FileExistsError, match="already holds a run"):
         train(load(folder), tmp_path / "run")
+
+
+@pytest.mark.parametrize("source", ["", "best"])
+def test_weights_are_not_scaled_otherwise_than_they_were_trained(folder, whole, source):
+    """Alpha is not in the weights: at another one they would load, and act too much or little."""
+    alpha = load(folder).lora.alpha
+    run = recipe.build(load(folder, lora__alpha=2 * alpha), training=False)
+    wrong = rf"trained with lora\.alpha={alpha}, and the config has lora\.alpha={2 * alpha}: set"
+    with pytest.raises(ValueError, match=wrong):
+        checkpoint.load_lora(whole.workdir / source, run.model)
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"lora__alpha": 1.5}])
+def test_a_run_does_not_go_on_with_another(folder, whole, change):
+    before = (whole.workdir / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"was trained with .*set --config"):
+        train(load(folder, epochs=5, **change), whole.workdir, resume=True)
+    assert (whole.workdir / "config.json").read_text() == before
 
 
 def test_the_best_evaluation_is_kept(folder, whole):
@@ -467,10 +485,10 @@ def test_the_best_evaluation_is_kept(folder, whole):
 def test_the_best_may_be_older_than_one_of_before(folder, tmp_path):
     """A run that goes on from an earlier checkpoint with another reward begins anew."""
     state = first_state(recipe.build(load(folder)))
-    checkpoint.Best(tmp_path, "shapes").offer(4, state, {"eval/shapes": 0.75})
-    checkpoint.Best(tmp_path, "shapes_strict").offer(2, state, {"eval/shapes_strict": 0.25})
+    checkpoint.Best(tmp_path, "shapes", {}).offer(4, state, {"eval/shapes": 0.75})
+    checkpoint.Best(tmp_path, "shapes_strict", {}).offer(2, state, {"eval/shapes_strict": 0.25})
     assert Checkpoints(tmp_path).steps() == [2]
-    again = checkpoint.Best(tmp_path, "shapes_strict")
+    again = checkpoint.Best(tmp_path, "shapes_strict", {})
     assert again.value == 0.25
     again.offer(6, state, {"eval/shapes_strict": 0.25})  # not better
     assert Checkpoints(tmp_path).steps() == [2]

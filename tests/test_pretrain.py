@@ -42,6 +42,18 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     assert resumed["total"] == whole["total"] != 0
 
 
+def test_a_cache_that_was_not_finished_is_not_there(tmp_path):
+    def dies(file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_whole(tmp_path / "latents.npy", dies)
+    assert not (tmp_path / "latents.npy").exists()
+    data.write_whole(tmp_path / "latents.npy", lambda file: np.save(file, np.arange(3)))
+    np.testing.assert_array_equal(np.load(tmp_path / "latents.npy"), np.arange(3))
+
+
 def test_what_is_written_is_read_back(tmp_path):
     directory = sd3.resolve("shapes")
     clip_l, clip_g = (

@@ -83,11 +83,14 @@ def test_which_rewards_a_task_has():
         ({"train": "x.txt", "wieght": 2}, r"tasks\.a has \['wieght'\]: choose from train, test"),
         ({"test": "x.txt"}, r"tasks\.a has no train: name a prompt source"),
         ({"train": "x.txt", "rewards": ("z",)}, r"tasks\.a\.rewards names \['z'\].*\['jpeg_comp"),
+        ({"train": "x.txt", "rewards": ("ocr",)}, r"tasks\.a has no reward that trains it"),
+        ({"train": "x.txt", "rewards": ("shapes",)}, r"tasks\.a has no reward that trains it"),
     ],
 )
 def test_a_task_that_makes_no_sense(task, message):
     c = base.get_config()
-    c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0})
+    c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0, "ocr": 0.0})
+    c.eval.rewards = ("shapes",)
     c.prompts.tasks = ConfigDict({"a": task})
     with pytest.raises(ValueError, match=message):
         settings.check(c)

@@ -412,6 +412,13 @@ def test_warm_up_and_weight_decay():
     np.testing.assert_allclose(steps, -np.array([0.05, 0.1, 0.1, 0.1]) * (1 + 0.5 * 3), rtol=1e-5)
 
 
+def test_every_schedule_has_the_same_state():
+    """So that a run can go on with another one."""
+    schedules = ({}, {"warmup_steps": 2}, {"decay_steps": 4})
+    states = [update.optimiser(0.1, **s).init({"v": jnp.zeros(1)}) for s in schedules]
+    assert len({str(jax.tree.structure(state)) for state in states}) == 1
+
+
 def test_the_learning_rate_falls_as_the_inverse_square_root():
     """Adam steps by the learning rate: constant to step 4, then halved at four times that."""
     tx = update.optimiser(0.1, decay_steps=4, weight_decay=0.0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -54,5 +55,13 @@ def make(world: World, n: int, seed: int, cache: Path | None = None, workers: in
         parts = list(pool.map(chunk, repeat(world), repeat(seed), range(n // CHUNK)))
     data = Dataset(*(np.concatenate(part) for part in zip(*parts)))
     if file is not None:
-        np.savez(file, images=data.images, captions=data.captions)
+        write_whole(file, lambda f: np.savez(f, images=data.images, captions=data.captions))
     return data
+
+
+def write_whole(file: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """A cache that exists is complete, whenever the process that wrote it was stopped."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("wb") as opened:
+        write(opened)
+    part.replace(file)

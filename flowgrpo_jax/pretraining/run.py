@@ -84,7 +84,8 @@ def encoded(
     autoencoder = hashlib.sha256(weights).hexdigest()[:12]
     cache = args.workdir / f"latents-{args.seed}-{args.pictures}-{autoencoder}.npy"
     if not cache.exists():
-        np.save(cache, vae.encode_all(params, pictures.images))
+        made = vae.encode_all(params, pictures.images)
+        data.write_whole(cache, lambda file: np.save(file, made))
     latents = np.load(cache)
     scaling, shift = vae.statistics(latents)
     config = dataclasses.replace(vae.CONFIG, scaling_factor=scaling, shift_factor=shift)

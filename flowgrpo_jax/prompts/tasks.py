@@ -17,8 +17,14 @@ Tasks = Mapping[str, Mapping[str, Any]]
 KEYS = ("train", "test", "weight", "rewards")
 
 
-def check(tasks: Tasks, rewards: Collection[str]) -> None:
-    """Raises ValueError for a key or reward that nobody knows, and for a task without a source."""
+def check(tasks: Tasks, weights: Mapping[str, float], evaluated: Collection[str]) -> None:
+    """Raises ValueError for a key or reward that nobody knows, and for a task without a source or
+    without a reward that trains it.
+
+    Args:
+      weights: of the training rewards; evaluated: names of the evaluation's.
+    """
+    rewards, trained = {*weights, *evaluated}, reward_weights(tasks, weights)
     for name, task in tasks.items():
         if unknown := sorted(set(task) - set(KEYS)):
             raise ValueError(f"prompts.tasks.{name} has {unknown}: choose from {', '.join(KEYS)}")
@@ -27,7 +33,12 @@ def check(tasks: Tasks, rewards: Collection[str]) -> None:
         if unknown := sorted(set(task.get("rewards") or ()) - set(rewards)):
             raise ValueError(
                 f"prompts.tasks.{name}.rewards names {unknown}: give them a weight in"
-                f" reward.weights, which has {sorted(rewards)}"
+                f" reward.weights, which has {sorted(weights)}"
+            )
+        if not any(trained[name].values()):
+            raise ValueError(
+                f"prompts.tasks.{name} has no reward that trains it: its rewards need a weight in"
+                f" reward.weights, which is {dict(weights)}"
             )
 
 
