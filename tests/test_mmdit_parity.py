@@ -29,6 +29,7 @@ CASES = {
     "one layer": dict(num_layers=1),
     "one dual layer": dict(num_layers=1, qk_norm="rms_norm", dual_attention_layers=(0,)),
     "dual layers apart": dict(num_layers=4, dual_attention_layers=(0, 2, 3)),
+    "more than ten": dict(num_layers=12, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
     "patches of 1": dict(num_layers=2, patch_size=1, pos_embed_max_size=16, out_channels=6),
     "patches of 4": dict(num_layers=2, patch_size=4, in_channels=3),
 }

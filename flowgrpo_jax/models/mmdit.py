@@ -299,9 +299,9 @@ class MMDiT(nnx.Module):
             )
         x, c = self.pos_embed(latents), self.context_embedder(tokens)
         temb = self.time_text_embed(timestep, pooled)
-        for segment in self.transformer_blocks.values():
+        for start, end, *_ in self.config.segments():  # NNX sorts names as strings: "23" < "5"
             x, c = layers.scan(
-                segment,
+                self.transformer_blocks[f"{start}:{end}"],
                 lambda block, carry: block(*carry, temb),
                 (x, c),
                 unroll=self.unroll,
