@@ -12,10 +12,11 @@ PAUSE=${PAUSE:-10}
 
 child=""
 stopping=""
+again=75 # asks whoever started this for another start: after SIGTERM, not after Ctrl-C
 # The machine or the user wants an end: let the run save, and do not start it again. A signal to the
 # whole process group reaches the run twice, which counts once there (flowgrpo_jax.cli.Stop).
 trap 'stopping=TERM interrupted=1; kill -TERM "$child" 2>/dev/null || true' TERM
-trap 'stopping=INT interrupted=1; kill -INT "$child" 2>/dev/null || true' INT
+trap 'stopping=INT again=130 interrupted=1; kill -INT "$child" 2>/dev/null || true' INT
 
 run() { # a command; sets $status
   (trap - INT; exec "$@") & # a background command would not see Ctrl-C
@@ -30,14 +31,14 @@ run() { # a command; sets $status
 
 for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
   run "$@" --resume
-  if [[ $stopping ]]; then exit "$status"; fi
+  if [[ $stopping ]]; then exit $((status <= 2 ? status : again)); fi
   case $status in
     0) exit 0 ;;
     1 | 2) echo "launch/run.sh: failed with $status, which a restart does not mend" >&2; exit "$status" ;;
   esac
   echo "launch/run.sh: ended with $status, start $((attempt + 2)) in $PAUSE s" >&2
   run sleep "$PAUSE"
-  if [[ $stopping ]]; then exit 75; fi
+  if [[ $stopping ]]; then exit "$again"; fi
 done
 echo "launch/run.sh: gave up after $RESTARTS restarts" >&2
 exit 75

@@ -57,7 +57,8 @@ while ((${#pids[@]})); do
     code=0
     wait "${pids[$i]}" || code=$?
     unset "pids[$i]"
-    if ((code)) && ((!status)); then status=$code; fi
+    # the first that went wrong; a program's own error, 1 or 2, before those that have saved
+    if ((code && (!status || code <= 2))); then status=$code; fi
     if ((code)) && [[ ! $deadline ]]; then stop; fi
   done
   sleep 0.2 || true

@@ -66,31 +66,47 @@ install() {
     [ -x ~/.uv/uv ] ||
       curl -LsSf https://astral.sh/uv/$UV/install.sh | UV_UNMANAGED_INSTALL=~/.uv sh
     [ -d .venv ] || ~/.uv/uv venv -q --python 3.12 .venv
-    UV_TORCH_BACKEND=cpu ~/.uv/uv pip install -q -e '.[$EXTRAS]' gcsfs"
+    UV_TORCH_BACKEND=cpu ~/.uv/uv pip install -q -e '.[$EXTRAS,bucket]'
+    touch .venv/installed"
 }
 
 up="grep -qs flowgrpo_jax.train /proc/\$(cat train.pid 2>/dev/null)/cmdline"
 
-# On the workers where no run is up. It leaves its exit status in train.status.
+# On the workers where no run is up. It leaves its exit status in train.status. That is 75 after
+# `stop` as after a worker's reboot or preemption: train.stopped tells them apart.
 start() {
   local train="launch/run.sh .venv/bin/python -m flowgrpo_jax.train"
   local wrapper="'trap : TERM; \"\$@\"; echo \$? >train.status'"
   # FLOWGRPO_POD: join the other workers, of which no variable tells on these machines
-  everywhere "cd flowgrpo_jax || exit; $up && exit; rm -f train.status; FLOWGRPO_POD=1 \
-    nohup bash -c $wrapper run $train$(printf ' %q' "$@") >>train.log 2>&1 </dev/null &
+  everywhere "cd flowgrpo_jax || exit; $up && exit; rm -f train.status train.stopped
+    FLOWGRPO_POD=1 nohup bash -c $wrapper run $train$(printf ' %q' "$@") \
+      >>train.log 2>&1 </dev/null &
     echo \$! >train.pid"
+}
+
+stop() {
+  everywhere "cd flowgrpo_jax || exit 0; touch train.stopped
+    $up && pkill -TERM -P \$(cat train.pid) || true"
 }
 
 delete() {
   if queued; then queue delete --force --quiet; else tpu delete --quiet; fi
 }
 
-# A line of every worker: "run up", "run gone" without a trace, "run missing" where nothing is
-# installed, or "run" and its exit status. Nothing where ssh fails.
+# The state of the run on the workers, a word; of several the first in the list below. "missing": not
+# (wholly) installed. "stopping": still saving. 0, 1 and 2 are final, as in launch/run.sh. "stopped"
+# and "gone": ended with any other status or none, with and without `stop`. Nothing where ssh fails.
 progress() {
-  everywhere "cd flowgrpo_jax 2>/dev/null || { echo run missing; exit; }
-    if $up; then echo run up; else echo run \$(cat train.status 2>/dev/null || echo gone); fi" \
-    2>/dev/null || true
+  local said word
+  said=$(everywhere "cd flowgrpo_jax 2>/dev/null
+    if $up; then [ -e train.stopped ] && echo run stopping || echo run up
+    elif ! [ -e .venv/installed ]; then echo run missing
+    elif grep -qsx '[012]' train.status; then echo run \$(cat train.status)
+    elif [ -e train.stopped ]; then echo run stopped
+    else echo run gone; fi" 2>/dev/null) || true
+  for word in missing stopping 1 2 stopped gone up 0; do
+    if grep -qw "run $word" <<<"$said"; then echo "$word"; return; fi
+  done
 }
 
 again() {
@@ -102,21 +118,25 @@ again() {
 }
 
 watch() {
-  local said status
+  local found started=""
   while :; do
     case $(state) in
       READY)
-        said=$(progress)
-        case $said in
-          *"run missing"*) install || true ;;
-          *"run gone"*) start "$@" || true ;;
-          *"run up"*) ;;
-          *"run "*)
-            status=$(grep -oE 'run [0-9]+' <<<"$said" | sort -rn -k 2 | head -n 1)
-            echo "the run has ended with ${status#run }: see launch/tpu_pod.sh logs"
-            return "${status#run }"
+        found=$(progress)
+        case $started:$found in
+          *:missing) install || true ;;
+          *: | *:stopping | yes:up) ;; # nobody answers, or nothing to do: look again
+          :* | *:gone) # once in any case: how it ended before this watch is not the end of this one
+            echo "run $found: start where it is not up"
+            if start "$@"; then started=yes; fi
             ;;
-          *) ;; # nobody answers: look again
+          *)
+            # not to wait for a worker that has failed, nor to be joined by it with other arguments
+            case $found in 1 | 2) stop || true ;; esac
+            found=${found/stopped/75}
+            echo "the run has ended with $found: see launch/tpu_pod.sh logs"
+            return "$found"
+            ;;
         esac
         ;;
       ABSENT | PREEMPTED | STOPPED | STOPPING | TERMINATED | DELETING) again "no slice" ;;
@@ -129,8 +149,7 @@ watch() {
 command=${1:?create, install, start, logs, watch, stop or delete}
 shift
 case $command in
-  create | install | start | watch | delete) "$command" "$@" ;;
+  create | install | start | watch | stop | delete) "$command" "$@" ;;
   logs) tpu ssh --worker=0 --command "tail -n 100 -F flowgrpo_jax/train.log" ;;
-  stop) everywhere "cd flowgrpo_jax && pkill -TERM -P \$(cat train.pid) || true" ;;
   *) echo "launch/tpu_pod.sh: no command $command" >&2; exit 2 ;;
 esac

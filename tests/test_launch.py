@@ -145,12 +145,23 @@ def test_a_signal_to_the_launcher_alone_is_passed_on_as_it_is(tmp_path, number, 
     assert process.wait(20) == status
 
 
-def test_a_signal_between_two_starts_ends_the_launcher(tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_between_two_starts_ends_the_launcher(tmp_path, number, status):
+    """After Ctrl-C not with the status on which SLURM would start it again."""
     command(tmp_path, "train", "echo >> calls; echo > up; exit 134")
     process = launch(tmp_path, "train", PAUSE="30")
     time.sleep(0.5)  # whether it waits by then or not
+    process.send_signal(number)
+    assert process.wait(20) == status and len(calls(tmp_path)) == 1
+
+
+def test_sigterm_before_the_run_has_a_handler_asks_for_a_start_as_well(tmp_path):
+    """Nothing is lost yet, and `srun`, which gives the highest status, must not hide the 75 of the
+    others behind the 143 of this one."""
+    command(tmp_path, "train", "echo > up; exec sleep 30")
+    process = launch(tmp_path, "train")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 75 and len(calls(tmp_path)) == 1
+    assert process.wait(20) == 75
 
 
 SSH = """
@@ -182,9 +193,10 @@ def test_ssh_fails_when_one_host_fails(tmp_path):
     assert result.returncode != 0 and "[one]" in result.stdout
 
 
-# Up until it is asked to end; then it saves, and says so. A host may be deaf.
+# Up until it is asked to end; then it saves, and says so. A host may be deaf, or fail to save.
 SAVING = """
-trap 'echo > "saved-$HOST"; exit 75' TERM; [[ $HOST == "$DEAF" ]] && trap "" TERM
+trap '[[ $HOST == "$FAILING" ]] && { sleep 1; exit 1; }; echo > "saved-$HOST"; exit 75' TERM
+[[ $HOST == "$DEAF" ]] && trap "" TERM
 echo > "up-$HOST"; for _ in {1..600}; do sleep 0.05; done
 """
 
@@ -227,6 +239,12 @@ def test_ssh_hangs_up_on_a_machine_that_does_not_end(tmp_path):
     assert process.wait(30) != 0 and (tmp_path / "saved-two").exists()
 
 
+def test_ssh_ends_with_the_failure_of_a_machine_though_others_have_saved_before(tmp_path):
+    process = saving(tmp_path, {}, FAILING="two")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 1 and (tmp_path / "saved-one").exists()
+
+
 def test_slurm_puts_a_saved_run_back_into_the_queue(tmp_path):
     command(tmp_path, "scontrol", 'echo "scontrol $*" >> calls')
     job = {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "24"}
@@ -258,10 +276,15 @@ case "$*" in
     if [[ -s refusals ]]; then sed -i 1d refusals; exit 1; fi ;;
   *" ssh "*)
     [[ -e deaf ]] && { rm deaf; exit 255; }
-    for worker in worker-*; do (cd "$worker" && HOME=$PWD bash -c "${!#}"); done ;;
+    for worker in worker-*; do
+      [[ -e $worker/deaf ]] && { failed=255; continue; }
+      (cd "$worker" && HOME=$PWD bash -c "${!#}") || failed=$?
+    done
+    exit "${failed:-0}" ;;
 esac
 """
 UV = """
+[[ -e $HOME/broken ]] && { rm "$HOME/broken"; exit 1; }
 [[ $1 == venv ]] && mkdir -p .venv/bin && cp "$HOME/../bin/train" .venv/bin/python
 echo "uv $*" >> ../../calls
 """
@@ -284,13 +307,14 @@ def pod(folder, *arguments, **more):
 @pytest.fixture
 def cloud(tmp_path):
     """Two workers, a repository to clone, and a program in the place of Python that runs until the
-    file `ends` holds its exit status."""
+    file `ends`, of all workers or of its own, holds its exit status."""
     command(tmp_path, "gcloud", GCLOUD)
     command(
         tmp_path,
         "train",
         'trap "exit 75" TERM; echo "train $FLOWGRPO_POD $*" >> ../../calls\n'
-        "until [[ -s ../../ends ]]; do sleep 0.05; done; exit $(cat ../../ends)",
+        "until cat ends ../../ends 2>/dev/null | grep -q .; do sleep 0.05; done\n"
+        "exit $(cat ends ../../ends 2>/dev/null | head -n 1)",
     )
     for worker in ("worker-0", "worker-1"):
         (tmp_path / worker / ".uv").mkdir(parents=True)
@@ -304,6 +328,9 @@ def cloud(tmp_path):
     (tmp_path / "states").write_text("READY\n")
     (tmp_path / "queue").write_text("")
     yield tmp_path
+    for watching in watches:  # those of a test that has failed
+        watching.kill()
+    watches.clear()
     (tmp_path / "ends").write_text("0")  # whatever still runs ends
 
 
@@ -327,7 +354,7 @@ def test_a_pod_is_made_installed_and_started(cloud):
     assert any("tpu-vm create pod --zone z --accelerator-type v6e-64" in line for line in lines)
     # the machines' own Python is 3.10
     assert lines.count("uv venv -q --python 3.12 .venv") == 2
-    assert lines.count("uv pip install -q -e .[tpu,torch] gcsfs") == 2
+    assert lines.count("uv pip install -q -e .[tpu,torch,bucket]") == 2
     assert trained(cloud) == ["train 1 -m flowgrpo_jax.train --config a b.py --resume"] * 2
     assert pod(cloud, "start", "--config", "a b.py").returncode == 0  # it is up already
     (cloud / "ends").write_text("0")
@@ -349,8 +376,11 @@ def test_a_pod_that_is_stopped_saves(cloud):
         assert (home / "saved").exists() and (home / "train.status").read_text() == "75\n"
 
 
+watches = []
+
+
 def watch(folder, **more):
-    return subprocess.Popen(
+    watching = subprocess.Popen(
         [LAUNCH / "tpu_pod.sh", "watch", "--config", "c.py"],
         cwd=folder,
         env=environment(folder, **given(folder), **more),
@@ -358,6 +388,8 @@ def watch(folder, **more):
         stderr=subprocess.PIPE,
         text=True,
     )
+    watches.append(watching)
+    return watching
 
 
 @pytest.mark.parametrize("status", [0, 1, 75])
@@ -383,24 +415,119 @@ def test_the_watch_ends_with_the_run(cloud, status):
     assert not any(" delete " in line for line in calls(cloud))
 
 
-def test_a_worker_that_was_started_anew_runs_again(cloud):
-    """Its processes are gone, without having left a status; the other worker's go on."""
+def home(folder, worker):
+    return folder / f"worker-{worker}" / "flowgrpo_jax"
+
+
+def reboot(folder, worker, number=signal.SIGTERM):
+    """Send it to all of the worker's processes: SIGKILL leaves no trace of them, after SIGTERM they
+    say that they have saved."""
+    parents = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+    parents = [tuple(map(int, line.split())) for line in parents.splitlines()[1:]]
+    family = [int((home(folder, worker) / "train.pid").read_text())]
+    for process in family:  # the wrapper, run.sh and the program
+        family += [child for child, parent in parents if parent == process]
+    for process in family:
+        with suppress(ProcessLookupError):  # a short sleep of the program
+            os.kill(process, number)
+    return family[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_was_started_anew_runs_again(cloud, number):
+    """The other worker's run goes on."""
     pod(cloud, "install")
     watching = watch(cloud)
     wait_until(lambda: len(trained(cloud)) == 2)
-    pid = cloud / "worker-1" / "flowgrpo_jax" / "train.pid"
-    parents = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
-    parents = [tuple(map(int, line.split())) for line in parents.splitlines()[1:]]
-    family = [int(pid.read_text())]
-    for number in family:  # the wrapper, run.sh and the program
-        family += [child for child, parent in parents if parent == number]
-    for number in family:
-        with suppress(ProcessLookupError):  # a short sleep of the program
-            os.kill(number, signal.SIGKILL)
+    before = reboot(cloud, 1, number)
     wait_until(lambda: len(trained(cloud)) == 3)
-    assert int(pid.read_text()) != family[0]
+    assert int((home(cloud, 1) / "train.pid").read_text()) != before
     (cloud / "ends").write_text("0")
     assert watching.wait(60) == 0 and len(trained(cloud)) == 3
+
+
+def test_a_preempted_run_that_has_saved_is_not_the_end(cloud):
+    """Its status is there seconds before the state says so."""
+    pod(cloud, "install")
+    watching = watch(cloud, SPOT="1")
+    wait_until(lambda: len(trained(cloud)) == 2)
+    for worker in range(2):
+        reboot(cloud, worker)
+    wait_until(lambda: len(trained(cloud)) == 4)  # all that a watch can know by then
+    (cloud / "states").write_text("PREEMPTED\nREADY\n")
+    wait_until(lambda: any("queued-resources create pod" in line for line in calls(cloud)))
+    (cloud / "ends").write_text("0")
+    assert watching.wait(60) == 0
+
+
+@pytest.mark.parametrize("status", [0, 1, 75])
+def test_a_watch_starts_what_has_ended_before_it(cloud, status):
+    """To be prolonged, with its error mended, or after `stop`. One worker hears of it later."""
+    pod(cloud, "install")
+    pod(cloud, "start")
+    wait_until(lambda: len(trained(cloud)) == 2)
+    if status == 75:
+        pod(cloud, "stop")
+    else:
+        (cloud / "ends").write_text(str(status))
+    for worker in range(2):
+        wait_for(home(cloud, worker) / "train.status")
+    (cloud / "ends").unlink(missing_ok=True)
+    (cloud / "worker-1" / "deaf").touch()
+    watching = watch(cloud)
+    wait_until(lambda: len(trained(cloud)) == 3)
+    (cloud / "worker-1" / "deaf").unlink()
+    wait_until(lambda: len(trained(cloud)) == 4)
+    (cloud / "ends").write_text("0")
+    assert watching.wait(60) == 0 and len(trained(cloud)) == 4
+
+
+def test_a_watch_waits_for_a_run_that_is_still_being_stopped(cloud):
+    saves = "until [[ -e ../../go ]]; do sleep 0.05; done; exit 75"
+    train = 'echo "train $*" >> ../../calls; until [[ -s ../../ends ]]; do sleep 0.05; done'
+    command(cloud, "train", f"trap '{saves}' TERM; {train}")
+    pod(cloud, "install")
+    pod(cloud, "start")
+    wait_until(lambda: len(trained(cloud)) == 2)
+    pod(cloud, "stop")
+    watching = watch(cloud)
+    seen = len(calls(cloud))
+    wait_until(lambda: len(calls(cloud)) > seen + 6)
+    assert watching.poll() is None and len(trained(cloud)) == 2
+    (cloud / "go").touch()
+    wait_until(lambda: len(trained(cloud)) == 4)
+    (cloud / "ends").write_text("0")
+    assert watching.wait(60) == 0
+
+
+@pytest.mark.parametrize("status", [1, 2])
+@pytest.mark.parametrize("other", ["up", "saved"])
+def test_a_worker_that_fails_ends_the_run_on_all(cloud, status, other):
+    """It is not there to be joined: the others, waiting for it or with a status of their own, do
+    not hide it."""
+    pod(cloud, "install")
+    watching = watch(cloud)
+    wait_until(lambda: len(trained(cloud)) == 2)
+    (cloud / "states").write_text("REPAIRING\n")  # while all this happens, nobody looks
+    before = len(calls(cloud))
+    wait_until(lambda: sum(" describe " in line for line in calls(cloud)[before:]) >= 2)
+    if other == "saved":
+        reboot(cloud, 0)
+        wait_for(home(cloud, 0) / "train.status")
+    (home(cloud, 1) / "ends").write_text(str(status))
+    wait_for(home(cloud, 1) / "train.status")
+    (cloud / "states").write_text("READY\n")
+    out, err = watching.communicate(timeout=60)
+    assert watching.returncode == status and f"ended with {status}" in out, err
+    wait_for(home(cloud, 0) / "train.status")
+    assert len(trained(cloud)) == 2
+
+
+def test_an_installation_that_broke_off_is_repeated(cloud):
+    (cloud / "worker-0" / "broken").touch()
+    (cloud / "ends").write_text("0")
+    assert watch(cloud).wait(60) == 0
+    assert not (cloud / "worker-0" / "broken").exists() and len(trained(cloud)) == 2
 
 
 @pytest.mark.parametrize("first", ["PREEMPTED", "ABSENT", "READY\nPREEMPTED", "CREATING"])
