@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     c.sample = ConfigDict()
     c.sample.groups = 48  # prompts an epoch (P)
     c.sample.group_size = 24  # images of each prompt (G)
-    c.sample.micro_batch = 0  # images handled at once (M); 0: derived, 4 of 512 x 512 px a device
+    c.sample.micro_batch = 0  # images handled at once (M); 0: derived, up to 4 of 512 px a device
     c.sample.steps = 10  # transitions of a rollout (T)
     c.sample.guidance_scale = 4.5  # classifier-free guidance; 1 means a single forward
     c.sample.kernel = "flow_sde"  # transition kernel: flow_sde or cps
@@ -145,9 +145,8 @@ def fast(c: ConfigDict) -> None:
 
 
 def single_gpu(c: ConfigDict) -> None:
-    """`fast` in small micro-batches with a small evaluation: the same epochs, one after another."""
+    """`fast` with a small evaluation; the epochs are the same, and take longer."""
     fast(c)
-    c.sample.micro_batch = 16
     c.eval.images, c.eval.every = 288, 20
 
 

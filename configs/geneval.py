@@ -4,14 +4,14 @@
     python -m flowgrpo_jax.train --config configs/geneval.py:fast        # CPS window, no guidance
     python -m flowgrpo_jax.train --config configs/geneval.py:single_gpu  # fast, on one device
 
-Hardware: all have the paper's 48 groups of 24 an epoch on any 1, 2, 4, 8, 16 or 32 devices (for
-single_gpu up to 16). What JAX needs of a device's memory, by arithmetic and not measured: 16.4 GB
-of frozen weights (9.5 of them T5) and, for each image of its share of the micro-batch, 0.9 GB
-(fast: 0.8):
+Hardware: all have the paper's 48 groups of 24 an epoch on any 1, 2, 4, 8, 16, 32 or 64 devices, on
+more as docs/scaling.md says. What JAX needs of a device's memory in `full`, by the compiler for
+TPUs (docs/scaling.md) and not measured:
 
-    full, fast    32 devices 25 GB, 16 devices 33 GB, 8 devices 49 GB;
-                  fewer: --config.sample.micro_batch=96 or 48 (27 GB on 4 devices with 48)
-    single_gpu    31 GB; 16 GB with --config.model.t5=False --config.sample.micro_batch=8
+    15 GB on 1 device, 12 on 4, 10 on 64, with up to 4 images at once a device
+    and 1.4 GB for each image more: --config.sample.micro_batch=48 on 4 devices is 12 each, 23 GB
+    and 11 GB for the text encoders; 2 with --config.model.t5=False; 0 with their states on disk
+    (flowgrpo_jax.encode and --config.model.text_cache=DIR)
 
 Of each GPU, JAX takes 75 % at the start and never more, so these figures must be below that; the
 environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 gives it more, 0.6 less. The rest of GPU 0
@@ -54,7 +54,6 @@ def get_config(variant: str = "full") -> ConfigDict:
                 "two_object": 1.0,
             }
         )
-    c.sample.micro_batch = 288
 
     c.reward.weights = ConfigDict({"geneval": 1.0})
     c.reward.options = ConfigDict(

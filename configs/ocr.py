@@ -30,7 +30,6 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.epochs = 600  # 1,200 optimiser steps
 
     c.prompts.train, c.prompts.test = "ocr:train", "ocr:test"
-    c.sample.micro_batch = 288
 
     c.reward.weights = ConfigDict({"ocr": 1.0})
     c.reward.options = ConfigDict(

@@ -31,7 +31,6 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.epochs = 1_000  # 2,000 optimiser steps
 
     c.prompts.train, c.prompts.test = f"{PROMPTS}/train.txt", f"{PROMPTS}/test.txt"
-    c.sample.micro_batch = 288
 
     c.reward.weights = ConfigDict({"pickscore": 1.0})
     c.reward.options = ConfigDict(

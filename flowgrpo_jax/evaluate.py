@@ -6,7 +6,7 @@
 
 `--checkpoint` is "base", a work directory or its `checkpoints` folder (the EMA weights of the
 newest checkpoint, or `checkpoints/STEP`), or an exported LoRA. Writes the mean of every reward over
-all images and per tag as JSON, and a grid of pictures next to it.
+all images and per tag as JSON, with what it is of, and a grid of pictures next to it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 from etils import epath
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowgrpo_jax import checkpoint, cli, logs, prompts, recipe, sampler, sharding
@@ -64,8 +65,7 @@ def evaluate(
         jax.block_until_ready(images[-2:-1])  # two at a time, or a stop would wait for all
     pictures = np.concatenate([sharding.whole(i) for i in images])[: config.images]
 
-    alone = check if jax.process_count() == 1 else lambda: None  # several have unequal shares
-    scores, failed = _scores(run, pictures, batch, graphed, micro, alone)
+    scores, failed = _scores(run, pictures, batch, graphed, micro, check)
     tags = np.array([m.get("tag", "") for m in batch.metadata])
     result = {
         "metrics": {name: mean(s) for name, s in scores.items()},
@@ -97,9 +97,10 @@ def _scores(
     scorer, n = run.test_scorer, len(pictures)
     mine = host.shares(batch.ids, jax.process_index(), jax.process_count(), micro)
     scored = []
-    for part in mine:
+    for i in range(sharding.everyone(np.array(len(mine))).max()):  # shares differ in size
         check()
-        scored.append(scorer.host(pictures[part], batch.ids[part]))
+        if i < len(mine):
+            scored.append(scorer.host(pictures[mine[i]], batch.ids[mine[i]]))
     scores = {}
     for name in scored[0]:
         own = np.concatenate([part[name] for part in scored])
@@ -134,6 +135,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def record(config: ConfigDict, source: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The result and what it is of: the policy's `source`, the model, the prompts, the settings."""
+    p = config.prompts
+    return {
+        "checkpoint": source,
+        "model": config.model.path,
+        "prompts": {name: task.get("test", "") for name, task in p.tasks.items()} or p.test,
+        "versions": checkpoint.versions(),
+        "config": config.eval.to_dict(),
+        **result,
+    }
+
+
 def main(_: list[str]) -> None:
     cli.connect()
     config = cli.config()
@@ -146,8 +160,8 @@ def main(_: list[str]) -> None:
     print(table(result))
     out = epath.Path(flags.FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"checkpoint": flags.FLAGS.checkpoint, "config": config.eval.to_dict(), **result}
-    out.write_text(json.dumps(logs.plain(record), indent=2) + "\n")
+    written = record(config, flags.FLAGS.checkpoint, result)
+    out.write_text(json.dumps(logs.plain(written), indent=2) + "\n")
     save_grid(out.with_suffix(".png"), images, batch, config.eval.grid)
 
 

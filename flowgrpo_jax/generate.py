@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from flowgrpo_jax import checkpoint, programs, sampler, sde, sharding
+from flowgrpo_jax import checkpoint, cli, programs, sampler, sde, sharding
 from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
@@ -57,9 +57,29 @@ def t5_limit(directory: Path) -> int:
     return int(min(settings.get("model_max_length", 128), 128))
 
 
+def read_spec(path: str | Path) -> LoRASpec:
+    """Of an exported LoRA. Where there is none, but a run, the error says how to export it."""
+    try:
+        return lora.read_spec(path)[1]
+    except FileNotFoundError as error:
+        path = Path(path)
+        run = next((p for p in (path, *path.parents[:2]) if _is_run(p)), None)
+        if run is None:
+            raise
+        raise FileNotFoundError(
+            f"{error}. {run} is the work directory of a run: `python -m flowgrpo_jax.export"
+            f" --workdir {run} --out DIR` writes its LoRA, and --lora DIR then takes it"
+        ) from error
+
+
+def _is_run(directory: Path) -> bool:
+    folders = [directory / name for name in checkpoint.FOLDERS]
+    return (directory / cli.CONFIG_FILE).is_file() and any(f.is_dir() for f in folders)
+
+
 def main(_: list[str]) -> None:
     args = flags.FLAGS
-    spec = lora.read_spec(args.lora)[1] if args.lora else LoRASpec()
+    spec = read_spec(args.lora) if args.lora else LoRASpec()
     directory = sd3.resolve(args.model, t5=args.t5)
     settings = {"t5": args.t5, "t5_length": args.t5_length or t5_limit(directory)}
     model = sd3.load(directory, lora_spec=spec, dtype=jnp.dtype(args.dtype), **settings)

@@ -121,6 +121,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     check(config)
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
+    check_size(config)
     train_prompts, test_prompts = load_prompts(config, training)
     scorer, test_scorer = scorers(config, mesh, train_prompts, test_prompts, training=training)
     model = load_model(config, mesh)
@@ -142,6 +143,16 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         scorer,
         test_scorer,
     )
+
+
+def check_size(config: ConfigDict) -> None:
+    """Raises ValueError for pictures that the model cannot draw, before any weights are read."""
+    c = config.model
+    parts = sd3.find_architecture(c.path, t5=c.t5)
+    try:
+        parts.latent_shape(c.height, c.width)
+    except ValueError as error:
+        raise ValueError(f"model.height and model.width: {error}") from error
 
 
 def release(config: ConfigDict, model: sd3.SD3) -> sd3.SD3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,12 @@ AT_ONCE = 4 * 512 * 512  # px a device: SD3.5-medium's update takes 12 of 16 GB 
 
 @dataclass(frozen=True)
 class Plan:
-    """The batch arithmetic that follows from the config, whatever the number of devices."""
+    """The batch arithmetic that follows from the config.
+
+    With `sample.micro_batch=0` the micro-batch depends on the number of devices as well. An update
+    is the same, but for rounding, however the batch is cut. A reward that compares the images of a
+    call with each other (rewards/preference.py) is not: with another cut it sees other sets.
+    """
 
     groups: int
     group_size: int
@@ -53,7 +59,11 @@ def choice(config: ConfigDict, section: str, key: str, options: Any) -> None:
 
 
 def make_plan(config: ConfigDict, devices: int) -> Plan:
-    """Raises ValueError that names the value, the constraint and the fix."""
+    """Raises ValueError that names the value, the constraint and the fix.
+
+    Args:
+      devices: the equal parts that the batch is cut into, sharding.row_shards.
+    """
     s, updates = config.sample, config.train.updates_per_epoch
     require(
         s.group_size >= 2,
@@ -64,34 +74,52 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
         f"sample.groups={s.groups} is not a multiple of train.updates_per_epoch={updates}: every"
         " update needs the same number of whole groups",
     )
-    per_update = s.groups * s.group_size // updates
-    pixels = config.model.height * config.model.width
-    micro = s.micro_batch or derived_micro_batch(per_update, devices, pixels)
-    require(
-        micro > 0 and per_update % micro == 0,
-        f"sample.micro_batch={micro} does not divide the {per_update} images of an update"
-        f" ({s.groups} groups x {s.group_size} / {updates} updates): choose a divisor of"
-        f" {per_update}",
-    )
-    require(
-        micro % devices == 0,
-        f"sample.micro_batch={micro} is not a multiple of the {devices} devices it is spread over:"
-        f" choose a multiple of {devices} that divides {per_update}",
-    )
+    images = s.groups * s.group_size // updates
+    require(images % devices == 0, _uneven(config, images, devices))
     require(
         config.eval.micro_batch % devices == 0,
-        f"eval.micro_batch={config.eval.micro_batch} is not a multiple of the {devices} devices it"
-        f" is spread over: choose a multiple of {devices}, or 0",
+        f"eval.micro_batch={config.eval.micro_batch} cannot be cut into {devices} equal parts, one"
+        f" for each of mesh.data x mesh.fsdp: choose a multiple of {devices}, or 0",
     )
-    return Plan(s.groups, s.group_size, updates, micro)
+    return Plan(s.groups, s.group_size, updates, _micro_batch(config, images, devices))
 
 
-def derived_micro_batch(images: int, devices: int, pixels: int) -> int:
-    """The most images at once that cut an update of `images` evenly and are `AT_ONCE` px or fewer a
-    device, of `pixels` each."""
-    most = max(AT_ONCE // pixels, 1) * devices
-    sizes = range(devices, min(most, images) + 1, devices)
-    return max((m for m in sizes if images % m == 0), default=devices)
+def _micro_batch(config: ConfigDict, images: int, devices: int) -> int:
+    """The recipe's own, or one that is derived. The devices divide the images of an update."""
+    s, pixels = config.sample, config.model.height * config.model.width
+    sizes = [m for m in range(devices, images + 1, devices) if images % m == 0]
+    if not s.micro_batch:
+        return derived_micro_batch(sizes, s.group_size, max(AT_ONCE // pixels, 1) * devices)
+    near = sorted(sorted(sizes, key=lambda m: abs(m - s.micro_batch))[:8])
+    require(
+        s.micro_batch in sizes,
+        f"sample.micro_batch={s.micro_batch} does not cut the {images} images of an update"
+        f" ({s.groups} groups x {s.group_size} / {config.train.updates_per_epoch} updates) evenly,"
+        f" in micro-batches of {devices} equal parts: choose from {', '.join(map(str, near))}, or 0"
+        " for one that is derived",
+    )
+    return s.micro_batch
+
+
+def _uneven(config: ConfigDict, images: int, devices: int) -> str:
+    """What to do where no micro-batch fits, because the images of an update do not."""
+    s, updates = config.sample, config.train.updates_per_epoch
+    groups = updates * devices // math.gcd(s.group_size, devices)
+    parts = math.gcd(images, devices)
+    return (
+        f"the {images} images of an update (sample.groups={s.groups} x sample.group_size="
+        f"{s.group_size} / train.updates_per_epoch={updates}) cannot be cut into the {devices}"
+        f" equal parts of mesh.data x mesh.fsdp: set sample.groups to a multiple of {groups},"
+        " change sample.group_size or train.updates_per_epoch, or put more devices on the same"
+        f" images, with mesh.tensor {devices // parts} times as large for {parts} parts"
+    )
+
+
+def derived_micro_batch(sizes: list[int], group_size: int, most: int) -> int:
+    """The largest of the sizes up to `most`. Where one of whole groups fits, a larger one is not
+    taken: rewards may compare the images of a group that are in the same call."""
+    fitting = [m for m in sizes if m <= most]
+    return max([m for m in fitting if m % group_size == 0] or fitting)
 
 
 def check(config: ConfigDict) -> None:
@@ -115,6 +143,7 @@ def check(config: ConfigDict) -> None:
     _check_training(config)
     _check_evaluation(config)
     _check_rewards(config)
+    _check_prompts(config)
 
 
 LEAST = {  # setting: the least that it may be
@@ -139,7 +168,8 @@ LEAST = {  # setting: the least that it may be
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
 }
-POSITIVE = ("train.clip_range", "train.max_grad_norm", "train.advantage_clip")
+POSITIVE = ("train.clip_range", "train.max_grad_norm", "train.advantage_clip", "train.eps")
+DECAYS = ("train.b1", "train.b2", "train.ema_decay")
 
 
 def _check_ranges(config: ConfigDict) -> None:
@@ -151,6 +181,11 @@ def _check_ranges(config: ConfigDict) -> None:
     for path in POSITIVE:
         value = operator.attrgetter(path)(config)
         require(value > 0, f"{path}={value}: must be above 0")
+    for path in DECAYS:
+        value = operator.attrgetter(path)(config)
+        require(0 <= value < 1, f"{path}={value}: must be in [0, 1)")
+    failed = config.reward.max_failed
+    require(0 <= failed <= 1, f"reward.max_failed={failed}: a share of images, must be in [0, 1]")
 
 
 def _check_sampling(config: ConfigDict) -> None:
@@ -165,22 +200,49 @@ def _check_sampling(config: ConfigDict) -> None:
         f"sample.noise_level={s.noise_level}: cps takes a share of the noise, at most 1",
     )
     require(s.steps >= 2, f"sample.steps={s.steps}: a rollout that trains has at least 2 steps")
-    low, high = window_range(config)
-    size = window(config)
+    _check_window(config)
+
+
+def _check_window(config: ConfigDict) -> None:
+    s, most = config.sample, config.sample.steps - 1
+    first = f"the first {most} of {s.steps} steps (the last one has almost no noise)"
+    fixed = tuple(s.window_range) == (0, 0)
+    low, high = (0, most) if fixed else s.window_range
     require(
-        low >= 0 and high <= s.steps - 1 and 1 <= size <= high - low,
-        f"sample.window={size} in sample.window_range={(low, high)} does not fit into the first"
-        f" {s.steps - 1} of {s.steps} steps (the last one has almost no noise)",
+        0 <= low < high <= most,
+        f"sample.window_range={(low, high)}: must lie within {first}; choose 0 <= low < high"
+        f" <= {most}, or (0, 0) for a window that begins with the first step",
+    )
+    asked = f"sample.window={s.window}" + ("" if s.window else f", which is all of the {most},")
+    room = first if fixed else f"sample.window_range={(low, high)}"
+    require(
+        1 <= window(config) <= high - low,
+        f"{asked} does not fit into {room}: choose 1 to {high - low}"
+        + (", or 0 for all of them" if fixed else ""),
     )
 
 
 def _check_training(config: ConfigDict) -> None:
-    t, size, rank = config.train, window(config), config.lora.rank
-    require(0 <= t.steps <= size, f"train.steps={t.steps}: the window has {size} steps to train")
+    steps, size = config.train.steps, window(config)
+    require(
+        0 <= steps <= size,
+        f"train.steps={steps}: the window has {size} steps to train; choose 1 to {size}, or 0 for"
+        " all of them",
+    )
+    rank, alpha = config.lora.rank, config.lora.alpha
     require(
         rank >= 0, f"lora.rank={rank}: must be at least 1, or 0 to train all of the transformer"
     )
-    require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay}: must be in [0, 1)")
+    require(
+        not rank or alpha > 0,
+        f"lora.alpha={alpha}: must be above 0, for the adapter is scaled by alpha / rank; the"
+        f" paper's is twice the rank, {2 * rank}",
+    )
+    require(
+        not rank or len(config.lora.targets) > 0,
+        f"lora.targets={config.lora.targets}: name at least one linear, such as 'attn.to_q', or set"
+        " lora.rank=0 to train all of the transformer",
+    )
 
 
 def _check_evaluation(config: ConfigDict) -> None:
@@ -200,13 +262,19 @@ def _check_rewards(config: ConfigDict) -> None:
     )
     for name in {*config.reward.weights, *config.eval.rewards, *config.reward.options}:
         rewards.row_of(name)
+
+
+def _check_prompts(config: ConfigDict) -> None:
+    p, chosen = config.prompts, config.prompts.tasks.to_dict()
     require(
-        not (config.prompts.tasks and (config.prompts.train or config.prompts.test)),
+        not (chosen and (p.train or p.test)),
         "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",
     )
-    tasks.check(
-        config.prompts.tasks.to_dict(), config.reward.weights.to_dict(), config.eval.rewards
-    )
+    tasks.check(chosen, config.reward.weights.to_dict(), config.eval.rewards)
+    shares = {f"prompts.tag_weights.{tag}": share for tag, share in p.tag_weights.items()}
+    shares |= {f"prompts.tasks.{name}.weight": w for name, w in tasks.weights(chosen).items()}
+    for path, share in shares.items():
+        require(share >= 0, f"{path}={share}: a relative frequency, must be at least 0")
 
 
 def window(config: ConfigDict) -> int:

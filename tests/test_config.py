@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import compile, recipe, rewards, settings, sharding
 
 ROOT = Path(__file__).parent.parent
+DEVICES = (1, 2, 4, 8, 16, 32, 64)
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("[a-z]*.py"))
 
 
@@ -26,6 +27,10 @@ def load(name, changes=None):
     return config
 
 
+def tasks(**settings):
+    return ConfigDict({"draw": {"train": "shapes:train", **settings}})
+
+
 # ------------------------------------------------------------------------------ the recipes
 
 
@@ -33,8 +38,12 @@ def load(name, changes=None):
 def test_recipe_is_sound(name):
     config = load(name)
     settings.check(config)
-    for devices in (1, 2, 4):
+    update = config.sample.groups * config.sample.group_size // config.train.updates_per_epoch
+    batch = config.sample.micro_batch or update
+    allowed = [devices for devices in DEVICES if batch % devices == 0]
+    for devices in allowed:
         settings.make_plan(config, devices)
+    assert allowed == list(DEVICES) or (name in ("shapes", "signs") and 16 in allowed)
     if name in ("base", "shapes"):  # the others' rewards need their weights: test_recipes.py
         rewards.load([*config.reward.weights, *config.eval.rewards])
 
@@ -79,10 +88,20 @@ def test_the_plan_does_not_depend_on_the_devices_that_share_it():
 
 
 @pytest.mark.parametrize(
-    "side, devices, size", [(512, 8, 32), (512, 64, 192), (1024, 8, 8), (64, 1, 192), (64, 8, 576)]
+    "side, devices, size",
+    [
+        (512, 4, 16),  # too few for a group
+        (512, 8, 24),  # 32 would fit, and cut groups
+        (512, 16, 48),
+        (512, 64, 192),
+        (1024, 8, 8),
+        (64, 1, 192),
+        (64, 8, 576),
+    ],
 )
 def test_a_micro_batch_is_derived(side, devices, size):
-    """Of an update's 576 images: a divisor, a multiple of the devices, few enough pixels each."""
+    """Of an update's 576 images: a divisor, a multiple of the devices, few enough pixels each, and
+    whole groups where as many fit."""
     config = load("base", {"model.height": side, "model.width": side})
     assert settings.make_plan(config, devices).micro_batch == size
 
@@ -101,22 +120,44 @@ def test_a_micro_batch_is_derived(side, devices, size):
         ({"train.updates_per_epoch": 0}, r"train\.updates_per_epoch=0"),
         (
             {"sample.micro_batch": 100},
-            r"sample\.micro_batch=100 .*576 images.*48 groups x 24.*a divisor of 576",
+            r"sample\.micro_batch=100 .*576 images.*8 equal parts: choose from .*96, .*or 0",
         ),
         ({"sample.micro_batch": -4}, r"sample\.micro_batch=-4"),
         (
             {"sample.micro_batch": 36},
-            r"sample\.micro_batch=36 .*8 devices.*a multiple of 8 that divides 576",
+            r"sample\.micro_batch=36 .*8 equal parts: choose from .*24, 32, 48, .*or 0",
         ),
         (
             {"sample.micro_batch": 32, "eval.micro_batch": 12},
-            r"eval\.micro_batch=12 .*8 devices.*a multiple of 8",
+            r"eval\.micro_batch=12 .*8 equal parts.*a multiple of 8, or 0",
         ),
     ],
 )
 def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
     with pytest.raises(ValueError, match=message):
         settings.make_plan(load("base", changes), devices=8)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 10])
+@pytest.mark.parametrize(
+    "batch, devices, of, parts",
+    [((5, 20, 1), 8, 2, 4), ((48, 24, 2), 256, 64, 64), ((6, 7, 3), 4, 12, 2)],
+)
+def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, micro_batch):
+    """No micro-batch helps there. The error says what does, and it does."""
+    knobs = ("sample.groups", "sample.group_size", "train.updates_per_epoch")
+    config = load("base", dict(zip(knobs, batch)) | {"sample.micro_batch": micro_batch})
+    fix = rf"sample\.groups to a multiple of {of},.*mesh\.tensor .* {parts} parts"
+    with pytest.raises(
+        ValueError, match=rf"images of an update.*{devices} equal parts.*{fix}"
+    ) as e:
+        settings.make_plan(config, devices)
+    assert all(knob in str(e.value) for knob in knobs) and "micro_batch" not in str(e.value)
+    config.sample.micro_batch = 0
+    settings.make_plan(config, parts)
+    for n in (1, 3):
+        config.sample.groups = n * of
+        settings.make_plan(config, devices)
 
 
 @pytest.mark.parametrize(
@@ -134,16 +175,42 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
             r"sample\.noise_level=1\.2: .*at most 1",
         ),
         ({"sample.steps": 1}, r"sample\.steps=1: .*at least 2"),
-        ({"sample.window": 10}, r"sample\.window=10 .*does not fit.*first 9 of 10 steps"),
+        (
+            {"sample.window": 10},
+            r"sample\.window=10 does not fit.*first 9 of 10 steps.*choose 1 to 9, or 0 for all",
+        ),
+        ({"sample.window": -1}, r"sample\.window=-1 does not fit.*choose 1 to 9"),
         (
             {"sample.window": 3, "sample.window_range": (0, 2)},
-            r"sample\.window=3 in sample\.window_range=\(0, 2\) does not fit",
+            r"sample\.window=3 does not fit .*sample\.window_range=\(0, 2\): choose 1 to 2$",
         ),
-        ({"sample.window_range": (4, 12), "sample.window": 2}, r"\(4, 12\).*first 9 of 10"),
-        ({"sample.window": 4, "train.steps": 5}, r"train\.steps=5: .*4 steps"),
+        (
+            {"sample.window_range": (2, 5)},  # the window is 0, and no 9 was written
+            r"sample\.window=0, .*does not fit .*sample\.window_range=\(2, 5\): choose 1 to 3$",
+        ),
+        (
+            {"sample.window_range": (4, 12), "sample.window": 2},
+            r"sample\.window_range=\(4, 12\): .*first 9 of 10 steps.*0 <= low < high <= 9",
+        ),
+        ({"sample.window": 4, "train.steps": 5}, r"train\.steps=5: .*4 steps.*choose 1 to 4, or 0"),
         ({"train.clip_range": 0.0}, r"train\.clip_range=0\.0: .*above 0"),
         ({"train.ema_decay": 1.0}, r"train\.ema_decay=1\.0: .*\[0, 1\)"),
+        ({"train.b1": 1.0}, r"train\.b1=1\.0: .*\[0, 1\)"),
+        ({"train.b2": -0.1}, r"train\.b2=-0\.1: .*\[0, 1\)"),
+        ({"train.eps": 0.0}, r"train\.eps=0\.0: .*above 0"),
         ({"lora.rank": -1}, r"lora\.rank=-1: .*at least 1, or 0 to train all"),
+        ({"lora.alpha": 0.0}, r"lora\.alpha=0\.0: .*above 0.*64"),
+        ({"lora.targets": ()}, r"lora\.targets=\(\): .*at least one.*lora\.rank=0"),
+        (
+            {"prompts.tag_weights": ConfigDict({"position": -1.0})},
+            r"prompts\.tag_weights\.position=-1\.0: .*at least 0",
+        ),
+        (
+            {"prompts.tasks": tasks(weight=-2.0)},
+            r"prompts\.tasks\.draw\.weight=-2\.0: .*at least 0",
+        ),
+        ({"reward.max_failed": 1.5}, r"reward\.max_failed=1\.5: .*\[0, 1\]"),
+        ({"reward.max_failed": -0.1}, r"reward\.max_failed=-0\.1: .*\[0, 1\]"),
         ({"checkpoint.best": "beauty"}, r"checkpoint\.best='beauty' is not evaluated: choose from"),
         ({"checkpoint.every": 0}, r"checkpoint\.every=0: .*at least 1"),
         ({"checkpoint.keep": 0}, r"checkpoint\.keep=0: .*at least 1"),
@@ -192,6 +259,38 @@ def test_a_layout_that_makes_no_sense(changes, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         score = recipe._callback(config, scorer, mesh)
         recipe.make_programs(config, model, mesh, plan, process, None, score)
+
+
+def test_an_adapter_that_is_not_there_needs_no_alpha_and_no_targets():
+    settings.check(load("base", {"lora.rank": 0, "lora.alpha": 0.0, "lora.targets": ()}))
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        (
+            "shapes",
+            {"model.height": 60},
+            "60 x 64: .*multiples of 16 px and at most 128, .*64 x 64",
+        ),
+        (
+            "shapes",
+            {"model.width": 144},
+            "64 x 144: .*multiples of 16 px and at most 128, .*64 x 128",
+        ),
+        (
+            "base",
+            {"model.height": 500},
+            "500 x 512: .*multiples of 16 px and at most 6144, .*496 x 512",
+        ),
+    ],
+)
+def test_a_size_that_the_model_cannot_draw(name, changes, message, monkeypatch):
+    """Said before any weights are read, the model's or a reward's."""
+    for part in ("load_model", "scorers"):
+        monkeypatch.setattr(recipe, part, lambda *args, **kwargs: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=f"model.height and model.width: image size {message}"):
+        recipe.build(load(name, changes))
 
 
 @pytest.mark.parametrize("path", ["/nowhere/sd3", "./sd3", "sd3"])

@@ -28,6 +28,22 @@ class Architecture:
     text_encoder_3: T5Config | None
     shift: float = 3.0  # of the sigma schedule
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Latent [H, W, C] of an image of height x width pixels.
+
+        Raises ValueError for a size that is no whole number of patches, or exceeds the position
+        grid.
+        """
+        down, unit = self.vae.downsampling, self.transformer.patch_size * self.vae.downsampling
+        sides = range(unit, unit * self.transformer.pos_embed_max_size + 1, unit)
+        if height not in sides or width not in sides:
+            h, w = (min(sides, key=lambda side: abs(side - n)) for n in (height, width))
+            raise ValueError(
+                f"image size {height} x {width}: both must be multiples of {unit} px and at most"
+                f" {sides[-1]}, where this model's position grid ends; the nearest is {h} x {w}"
+            )
+        return height // down, width // down, self.transformer.in_channels
+
 
 KINDS = {
     "transformer": MMDiTConfig,
@@ -93,17 +109,50 @@ def read(directory: Path, *, t5: bool = True) -> Architecture:
 
 
 def config(directory: Path, component: str, kind: type) -> Any:
-    """A component's config.json as our record; fields that we do not use are passed over."""
+    """A component's config.json as our record; fields that we do not use are passed over.
+
+    Raises FileNotFoundError, or ValueError for a field whose value is not supported.
+    """
     file = directory / component / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: {directory} is no complete SD3 model")
     fields = {f.name for f in dataclasses.fields(kind)}
-    raw = {k: v for k, v in json.loads(file.read_text()).items() if k in fields}
+    written = json.loads(file.read_text())
+    for field, known in getattr(kind, "known", {}).items():
+        value = written.get(field, known[0])
+        if not set(value if isinstance(value, list) else [value]) <= set(known):
+            raise ValueError(f"{file}: {field}={value!r} is not supported, only {known[0]!r}")
+    raw = {k: v for k, v in written.items() if k in fields}
     if kind is MMDiTConfig and raw.get("out_channels", 0) is None:  # as many as go in
         raw["out_channels"] = raw.get("in_channels", MMDiTConfig.in_channels)
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
 
+# Of the scheduler's config, what decides on the sigmas and steps besides `shift`: absent, or this.
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+}
+
+
 def _shift(directory: Path) -> float:
+    """Raises ValueError for a scheduler that makes another schedule than `sde.sigma_schedule`."""
     file = directory / "scheduler" / "scheduler_config.json"
-    return float(json.loads(file.read_text()).get("shift", 1.0)) if file.exists() else 3.0
+    if not file.exists():
+        return 3.0
+    written = json.loads(file.read_text())
+    for field, known in SCHEDULER.items():
+        value = written.get(field, known)
+        if (value or None) != (known or None):  # null and 0 are as good as false
+            raise ValueError(
+                f"{file}: {field}={value!r} is not supported, only {known!r}: its schedule would"
+                " be another here. Set the field to that if you do not mind"
+            )
+    return float(written.get("shift", 1.0))

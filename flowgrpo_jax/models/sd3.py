@@ -51,17 +51,18 @@ class SD3:
       of the transformer's own (full fine-tuning)
     decode(vae, latents [B, H, W, C]) -> uint8 [B, 8H, 8W, 3]
     encode_text(text, ids) -> Conditioning of P prompts
+    latent_shape(height, width) -> latent [H, W, C] of an image of so many pixels
     """
 
     params: dict[str, Params]
     velocity: Callable[..., jax.Array]
     decode: Callable[[Params, jax.Array], jax.Array]
     encode_text: Callable[[dict[str, Params], Any], Conditioning]
+    latent_shape: Callable[[int, int], tuple[int, int, int]]
     lora_shapes: Params
     lora_spec: LoRASpec
     shift: float
     latent_channels: int
-    patch_size: int
     heads: int  # of the transformer
     downsampling: int
     default_size: int
@@ -83,13 +84,6 @@ class SD3:
     def reference(self, trained: Params) -> Params:
         """The policy before training, whatever `trained` is by now."""
         return lora.reference(trained) if self.lora_spec.rank else {}
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Latent [H, W, C] of an image of height x width pixels."""
-        unit = self.patch_size * self.downsampling
-        if height % unit or width % unit:
-            raise ValueError(f"image size {height} x {width}: both must be multiples of {unit}")
-        return height // self.downsampling, width // self.downsampling, self.latent_channels
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Prompts (P strings) to their text states, each prompt once; many go in equal parts, for
@@ -278,12 +272,12 @@ def describe(
         velocity=velocity,
         decode=lambda params, z: to_uint8(vae(params, z, method="decode")),
         encode_text=encode_text,
+        latent_shape=parts.latent_shape,
         # What is trained is f32, whatever the model computes in.
         lora_shapes=_as_dtype(trained, jnp.float32),
         lora_spec=spec,
         shift=parts.shift,
         latent_channels=parts.transformer.in_channels,
-        patch_size=parts.transformer.patch_size,
         heads=parts.transformer.num_attention_heads,
         downsampling=parts.vae.downsampling,
         default_size=parts.transformer.sample_size * parts.vae.downsampling,

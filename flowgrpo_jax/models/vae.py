@@ -8,7 +8,7 @@ transformer sees them: scaled and shifted.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ from flowgrpo_jax.models.layers import Linear, attention
 class VAEConfig:
     """Fields of a diffusers `vae/config.json`."""
 
+    known: ClassVar[dict[str, tuple[str, ...]]] = {  # all that other fields may say
+        "act_fn": ("silu", "swish"),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+    }
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     latent_channels: int = 16

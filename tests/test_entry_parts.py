@@ -1,0 +1,59 @@
+"""Parts of the entry points that need no model: evaluation's record, and where a LoRA is."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import shapes
+from flowgrpo_jax import checkpoint, evaluate, generate, logs
+from flowgrpo_jax.models.lora import LoRASpec, write
+
+RESULT = {"metrics": {"shapes": 0.5}, "per_tag": {"colors": {"shapes": 0.5}}, "failed": 0.0}
+
+
+def test_an_evaluation_says_what_it_is_of():
+    config = shapes.get_config()
+    record = evaluate.record(config, "runs/shapes", RESULT)
+    assert json.loads(json.dumps(logs.plain(record))).keys() == record.keys()
+    assert {name: record[name] for name in RESULT} == RESULT
+    assert (record["checkpoint"], record["model"]) == ("runs/shapes", "shapes")
+    assert record["prompts"] == "shapes:test"
+    assert record["versions"] == checkpoint.versions()
+    assert record["config"] == config.eval.to_dict()
+
+
+def test_an_evaluation_of_several_tasks_names_their_prompts():
+    config = shapes.get_config()
+    config.prompts.train = config.prompts.test = ""
+    config.prompts.tasks = ConfigDict(
+        {"draw": {"train": "shapes:train", "test": "shapes:test"}, "write": {"train": "ocr:train"}}
+    )
+    prompts = evaluate.record(config, "base", RESULT)["prompts"]
+    assert prompts == {"draw": "shapes:test", "write": ""}
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/20", "best"])
+def test_a_run_is_to_be_exported_first(tmp_path, inside):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    (run / "best").mkdir()
+    (run / "config.json").write_text("{}")
+    hint = f"no LoRA at {run / inside}.*python -m flowgrpo_jax.export --workdir {run} --out DIR"
+    with pytest.raises(FileNotFoundError, match=hint):
+        generate.read_spec(run / inside)
+
+
+def test_no_run_and_no_lora(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no LoRA at") as caught:
+        generate.read_spec(tmp_path)
+    assert "export" not in str(caught.value)
+
+
+def test_an_export_in_a_work_directory_is_read(tmp_path):
+    """Where the config lies and checkpoints are."""
+    spec = LoRASpec(2, 4.0, ("attn.to_q",))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    write({}, spec, tmp_path / "lora", "model")
+    assert generate.read_spec(tmp_path / "lora") == spec
