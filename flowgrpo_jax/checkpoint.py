@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from flowgrpo_jax import sharding
+from flowgrpo_jax import files, sharding
 from flowgrpo_jax.models import lora
 from flowgrpo_jax.models.sd3 import SD3
 from flowgrpo_jax.types import Params, TrainState
@@ -30,14 +30,23 @@ LIBRARIES = ("flowgrpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 
 
 class Checkpoints:
-    """The checkpoints of one run by step: named trees of arrays and a JSON record each."""
+    """The checkpoints of one run by step: named trees of arrays and a JSON record each.
 
-    def __init__(self, directory: epath.PathLike, keep: int | None = None):
-        self.directory = epath.Path(directory).resolve()
+    Args:
+      keep: the last ones of them; all without it.
+      own: of the run that writes them, which removes what a killed one left half-written. Others
+        may read beside it.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int | None = None, *, own: bool = False):
+        self.directory = files.absolute(directory)
         # Processes that save to two directories at once must not meet at one barrier for both.
-        own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
+        barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, multiprocessing_options=own
+            max_to_keep=keep,
+            create=True,
+            cleanup_tmp_directories=own,
+            multiprocessing_options=barriers,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -71,6 +80,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # a lost peer is no fault of the directory
             if jax.process_count() == 1:  # others may still be writing
                 for part in self.directory.glob("*.orbax-checkpoint-tmp"):
                     part.rmtree(missing_ok=True)
@@ -178,7 +189,7 @@ class Best:
     def __init__(self, directory: epath.PathLike, reward: str, config: dict[str, Any]):
         self.config = config
         # Not the newest one: a run may have gone on from a checkpoint before it.
-        self.checkpoints = Checkpoints(directory)
+        self.checkpoints = Checkpoints(directory, own=True)
         self.figure = f"eval/{reward}"
         # As the first process reads it: all must agree on when to save.
         self.value = float(sharding.everyone(np.array(self._stored(), np.float64))[0])
@@ -250,9 +261,10 @@ class Kept:
 
     def __init__(self, workdir: epath.Path, config: dict[str, Any], *, keep: int, best: str):
         self.config = config
-        self.last = Checkpoints(workdir / "checkpoints", keep=keep)
+        self.last = Checkpoints(workdir / "checkpoints", keep=keep, own=True)
         self.best = Best(workdir / "best", best, config) if best else None
         self.saved = -1  # epochs that the newest state has behind it
+        self.lost = 0  # epochs in a row without a finite gradient
 
     def resume(self, like: TrainState) -> tuple[TrainState, int]:
         """The newest state and its epoch, or `like` and 0: launchers always resume, and the first
@@ -263,7 +275,7 @@ class Kept:
         state, record = self.last.resume(like)
         same_settings(record, self.config, ("seed",), self.last.directory)
         same_settings(record, self.config, ("lora", "alpha"), self.last.directory)
-        self.saved = int(record["epoch"])
+        self.saved, self.lost = int(record["epoch"]), int(record.get("lost", 0))
         then, now = record.get("versions", {}), versions()
         changed = [
             f"{name} {then[name]} -> {now.get(name)}"
@@ -303,7 +315,12 @@ class Kept:
         self.saved = epoch
 
     def _record(self, epoch: int) -> dict[str, Any]:
-        return {"epoch": epoch, "config": self.config, "versions": versions()}
+        return {
+            "epoch": epoch,
+            "lost": self.lost,
+            "config": self.config,
+            "versions": versions(),
+        }
 
     def offer(self, epoch: int, state: TrainState, report: dict[str, float]) -> None:
         """Keep the state if its evaluation, `report`, is the best so far."""

@@ -20,7 +20,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from flowgrpo_jax import logs, sharding
+from flowgrpo_jax import files, sharding
 
 CONFIG_FILE = "config.json"
 RESTART = 75  # exit status after SIGTERM: saved, to be started again (sysexits.h: EX_TEMPFAIL)
@@ -64,6 +64,7 @@ def connect() -> None:
     process has all GPUs that it can see; of several under SLURM or Open MPI that see the same ones,
     each has the one of its number on the machine.
     """
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; `Stop` does that
     own = {name: os.environ.get(f"FLOWGRPO_{name}") for name in COORDINATES}
     given = [name for name, value in own.items() if value]
     if given and len(given) < len(COORDINATES):
@@ -102,15 +103,26 @@ def has_all_devices() -> bool:
 
 @contextmanager
 def restarting() -> Iterator[None]:
-    """Around a whole program. Where it is one of several, what goes wrong between them (a peer is
-    lost, or late to join) ends it with the status on which launchers start again."""
+    """Around a whole program: it ends with the status on which launchers start again at a SIGTERM
+    that nobody else minds, while it loads, and, where it is one of several, when something goes
+    wrong between them (a peer is lost, or late to join)."""
+    previous = signal.signal(signal.SIGTERM, _restart)
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if not jax.distributed.is_initialized() or "RESOURCE_EXHAUSTED" in str(error):
+    except RuntimeError as error:
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        between = of_jax or any(code in str(error) for code in ("DEADLINE_EXCEEDED", "UNAVAILABLE"))
+        alone = not jax.distributed.is_initialized()
+        if alone or not between or "RESOURCE_EXHAUSTED" in str(error):
             raise
         traceback.print_exc()
         raise SystemExit(RESTART) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _restart(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(RESTART)
 
 
 def config() -> ConfigDict:
@@ -123,13 +135,9 @@ def prepare(workdir: epath.Path, resume: bool) -> None:
     Raises FileExistsError when it holds another run and this is no resume, OSError when nothing can
     be written to it.
     """
-    if not resume and any(any((workdir / f).glob("[0-9]*")) for f in ("checkpoints", "best")):
-        raise FileExistsError(
-            f"{workdir} already holds a run: add --resume to go on with it, or give another"
-            " --workdir"
-        )
     probe = workdir / f".probe-{jax.process_index()}"
     try:
+        steps = [s.name for f in ("checkpoints", "best") for s in (workdir / f).glob("[0-9]*")]
         workdir.mkdir(parents=True, exist_ok=True)
         probe.write_text("to be removed")
         probe.unlink()
@@ -140,13 +148,22 @@ def prepare(workdir: epath.Path, resume: bool) -> None:
             f"nothing can be written to {workdir}: {error}. Give another --workdir, or see to it"
             " that the disk or bucket exists, has room and lets you write"
         ) from error
+    if resume:
+        return
+    if set(steps) - {"0"}:
+        raise FileExistsError(
+            f"{workdir} already holds a run: add --resume to go on with it, or give another"
+            " --workdir"
+        )
+    if steps and jax.process_index() == 0:  # the best of a run that failed before it trained
+        (workdir / "best").rmtree()
 
 
 def record(workdir: epath.Path, config: ConfigDict) -> None:
     """Write the resolved config. A resumed run does so once its checkpoint has been read, so that a
     wrong setting does not replace the record of the right one."""
     if jax.process_index() == 0:
-        logs.replace(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+        files.replace(workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 class Stopped(Exception):
@@ -173,11 +190,11 @@ class Stop:
             raise Stopped(number)
 
     def wait(self, pending: Any) -> Any:
-        """A future's result (what is none is one already). Where this process is alone a request
-        ends the waiting; several would not notice it alike."""
+        """A future's result (what is none is one already), once those of all processes are there: a
+        request to any of them ends the waiting. All processes call this alike."""
         if not isinstance(pending, Future):
             return pending
-        while jax.process_count() == 1 and not wait([pending], 1.0).done:
+        while not sharding.everyone(np.array(bool(wait([pending], 1.0).done))).all():
             self.check()
         return pending.result()
 

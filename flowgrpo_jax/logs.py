@@ -18,6 +18,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from flowgrpo_jax import files
+
 log = logging.getLogger(__name__)
 
 
@@ -50,8 +52,9 @@ class Metrics:
         self.text = lines(row for row in rows if row["epoch"] < first_epoch)
         last = [row for row in rows if row["epoch"] == first_epoch and only_evaluated(row)]
         self.evaluated = last[-1] if last else {}
-        self.unwritten = ""
-        replace(self.file, self.text + lines(last[-1:]))
+        self.unwritten = ""  # rows that a full disk refused
+        self.torn = False  # the file holds something else than `text`
+        files.replace(self.file, self.text + lines(last[-1:]))
         if tensorboard:
             self.events = Events(workdir / "tensorboard", first_epoch)
         if wandb:
@@ -62,18 +65,17 @@ class Metrics:
             return
         row = {"epoch": epoch, **plain(values)}
         if self.evaluated.get("epoch") == epoch:
-            row, self.evaluated = self.evaluated | row, {}
-            with spared(str(self.file)):
-                replace(self.file, self.text)
-        self.unwritten += lines([row])  # with what a full disk refused before
+            row, self.evaluated, self.torn = self.evaluated | row, {}, True
+        self.unwritten += lines([row])
         with spared(str(self.file)):
-            if "://" in str(self.file):  # nothing can be appended to in a bucket
-                self.file.write_text(self.text + self.unwritten)
-                self.text += self.unwritten
+            if self.torn or files.in_bucket(self.file):  # nothing can be appended to in a bucket
+                files.replace(self.file, self.text + self.unwritten)
             else:
+                self.torn = True  # until all is written: a full disk may take a part of a row
                 with self.file.open("a") as file:
                     file.write(self.unwritten)
-            self.unwritten = ""
+            self.text += self.unwritten
+            self.unwritten, self.torn = "", False
         with spared("TensorBoard's events"):
             if self.events:
                 self.events.write(epoch, values)
@@ -121,16 +123,6 @@ def spared(what: str) -> Iterator[None]:
         log.warning("%s could not be written: %s; training goes on", what, error)
 
 
-def replace(file: epath.Path, text: str) -> None:
-    """Write a whole file. If the disk is full, the one before it stays."""
-    if "://" in str(file):  # in a bucket nothing appears before it is complete
-        file.write_text(text)
-        return
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text)
-    part.replace(file)
-
-
 def read(file: epath.Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a last line cut short by a crash is passed over."""
     rows = []
@@ -167,7 +159,7 @@ def _start_wandb(workdir: epath.Path, config: Mapping[str, Any] | None) -> Any:
         raise ImportError(
             "log.wandb=True, but wandb is not installed: pip install wandb, or set it to False"
         ) from error
-    mark = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+    mark = hashlib.sha256(str(files.absolute(workdir)).encode()).hexdigest()[:16]
     return wandb.init(
         project="flowgrpo_jax",
         name=workdir.name,
@@ -181,7 +173,7 @@ def _start_wandb(workdir: epath.Path, config: Mapping[str, Any] | None) -> Any:
 def grid(
     images: np.ndarray, captions: Sequence[str], columns: int = 6, side: int = 128
 ) -> Image.Image:
-    """Pictures uint8 [B, H, W, 3] in rows, each `side` px wide with its caption below."""
+    """Pictures uint8 [B, H, W, 3] in rows, the longer side `side` px, with their captions below."""
     line, rows = 14, math.ceil(len(images) / columns)
     cell = (side + 6, side + 2 * line + 6)
     sheet = Image.new("RGB", (cell[0] * columns, cell[1] * rows), "white")
@@ -189,9 +181,10 @@ def grid(
     for i, (image, caption) in enumerate(zip(images, captions)):
         x, y = i % columns * cell[0] + 3, i // columns * cell[1] + 3
         picture = Image.fromarray(np.asarray(image))
-        height = round(side * picture.height / picture.width)
-        filter_ = Image.Resampling.LANCZOS if picture.width > side else Image.Resampling.BICUBIC
-        sheet.paste(picture.resize((side, min(height, side)), filter_), (x, y))
+        longer = max(picture.size)
+        size = [round(side * length / longer) for length in picture.size]
+        filter_ = Image.Resampling.LANCZOS if longer > side else Image.Resampling.BICUBIC
+        sheet.paste(picture.resize(size, filter_), (x, y))
         draw.multiline_text((x, y + side + 1), _wrap(caption, side // 6), fill="black", spacing=1)
     return sheet
 

@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         smoothing=0.1,
         disable=not first_process,
     )
-    first, asked, lost = epoch, 0, 0
+    first, asked = epoch, 0
     last: dict[str, float] = {}  # the last evaluation's figures
     with cli.Stop() as stop, ThreadPoolExecutor(config.reward.threads) as pool:
         try:
@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                     report = evaluate_into(workdir, run, state, null, epoch, kept, stop)
                 begun = time.perf_counter()
                 trained, figures = one_epoch(run, state, null, epoch, pool, stop)
-                lost = count_lost(lost, figures["skipped"], config.train.max_skipped)
+                kept.lost = count_lost(kept.lost, figures["skipped"], config.train.max_skipped)
                 state, epoch = trained, epoch + 1
                 figures["seconds"] = time.perf_counter() - begun
                 figures["images_per_second"] = run.plan.images / figures["seconds"]
@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
             asked = stopped.args[0]
             pool.shutdown(wait=False, cancel_futures=True)
             if epoch > first:
-                kept.finish(epoch, state)
+                finish(kept, epoch, state)
         except Exception as error:
             pool.shutdown(wait=False, cancel_futures=True)
             keep_after(error, kept, epoch, state, began=first)
@@ -106,6 +106,18 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     if asked == signal.SIGTERM:
         raise SystemExit(cli.RESTART)
     return state
+
+
+def finish(kept: checkpoint.Kept, epoch: int, state: TrainState) -> None:
+    """Save and wait. Raises OSError where that fails; of several processes, which find room when
+    they start again or do not, the exit status for that."""
+    try:
+        kept.finish(epoch, state)
+    except OSError as error:
+        if jax.process_count() == 1:
+            raise
+        log.error("to be started again after this error", exc_info=error)
+        raise SystemExit(cli.RESTART) from error
 
 
 def keep_after(

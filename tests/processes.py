@@ -13,8 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from flowgrpo_jax import cli, recipe, rewards
+from flowgrpo_jax import cli, files, recipe, rewards
 from flowgrpo_jax.checkpoint import Checkpoints, load_lora
 from flowgrpo_jax.models import layers
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -131,6 +132,11 @@ def refuse(read, unreadable, checkpoints, step, like):
     return read(checkpoints, step, like)
 
 
+def place(folder, name):
+    """The work directory of a run, which may be in a bucket."""
+    return epath.Path(name if files.in_bucket(name) else Path(folder) / name)
+
+
 def run(folder, name, mesh, host_call, epochs):
     """What each child process does, as launchers have it done."""
     cli.connect()
@@ -139,17 +145,34 @@ def run(folder, name, mesh, host_call, epochs):
     if step := os.environ.get("UNREADABLE"):
         real = Checkpoints.read
         Checkpoints.read = lambda *arguments: refuse(real, int(step), *arguments)
-    if jax.process_count() > 1:  # each with a cache of its own, as on machines without shared disks
+    if host_call == "overlap":  # each with a cache of its own, as on machines without shared disks
         config.model.text_cache = f"{folder}/texts-{jax.process_index()}"
+    if os.environ.get("LOADS_LONG"):
+        recipe.build = lambda *_, **__: print("loading", flush=True) or time.sleep(300)
     config.epochs = epochs
-    train(config, Path(folder) / name, resume=True)
+    with cli.restarting():
+        train(config, place(folder, name), resume=True)
+    Path(folder, f"scored-{Path(name).name}-{jax.process_index()}").write_text(str(sum(calls)))
 
 
 def spawn(
-    folder, name, mesh, host_call="overlap", *, devices, processes=1, epochs=2, last=(), launcher=()
+    folder,
+    name,
+    mesh,
+    host_call="overlap",
+    *,
+    devices,
+    processes=1,
+    epochs=2,
+    each=(),
+    last=(),
+    launcher=(),
 ):
-    """The run in child processes, which share the given number of devices; the last one gets more
-    environment."""
+    """The run in child processes, which share the given number of devices.
+
+    Args:
+      each, last: more environment, of every process and of the last one.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -169,6 +192,7 @@ def spawn(
             }
         # Runs of one layout share compiled programs.
         env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
+        env |= dict(each)
         if i == processes - 1:
             env |= dict(last)
         call = f"processes.run{(str(folder), name, mesh, host_call, epochs)!r}"
@@ -211,18 +235,18 @@ def start(*run, **settings):
 def final_state(folder, name):
     """All that a run's last checkpoint holds of the training: LoRA, EMA, optimiser, key, step."""
     built = recipe.build(adapted(load(folder, {"data": 1}, "overlap"), name))
-    state, _ = Checkpoints(folder / name / "checkpoints").resume(first_state(built))
+    state, _ = Checkpoints(place(folder, name) / "checkpoints").resume(first_state(built))
     return jax.device_get(dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
 
 def outcome(folder, name):
     """(metrics without times, the EMA after training) of a run."""
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    lines = (place(folder, name) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     config = adapted(load(folder, {"data": 1}, "overlap"), name)
     built = recipe.build(config, training=False)
-    return rows, jax.device_get(load_lora(folder / name, built.model))
+    return rows, jax.device_get(load_lora(place(folder, name), built.model))
 
 
 @pytest.fixture(scope="module")

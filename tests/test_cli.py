@@ -9,8 +9,21 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from etils import epath
 
 from flowgrpo_jax import cli
+
+
+def test_a_run_that_failed_before_it_trained_can_be_begun_again(tmp_path):
+    """It may have evaluated, and that may be the best so far."""
+    (tmp_path / "run" / "best" / "0").mkdir(parents=True)
+    cli.prepare(epath.Path(tmp_path / "run"), resume=False)
+    assert not (tmp_path / "run" / "best").exists()
+    (tmp_path / "run" / "best" / "25").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="already holds a run: add --resume"):
+        cli.prepare(epath.Path(tmp_path / "run"), resume=False)
+    cli.prepare(epath.Path(tmp_path / "run"), resume=True)
+    assert (tmp_path / "run" / "best" / "25").exists()
 
 
 def test_a_signal_and_its_echo_count_once(monkeypatch):
@@ -40,6 +53,12 @@ def test_a_lost_peer_asks_for_a_restart(joined, problem, monkeypatch):
     with pytest.raises(outcome) as left, cli.restarting():
         raise jax.errors.JaxRuntimeError(problem)
     assert not lost or left.value.code == cli.RESTART
+
+
+def test_a_stop_while_loading_asks_for_a_restart():
+    with pytest.raises(SystemExit) as left, cli.restarting():
+        signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == cli.RESTART
 
 
 # What the launchers set, besides what is only JAX's concern.

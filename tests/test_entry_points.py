@@ -30,7 +30,7 @@ from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.rewards.mix import Mix
-from flowgrpo_jax.train import first_state, one_epoch, train
+from flowgrpo_jax.train import evaluate_into, first_state, one_epoch, train
 from flowgrpo_jax.types import GraphReward
 
 ROOT = Path(__file__).parent.parent
@@ -443,11 +443,25 @@ def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(folder):
     assert Checkpoints(folder / "hung" / "checkpoints").steps() == []  # nothing was trained
 
 
-def test_the_best_is_of_this_run_and_of_a_whole_evaluation(folder, whole, tmp_path):
+def test_the_best_is_of_this_run(folder, whole, tmp_path):
     """A work directory with a best checkpoint alone is another run's all the same."""
     shutil.copytree(whole.workdir / "best", tmp_path / "run" / "best")
     with pytest.raises(FileExistsError, match="already holds a run"):
         train(load(folder), tmp_path / "run")
+
+
+@pytest.mark.parametrize("failed, offered", [(0.0, [7]), (0.9, [])])
+def test_an_evaluation_whose_reward_failed_is_not_the_best(
+    folder, tmp_path, monkeypatch, failed, offered
+):
+    result = {"metrics": {"shapes": 1.0}, "per_tag": {}, "failed": failed}
+    monkeypatch.setattr("flowgrpo_jax.train.evaluate", lambda *_, **__: (result, None, None))
+    monkeypatch.setattr("flowgrpo_jax.train.save_grid", lambda *_: None)
+    run, state = SimpleNamespace(config=load(folder)), SimpleNamespace(ema={})
+    epochs: list[int] = []
+    kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
+    evaluate_into(tmp_path, run, state, None, 7, kept, cli.Stop())
+    assert epochs == offered
 
 
 @pytest.mark.parametrize("source", ["", "best"])

@@ -1,4 +1,4 @@
-"""Two processes of one run: one is killed, told to stop, or cannot read, and nothing is lost."""
+"""A process is killed, told to stop, or cannot read: nothing is lost."""
 
 import shutil
 import signal
@@ -49,6 +49,30 @@ def test_a_killed_process_costs_a_restart(folder, undisturbed):
     assert all("launch/run.sh: ended with" in output for output in outputs), outputs
     assert "ended with 137" in outputs[1]
     exactly(folder, "killed", undisturbed)
+
+
+def test_a_kill_costs_a_restart(folder):
+    """The same of a run that is one process."""
+    start(folder, "straight", {"data": 1}, devices=1)
+    last = {"KILL_AT_CALL": "6", "KILL_AFTER": str(folder / "alone" / "checkpoints" / "1")}
+    (child,) = spawn(folder, "alone", {"data": 1}, devices=1, last=last)
+    output = child.communicate(timeout=600)[0]
+    assert child.returncode == -signal.SIGKILL, output
+    torn = folder / "alone" / "checkpoints" / "2.orbax-checkpoint-tmp"
+    torn.mkdir(exist_ok=True)  # what a kill in the middle of a save leaves
+    start(folder, "alone", {"data": 1}, devices=1)
+    exactly(folder, "alone", (outcome(folder, "straight")[0], final_state(folder, "straight")))
+    assert not torn.exists()
+
+
+def test_a_stop_while_loading_ends_both_at_once(folder):
+    """There is nothing to save yet; the status is the one on which launchers start again."""
+    loading = {"LOADS_LONG": "yes"}
+    children = spawn(folder, "early", PAIR, devices=8, processes=2, each=loading)
+    for child in children:
+        assert any("loading" in line for line in child.stdout)
+        child.send_signal(signal.SIGTERM)
+    assert [child.wait(60) for child in children] == [cli.RESTART] * 2
 
 
 def test_one_process_is_told_to_stop_and_both_save(folder, undisturbed):

@@ -75,6 +75,9 @@ def test_two_processes_train_as_one(folder, one_device, host_call, mesh):
     start(folder, name, mesh, host_call, devices=8, processes=2)
     same(outcome(folder, name), one_device)
     same_pictures(folder, name, "one")
+    # Of 2 epochs of 16 images and 2 evaluations of 8, each process scored its half.
+    scored = [(folder / f"scored-{name}-{i}").read_text() for i in (0, 1)]
+    assert scored == ["24", "24"]
 
 
 def test_a_run_goes_on_in_another_layout(folder, one_device):

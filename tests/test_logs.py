@@ -1,5 +1,11 @@
 """What a run writes of its figures, when it is stopped, resumed and prolonged."""
 
+import errno
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
 from flowgrpo_jax import logs
 
 
@@ -25,3 +31,33 @@ def test_an_epoch_that_is_trained_again_is_written_again(tmp_path):
     for epoch in range(3):
         killed.write(epoch, {"reward": epoch / 10, "eval/shapes": 0.5})
     assert [row["epoch"] for row in logs.read(logs.Metrics(tmp_path, 2).file)] == [0, 1]
+
+
+def test_a_row_that_a_full_disk_cuts_is_written_whole_later(tmp_path, monkeypatch, caplog):
+    metrics = logs.Metrics(tmp_path)
+    metrics.write(0, {"reward": 0.0})
+    real = type(metrics.file).open
+
+    @contextmanager
+    def half(path, mode="r"):
+        with real(path, mode) as file:
+            write = file.write
+            file = type("Full", (), {"write": lambda _, text: write(text[: len(text) // 2])})()
+            yield file
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(type(metrics.file), "open", half)
+        metrics.write(1, {"reward": 0.1})
+    assert "No space left" in caplog.text
+    metrics.write(2, {"reward": 0.2})
+    assert [row["epoch"] for row in logs.read(metrics.file)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("height, width", [(64, 128), (128, 64), (256, 256)])
+def test_a_grid_keeps_the_pictures_proportions(height, width):
+    black = np.zeros((1, height, width, 3), np.uint8)
+    sheet = np.asarray(logs.grid(black, [""], columns=1))
+    dark = np.argwhere((sheet < 9).all(-1))
+    high, wide = np.ptp(dark, axis=0) + 1
+    assert max(high, wide) == 128 and high * width == wide * height

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from flowgrpo_jax import logs
+from flowgrpo_jax import files
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.tokenizers import Tokenizers
@@ -42,7 +42,7 @@ def loop(
     seed: int,
 ) -> dict[str, Any]:
     """Train `state` for `steps` steps from where its last checkpoint stands."""
-    checkpoints = Checkpoints(workdir / f"{name}-checkpoints", keep=1)
+    checkpoints = Checkpoints(workdir / f"{name}-checkpoints", keep=1, own=True)
     if checkpoints.steps():
         trees, _ = checkpoints.newest({"state": state})
         state = trees["state"]
@@ -166,7 +166,7 @@ def begin(args: argparse.Namespace, world: World) -> None:
                 " --workdir, or the same settings to go on"
             )
     args.workdir.mkdir(parents=True, exist_ok=True)
-    logs.replace(epath.Path(file), json.dumps(settings, indent=2) + "\n")
+    files.replace(epath.Path(file), json.dumps(settings, indent=2) + "\n")
 
 
 def main(world: World) -> None:

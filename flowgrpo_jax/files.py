@@ -1,0 +1,26 @@
+"""Paths that may lie in a bucket: `gs://...`, through etils and Orbax."""
+
+from __future__ import annotations
+
+from etils import epath
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+    return "://" in str(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root, links followed. One in a bucket is that already, and `resolve` would
+    take it for a path below the current directory."""
+    path = epath.Path(path)
+    return path if in_bucket(path) else path.resolve()
+
+
+def replace(file: epath.Path, text: str) -> None:
+    """Write a whole file. If the disk is full, the one before it stays."""
+    if in_bucket(file):  # nothing appears there before it is complete
+        file.write_text(text)
+        return
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    part.replace(file)
