@@ -54,7 +54,7 @@ def test_a_killed_process_costs_a_restart(folder, undisturbed):
 def test_a_kill_costs_a_restart(folder):
     """The same of a run that is one process."""
     start(folder, "straight", {"data": 1}, devices=1)
-    last = {"KILL_AT_CALL": "6", "KILL_AFTER": str(folder / "alone" / "checkpoints" / "1")}
+    last = {"KILL_AT_CALL": "5", "KILL_AFTER": str(folder / "alone" / "checkpoints" / "1")}
     (child,) = spawn(folder, "alone", {"data": 1}, devices=1, last=last)
     output = child.communicate(timeout=600)[0]
     assert child.returncode == -signal.SIGKILL, output
