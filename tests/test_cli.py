@@ -5,9 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
@@ -41,6 +43,37 @@ def test_a_signal_and_its_echo_count_once(monkeypatch):
         clock.now += 1.5
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_stop_of_another_process_ends_the_waiting(monkeypatch, done):
+    """Scores may be there in this process and not in the other, which was asked to stop."""
+
+    def everyone(mine):
+        theirs = False if mine.dtype == bool else signal.SIGTERM
+        return np.stack([mine, np.array(theirs, mine.dtype)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("flowgrpo_jax.sharding.everyone", everyone)
+    pending = Future()
+    if done:
+        pending.set_result("scores")
+    with cli.Stop() as stop, pytest.raises(cli.Stopped) as stopped:
+        stop.wait(pending)
+    assert stopped.value.args == (signal.SIGTERM,)
+
+
+def test_scores_are_waited_for_in_all_processes(monkeypatch):
+    answers = iter([False, 0, False, 0, True])  # of the other process: scored? asked to stop?
+    monkeypatch.setattr(
+        "flowgrpo_jax.sharding.everyone",
+        lambda mine: np.stack([mine, np.array(next(answers), mine.dtype)]),
+    )
+    pending = Future()
+    pending.set_result("scores")
+    with cli.Stop() as stop:
+        assert stop.wait(pending) == "scores"
+    assert not list(answers)
 
 
 @pytest.mark.parametrize("joined", [False, True])
