@@ -86,4 +86,6 @@ def test_a_run_goes_on_in_another_layout(folder, one_device):
     start(folder, "moved", {"data": 1}, devices=1)
     ours, theirs = outcome(folder, "moved"), one_device
     assert [row["epoch"] for row in ours[0]] == [0, 1, 2]
-    same(ours, theirs)
+    # A run that ends after an epoch has one more evaluation, which is kept when it goes on.
+    between = {k: v for k, v in ours[0][1].items() if not k.startswith("eval/")}
+    same(([ours[0][0], between, ours[0][2]], ours[1]), theirs)

@@ -91,7 +91,8 @@ def test_a_task_that_makes_no_sense(task, message):
     c = base.get_config()
     c.reward.weights = ConfigDict({"jpeg_compressibility": 1.0, "ocr": 0.0})
     c.eval.rewards = ("shapes",)
-    c.prompts.tasks = ConfigDict({"a": task})
+    other = {"train": "y.txt", "rewards": ("jpeg_compressibility",)}  # or it were for all tasks
+    c.prompts.tasks = ConfigDict({"a": task, "b": other})
     with pytest.raises(ValueError, match=message):
         settings.check(c)
 

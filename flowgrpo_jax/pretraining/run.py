@@ -42,7 +42,7 @@ def loop(
     seed: int,
 ) -> dict[str, Any]:
     """Train `state` for `steps` steps from where its last checkpoint stands."""
-    checkpoints = Checkpoints(workdir / f"{name}-checkpoints", keep=1, own=True)
+    checkpoints = Checkpoints(workdir / f"{name}-checkpoints", keep=1)
     if checkpoints.steps():
         trees, _ = checkpoints.newest({"state": state})
         state = trees["state"]
