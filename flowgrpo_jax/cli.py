@@ -137,7 +137,10 @@ def prepare(workdir: epath.Path, resume: bool) -> None:
     """
     probe = workdir / f".probe-{jax.process_index()}"
     try:
-        steps = [s.name for f in ("checkpoints", "best") for s in (workdir / f).glob("[0-9]*")]
+        kept, best = (
+            {step.name for step in (workdir / folder).glob("[0-9]*") if step.name.isdigit()}
+            for folder in ("checkpoints", "best")
+        )
         workdir.mkdir(parents=True, exist_ok=True)
         probe.write_text("to be removed")
         probe.unlink()
@@ -150,12 +153,12 @@ def prepare(workdir: epath.Path, resume: bool) -> None:
         ) from error
     if resume:
         return
-    if set(steps) - {"0"}:
+    if kept or best - {"0"}:
         raise FileExistsError(
             f"{workdir} already holds a run: add --resume to go on with it, or give another"
             " --workdir"
         )
-    if steps and jax.process_index() == 0:  # the best of a run that failed before it trained
+    if best and jax.process_index() == 0:  # what a run that saved nothing evaluated at its start
         (workdir / "best").rmtree()
 
 

@@ -84,6 +84,9 @@ class Metrics:
                 self.wandb.log(row, step=epoch)
 
     def close(self) -> None:
+        with spared(str(self.file)):
+            if self.active and self.unwritten:
+                files.replace(self.file, self.text + self.unwritten)
         with spared("TensorBoard's events"):
             if self.events:
                 self.events.writer.close()

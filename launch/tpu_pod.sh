@@ -62,7 +62,7 @@ create() {
 install() {
   : "${REPOSITORY:?the address that every worker clones}"
   everywhere "set -e; [ -d flowgrpo_jax ] || git clone $(printf %q "$REPOSITORY") flowgrpo_jax
-    cd flowgrpo_jax; git fetch -q; git checkout -q $(printf %q "$REVISION")
+    cd flowgrpo_jax; rm -f .venv/installed; git fetch -q; git checkout -q $(printf %q "$REVISION")
     [ -x ~/.uv/uv ] ||
       curl -LsSf https://astral.sh/uv/$UV/install.sh | UV_UNMANAGED_INSTALL=~/.uv sh
     [ -d .venv ] || ~/.uv/uv venv -q --python 3.12 .venv

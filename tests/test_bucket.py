@@ -49,6 +49,7 @@ def bucket():
             yield epath.Path("gs://bucket")
     finally:
         server.kill()
+        server.wait()
 
 
 def make_bucket(where, name, patience=20.0):

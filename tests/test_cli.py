@@ -21,6 +21,10 @@ def test_a_run_that_failed_before_it_trained_can_be_begun_again(tmp_path):
     (tmp_path / "run" / "best" / "0").mkdir(parents=True)
     cli.prepare(epath.Path(tmp_path / "run"), resume=False)
     assert not (tmp_path / "run" / "best").exists()
+    (tmp_path / "run" / "checkpoints" / "0").mkdir(parents=True)  # epochs=0
+    with pytest.raises(FileExistsError, match="already holds a run: add --resume"):
+        cli.prepare(epath.Path(tmp_path / "run"), resume=False)
+    (tmp_path / "run" / "checkpoints" / "0").rmdir()
     (tmp_path / "run" / "best" / "25").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="already holds a run: add --resume"):
         cli.prepare(epath.Path(tmp_path / "run"), resume=False)

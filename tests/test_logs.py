@@ -33,7 +33,8 @@ def test_an_epoch_that_is_trained_again_is_written_again(tmp_path):
     assert [row["epoch"] for row in logs.read(logs.Metrics(tmp_path, 2).file)] == [0, 1]
 
 
-def test_a_row_that_a_full_disk_cuts_is_written_whole_later(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_row_that_a_full_disk_cuts_is_written_whole_later(tmp_path, monkeypatch, caplog, more):
     metrics = logs.Metrics(tmp_path)
     metrics.write(0, {"reward": 0.0})
     real = type(metrics.file).open
@@ -50,8 +51,10 @@ def test_a_row_that_a_full_disk_cuts_is_written_whole_later(tmp_path, monkeypatc
         full.setattr(type(metrics.file), "open", half)
         metrics.write(1, {"reward": 0.1})
     assert "No space left" in caplog.text
-    metrics.write(2, {"reward": 0.2})
-    assert [row["epoch"] for row in logs.read(metrics.file)] == [0, 1, 2]
+    if more:
+        metrics.write(2, {"reward": 0.2})
+    metrics.close()
+    assert [row["epoch"] for row in logs.read(metrics.file)] == [0, 1] + more * [2]
 
 
 @pytest.mark.parametrize("height, width", [(64, 128), (128, 64), (256, 256)])
