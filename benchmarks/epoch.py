@@ -283,10 +283,10 @@ def start(
 
 
 def measure(workers: dict[str, Worker], repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Every engine's epochs, drawn in turns."""
+    """Every engine's epochs, drawn in turns, each time in the other order."""
     epochs: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     for i in range(repeats):
-        for name, worker in workers.items():
+        for name, worker in list(workers.items())[:: 1 if i % 2 == 0 else -1]:
             epochs[name].append(worker.ask("epoch"))
             print(f"{name}: epoch {i + 1}/{repeats} {epochs[name][-1]['epoch']:.2f} s", flush=True)
     return epochs
@@ -312,7 +312,7 @@ def machine() -> dict[str, Any]:
         "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "commit": commit,
         **{name: version(name) for name in PACKAGES},

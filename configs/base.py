@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
     c.train.weight_decay = 1e-4  # AdamW
     c.train.max_grad_norm = 1.0  # clip of the global gradient norm
     c.train.max_skipped = 5  # epochs in a row without a finite gradient before the run stops
+    c.train.loss = "clip"  # a row of grpo.LOSSES
     c.train.clip_range = (
         1e-4  # of the ratio, which is a mean over latent dimensions (see reduction)
     )

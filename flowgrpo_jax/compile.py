@@ -169,7 +169,10 @@ def programs(
         lambda x: array(everywhere, plan.groups, *x.shape[1:], dtype=x.dtype),
         jax.eval_shape(model.encode_text, text, ids),
     )
-    null = jax.tree.map(lambda x: array(everywhere, 1, *x.shape[1:], dtype=x.dtype), cond)
+    null, tested = (
+        jax.tree.map(lambda x, n=n: array(everywhere, n, *x.shape[1:], dtype=x.dtype), cond)
+        for n in (1, config.eval.micro_batch or plan.micro_batch)
+    )
 
     process = recipe.make_process(config, model.shift)
     built = recipe.make_programs(config, model, mesh, plan, process, optimiser)
@@ -185,10 +188,11 @@ def programs(
         )
         for n in (m, micro)
     ]
-    scoring, judging = score(config, mesh, plan.groups, *pictures)
+    scoring, judging = score(config, mesh, (plan.groups, *pictures[0]), (micro, *pictures[1]))
     towers = {id(x): x for program in (*scoring, *judging) for x in jax.tree.leaves(program[1][0])}
 
     sampling = (state.lora, weights, cond, null)
+    evaluating = (state.lora, weights, tested, null, array(rows, micro), keys)
     sample = (*sampling, state.key, 0, scalar, one_each, one_each, one_each)
     reference = state.lora if config.lora.rank else {}
     policy = (state.lora, reference, weights["transformer"], cond, null)
@@ -202,7 +206,7 @@ def programs(
         *(Program("score", batches, *program) for program in scoring),
         Program("accumulate", batches, built.accumulate, (gradient, figures, *policy, *replay)),
         Program("apply", plan.updates, built.apply, (state, gradient)),
-        Program("evaluate", evaluated, built.generate, (*sampling, array(rows, micro), keys)),
+        Program("evaluate", evaluated, built.generate, evaluating),
         *(Program("judge", evaluated, *program) for program in judging),
     ]
     # An epoch that is stopped never happened: its first state stays beside the newest.
@@ -217,17 +221,17 @@ Scoring = list[tuple[Any, tuple[Any, ...]]]  # a program and its arguments; none
 
 
 def score(
-    config: ConfigDict, mesh: Mesh, prompts: int, *batches: tuple[Any, Any]
+    config: ConfigDict, mesh: Mesh, *batches: tuple[int, Any, Any]
 ) -> tuple[Scoring, Scoring]:
     """The programs of the rewards in the graph: those of training and those of evaluation.
 
     Args:
-      batches: (images, rows) of a micro-batch of training, and of evaluation.
+      batches: (prompts, images, rows) of a micro-batch of training, and of evaluation.
     """
     everywhere = sharding.replicated(mesh)
     place = graph.once(lambda x: laid_out(x, everywhere))  # towers that are shared, once
 
-    def program(names: tuple[str, ...], images: Any, rows: Any) -> Scoring:
+    def program(names: tuple[str, ...], prompts: int, images: Any, rows: Any) -> Scoring:
         found = described.describe(names, config.reward.options.to_dict())
         if not found:
             return []
@@ -245,6 +249,12 @@ def score(
         program(mix.names, *batch) for mix, batch in zip(recipe.reward_mixes(config), batches)
     )
     return training, testing
+
+
+def undescribed(config: ConfigDict) -> list[str]:
+    """The rewards of training and evaluation that no program here is for."""
+    names = {name for mix in recipe.reward_mixes(config) for name in mix.names}
+    return sorted(names - set(described.describe(names, config.reward.options.to_dict())))
 
 
 # ------------------------------------------------------------------------------------ report
@@ -364,6 +374,8 @@ def main(_: list[str]) -> None:
     )
     part = f" (of {', '.join(wanted)} alone)" if len(reports) < len(listed) else ""
     print(table(reports, resident, chip), verdict + part, sep="\n")
+    if uncounted := undescribed(config):
+        print(f"not counted: {', '.join(uncounted)} (on the host, or not in rewards/described.py)")
     if flags.FLAGS.out:
         result = {
             "config": config.to_dict(),

@@ -38,7 +38,7 @@ def main(_: list[str]) -> None:
         raise ValueError("config.model.text_cache is empty: say where to keep the encoded prompts")
     mesh = sharding.make_mesh(**config.mesh)
     texts = needed(config, flags.FLAGS.epochs or config.epochs)
-    model = recipe.load_model(config, mesh)
+    model = recipe.load_model(config, mesh, texts_alone=True)
     for i in tqdm(range(0, len(texts), TEXTS), desc="encode", unit="batch"):
         recipe.encode(config, model, mesh, texts[i : i + TEXTS])
     print(f"{len(texts)} prompts are in {config.model.text_cache}")

@@ -2,10 +2,11 @@
 
     python -m flowgrpo_jax.export --workdir runs/shapes --out lora
 
-Writes OUT/diffusers/pytorch_lora_weights.safetensors (`pipe.load_lora_weights`) and OUT/peft/
-(`PeftModel.from_pretrained`), and reads both back before it reports success. Of a run without an
-adapter (lora.rank=0) it writes OUT/transformer, a component in diffusers layout
-(`SD3Transformer2DModel.from_pretrained`), in float32.
+Writes OUT/diffusers/pytorch_lora_weights.safetensors (`pipe.load_lora_weights`), OUT/peft/
+(`PeftModel.from_pretrained`) and OUT/comfyui/lora.safetensors (for ComfyUI's models/loras), and
+reads them back before it reports success. Of a run without an adapter (lora.rank=0) it writes
+OUT/transformer, a component in diffusers layout (`SD3Transformer2DModel.from_pretrained`), in
+float32.
 """
 
 from __future__ import annotations
@@ -41,7 +42,13 @@ def export(
     parts = sd3.find_architecture(config["model"]["path"], t5=False)
     model = sd3.describe(parts, lora_spec=spec)
     source = workdir / "checkpoints" / str(step) if step is not None else workdir
-    source = workdir / "best" if best else source
+    if best:
+        source = workdir / "best"
+        if not any(source.glob("[0-9]*")):
+            raise FileNotFoundError(
+                f"{workdir} has no best checkpoint: train with checkpoint.best and eval.every set,"
+                " or export without --best"
+            )
     adapter = checkpoint.load_lora(source, model)
     if not spec.rank:
         return [export_transformer(adapter, sd3.resolve(config["model"]["path"], t5=False), out)]

@@ -9,10 +9,11 @@ Deviation from yifan123/flow_grpo: images whose group has no spread keep their p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-STD_MODES = ("group", "global", "none")
 COMBINATIONS = ("rewards", "advantages")
 
 
@@ -74,16 +75,20 @@ def advantages(
     """
     r = jnp.where(valid, rewards, 0.0).reshape(-1, group_size).astype(jnp.float32)
     w = valid.reshape(-1, group_size).astype(jnp.float32)
-    mean = _mean(r, w, axis=1)
-    centred = (r - mean) * w
-    if std == "group":
-        scale = jnp.sqrt(_mean(jnp.square(centred), w, axis=1)) + epsilon
-    elif std == "global":
-        overall = _mean(r, w, axis=None)
-        scale = jnp.sqrt(_mean(jnp.square((r - overall) * w), w, axis=None)) + epsilon
-    else:
-        scale = jnp.ones(())
-    return jnp.clip(centred / scale, -clip, clip).reshape(-1)
+    centred = (r - _mean(r, w, axis=1)) * w
+    return jnp.clip(centred / STD_MODES[std](r, w, epsilon), -clip, clip).reshape(-1)
+
+
+def _deviation(r: jax.Array, w: jax.Array, axis: int | None) -> jax.Array:
+    return jnp.sqrt(_mean(jnp.square((r - _mean(r, w, axis)) * w), w, axis))
+
+
+# What centred rewards are divided by: f(rewards [P, G], weights [P, G], epsilon) -> [P or 1, 1].
+STD_MODES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
+    "group": lambda r, w, epsilon: _deviation(r, w, 1) + epsilon,
+    "global": lambda r, w, epsilon: _deviation(r, w, None) + epsilon,
+    "none": lambda r, w, epsilon: jnp.ones((1, 1)),
+}
 
 
 def _mean(x: jax.Array, weight: jax.Array, axis: int | None) -> jax.Array:
@@ -97,7 +102,15 @@ def _mean(x: jax.Array, weight: jax.Array, axis: int | None) -> jax.Array:
 def policy_loss(
     log_prob: jax.Array, old_log_prob: jax.Array, advantage: jax.Array, clip_range: float
 ) -> tuple[jax.Array, jax.Array]:
-    """(loss [M], ratio [M]): max(-A r, -A clip(r, 1 - c, 1 + c)), r = exp(log_prob - old)."""
-    ratio = jnp.exp(log_prob - old_log_prob)
+    """(loss [M], ratio [M]): max(-A r, -A clip(r, 1 - c, 1 + c)), r = exp(log_prob - old).
+
+    Beyond e^60 the ratio is a constant, or infinity times no advantage were NaN: summed log-probs
+    (`sample.reduction="sum"`) get there.
+    """
+    ratio = jnp.exp(jnp.minimum(log_prob - old_log_prob, 60.0))
     clipped = jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
     return jnp.maximum(-advantage * ratio, -advantage * clipped), ratio
+
+
+# f(log_prob [M], old_log_prob [M], advantage [M], clip_range) -> (loss [M], ratio [M])
+LOSSES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"clip": policy_loss}

@@ -99,7 +99,9 @@ def encode(config: ConfigDict, model: sd3.SD3, mesh: Mesh, texts: list[str]) -> 
     return sharding.replicate(mesh, cond)
 
 
-def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None) -> sd3.SD3:
+def load_model(
+    config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None, *, texts_alone: bool = False
+) -> sd3.SD3:
     spec = lora_spec or LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
     return sd3.load(
         config.model.path,
@@ -109,6 +111,7 @@ def load_model(config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None
         t5_length=config.model.t5_length,
         remat=config.model.remat,
         place=sharding.place(mesh),
+        texts_alone=texts_alone,
         gather=sharding.gather(mesh),
     )
 
@@ -218,18 +221,26 @@ def scorers(
     *,
     training: bool = True,
 ) -> tuple[Scorer, Scorer]:
-    """Of training, which without `training` has no rewards, and of evaluation.
+    """Of training, which without `training` has no rewards, and of evaluation, which has none in a
+    run that never evaluates.
 
     Both share what they load, and what lies on the devices. Raises what loading a reward raises,
-    and RuntimeError where a reward on another machine does not answer.
+    ValueError for prompts that a reward cannot judge, and RuntimeError where a reward on another
+    machine does not answer.
     """
     mix, test_mix = reward_mixes(config)
     mix = mix if training else Mix({})
+    test_mix = test_mix if not training or (test_prompts and config.eval.every) else Mix({})
     loaded = rewards.load(
         dict.fromkeys(mix.names + test_mix.names), config.reward.options.to_dict()
     )
-    for reward in loaded.values():
+    for name, reward in loaded.items():
         getattr(reward, "ready", lambda: None)()  # a remote one raises where nobody answers
+        check_record = getattr(reward, "check", lambda record: None)
+        for chosen, records in ((mix, train_prompts), (test_mix, test_prompts)):
+            for record in records:
+                if chosen.applies(name, record):
+                    check_record(record)
     if seconds := config.reward.timeout:
         loaded = {
             name: reward if isinstance(reward, GraphReward) else host.Limited(reward, seconds)
@@ -297,7 +308,7 @@ def make_programs(
         " divisor, or cut by mesh.fsdp",
     )
     latent = model.latent_shape(config.model.height, config.model.width)
-    objective = update.Objective(t.clip_range, t.kl_beta, t.kl_weighting)
+    objective = update.Objective(t.clip_range, t.kl_beta, t.kl_weighting, t.loss)
     return Programs(
         sample=programs.sample(
             model,

@@ -127,6 +127,7 @@ def check(config: ConfigDict) -> None:
     choice(config, "sample", "kernel", sde.KERNELS)
     choice(config, "sample", "density", sde.DENSITIES)
     choice(config, "sample", "reduction", sde.REDUCTIONS)
+    choice(config, "train", "loss", grpo.LOSSES)
     choice(config, "train", "advantage_std", grpo.STD_MODES)
     choice(config, "train", "kl_weighting", sde.KL_WEIGHTINGS)
     choice(config, "train", "step_choice", ("random", "first"))

@@ -344,8 +344,13 @@ def evaluate_into(
         for name, value in values.items()
     }
     report = {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
-    if result["failed"] <= run.config.reward.max_failed:
+    best = run.config.checkpoint.best
+    if (failed := result["failures"].get(best, 0.0)) <= run.config.reward.max_failed:
         kept.offer(epoch, state, report)
+    else:
+        log.warning(
+            "epoch %d: %s failed on %.0f%% and cannot be the best", epoch, best, 100 * failed
+        )
     return report
 
 

@@ -21,11 +21,12 @@ from flowgrpo_jax.types import Params, TrainState, Trajectory
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the clipped loss plus `kl_beta` times the KL to the reference."""
+    """What is minimised: a row of `grpo.LOSSES` plus `kl_beta` times the KL to the reference."""
 
     clip_range: float
     kl_beta: float = 0.0
     kl_weighting: str = "exact"
+    loss: str = "clip"
 
 
 # Per-transition figures that are averaged over an update; `ratio_gap` is the largest instead.
@@ -54,7 +55,9 @@ def transition_loss(
     sigmas = jnp.asarray(process.sigmas, jnp.float32)
     sigma, dt = sigmas[step], sigmas[step + 1] - sigmas[step]
     new = process.transition(x, velocity(lora, x, sigma), step, x_next=x_next)
-    loss, ratio = grpo.policy_loss(new.log_prob, old_log_prob, advantage, objective.clip_range)
+    loss, ratio = grpo.LOSSES[objective.loss](
+        new.log_prob, old_log_prob, advantage, objective.clip_range
+    )
     kl = jnp.zeros_like(loss)
     if objective.kl_beta:
         v_ref = jax.lax.stop_gradient(velocity(reference, x, sigma))

@@ -25,6 +25,7 @@ from PIL import Image
 from flowgrpo_jax import checkpoint, cli, logs, recipe, rewards, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
+from flowgrpo_jax.export import export
 from flowgrpo_jax.generate import generate, t5_limit
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
@@ -183,6 +184,20 @@ def test_prompts_that_were_encoded_ahead_need_no_encoder(folder, half, monkeypat
     train(load(folder, epochs=2, model__text_cache=str(texts)), folder / "ahead")
     for ours, theirs in zip(rows(folder / "ahead"), rows(half), strict=True):
         assert timeless(ours) == pytest.approx(timeless(theirs), rel=1e-3, abs=1e-5)
+
+
+def test_encoding_reads_the_encoders_alone(folder, monkeypatch):
+    """It is for devices that are too small for all of the model at once."""
+    real, read = sd3.convert.load, []
+
+    def load_weights(directory, *args, **kwargs):
+        read.append(directory.name)
+        return real(directory, *args, **kwargs)
+
+    monkeypatch.setattr(sd3.convert, "load", load_weights)
+    model = recipe.load_model(load(folder), sharding.make_mesh(), texts_alone=True)
+    assert read == [] and model.encode(["a circle"]).tokens.shape[0] == 1
+    assert sorted(read) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
 
 
 def test_training_changes_the_policy(whole):
@@ -450,11 +465,15 @@ def test_the_best_is_of_this_run(folder, whole, tmp_path):
         train(load(folder), tmp_path / "run")
 
 
-@pytest.mark.parametrize("failed, offered", [(0.0, [7]), (0.9, [])])
+@pytest.mark.parametrize(
+    "best, other, offered", [(0.0, 0.0, [7]), (0.0, 1.0, [7]), (0.9, 0.0, []), (0.9, 1.0, [])]
+)
 def test_an_evaluation_whose_reward_failed_is_not_the_best(
-    folder, tmp_path, monkeypatch, failed, offered
+    folder, tmp_path, monkeypatch, caplog, best, other, offered
 ):
-    result = {"metrics": {"shapes": 1.0}, "per_tag": {}, "failed": failed}
+    """That of `checkpoint.best` alone: a monitor that fails costs nothing but its own figure."""
+    failures = {"jpeg_incompressibility": best, "shapes": other}
+    result = {"metrics": {"shapes": 1.0}, "per_tag": {}, "failed": 1.0, "failures": failures}
     monkeypatch.setattr("flowgrpo_jax.train.evaluate", lambda *_, **__: (result, None, None))
     monkeypatch.setattr("flowgrpo_jax.train.save_grid", lambda *_: None)
     run, state = SimpleNamespace(config=load(folder)), SimpleNamespace(ema={})
@@ -462,6 +481,9 @@ def test_an_evaluation_whose_reward_failed_is_not_the_best(
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
     evaluate_into(tmp_path, run, state, None, 7, kept, cli.Stop())
     assert epochs == offered
+    assert ("jpeg_incompressibility failed on 90% and cannot be the best" in caplog.text) is (
+        not offered
+    )
 
 
 @pytest.mark.parametrize("source", ["", "best"])
@@ -635,6 +657,7 @@ def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
         "odd": {"number": 1.0, "same": 1.0},
     }
     assert result["failed"] == pytest.approx(2 / 5)
+    assert result["failures"] == {"number": pytest.approx(2 / 5), "same": 0.0}
 
 
 def load_eval(**settings):
@@ -655,7 +678,7 @@ def test_an_exported_lora_draws_what_the_checkpoint_draws(folder, whole):
     _, expected, _ = evaluate(run, ema, run.encode([""]))
 
     printed = call(folder, "export", "--workdir=whole", "--out=lora").split()
-    assert len(printed) == 2 and all(Path(folder, file).is_file() for file in printed)
+    assert len(printed) == 3 and all(Path(folder, file).is_file() for file in printed)
     for lora in ("lora", *printed):
         again = checkpoint.load_lora(folder / lora, run.model)
         jax.tree.map(np.testing.assert_array_equal, again, whole.state.ema)
@@ -663,6 +686,13 @@ def test_an_exported_lora_draws_what_the_checkpoint_draws(folder, whole):
     settings = ["--steps=3", "--guidance=1", "--seed=5", "--out=drawn/one.png"]
     call(folder, "generate", "--model=shapes", f"--prompt={prompt}", "--lora=lora", *settings)
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "drawn" / "one.png")), expected[0])
+
+
+def test_a_run_that_kept_no_best_says_so(whole, tmp_path):
+    shutil.copytree(whole.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "best")
+    with pytest.raises(FileNotFoundError, match=r"no best checkpoint: train with checkpoint\.best"):
+        export(tmp_path / "run", tmp_path / "lora", best=True)
 
 
 def test_generating_with_the_base(folder):

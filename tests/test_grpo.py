@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import zscore
 
-from flowgrpo_jax.grpo import STD_MODES, advantages, combined_advantages, policy_loss
+from flowgrpo_jax.grpo import LOSSES, STD_MODES, advantages, combined_advantages, policy_loss
 
 REWARDS = np.random.default_rng(0).normal(20, 3, size=(4, 6)).astype(np.float32)
 
@@ -93,9 +93,6 @@ def test_only_group_std_forgets_a_groups_own_scale():
     )
 
 
-# ------------------------------------------------------------------------------ the loss
-
-
 # --------------------------------------------------------------------------- several rewards
 
 
@@ -139,6 +136,9 @@ def test_a_failed_score_takes_its_image_out_unless_it_is_a_monitors(combine):
     np.testing.assert_array_equal(absent, watched)
 
 
+# ------------------------------------------------------------------------------ the loss
+
+
 @pytest.mark.parametrize(
     "advantage, ratio, loss, slope",  # slope = d loss / d log_prob, 0 where the clip holds
     [
@@ -163,7 +163,22 @@ def test_clipped_loss(advantage, ratio, loss, slope):
     np.testing.assert_allclose([ours, its_ratio, gradient], [loss, ratio, slope], atol=1e-6)
 
 
-def test_on_policy_the_gradient_is_the_policy_gradient():
+@pytest.mark.parametrize("name", LOSSES)
+def test_on_policy_the_gradient_is_the_policy_gradient(name):
     log_prob, advantage = jnp.linspace(-3, 3, 7), jnp.linspace(-5, 5, 7)
-    gradient = jax.grad(lambda p: policy_loss(p, log_prob, advantage, 1e-5)[0].sum())(log_prob)
+    gradient = jax.grad(lambda p: LOSSES[name](p, log_prob, advantage, 1e-5)[0].sum())(log_prob)
     np.testing.assert_allclose(gradient, -advantage)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("log_ratio", [-1e4, 100.0, 1e4])
+def test_far_off_policy_loss_and_gradient_are_finite(name, log_ratio):
+    """Log-probs that are sums over 65,536 dimensions move by as much, and one such image must not
+    take the whole update with it, least of all one without an advantage."""
+    advantage, old = jnp.array([1.0, 0.0, -1.0]), jnp.zeros(3)
+
+    def total(log_prob):
+        return LOSSES[name](log_prob, old, advantage, 0.2)[0].sum()
+
+    value, gradient = jax.value_and_grad(total)(old + log_ratio)
+    assert np.isfinite(value) and np.isfinite(gradient).all() and gradient[1] == 0

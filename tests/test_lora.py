@@ -29,7 +29,11 @@ SPECS = {
     "SD3's": LoRASpec(rank=4, alpha=8.0),
     "chosen": LoRASpec(3, 7.0, ("attn2.to_v", "ff.net.0.proj", "ff_context.net.2", "proj_out")),
 }
-FILES = {"diffusers": lora.DIFFUSERS_FILE, "peft": lora.PEFT_FILE}
+FILES = {
+    "diffusers": lora.DIFFUSERS_FILE,
+    "peft": lora.PEFT_FILE,
+    "comfyui": lora.COMFYUI_FILE,
+}
 
 
 def shapes_of(spec, config=SMALL):
@@ -131,7 +135,7 @@ def test_files_read_back_as_written(tmp_path):
         factors = random_factors(shapes)
         written = lora.write(factors, spec, tmp_path, "somewhere/model")
         assert written == [tmp_path / folder / name for folder, name in FILES.items()]
-        for path in (tmp_path, tmp_path / "diffusers", tmp_path / "peft", *written):
+        for path in (tmp_path, *(tmp_path / folder for folder in FILES), *written):
             file, found = lora.read_spec(path)
             assert (found.rank, found.alpha) == (spec.rank, spec.alpha)
             assert set(found.targets) == set(spec.targets)
@@ -143,7 +147,7 @@ def test_files_without_what_they_need_are_refused(tmp_path):
     shapes, _ = shapes_of(spec)
     with pytest.raises(FileNotFoundError, match=f"no LoRA at {tmp_path}: looked for "):
         lora.read_spec(tmp_path)
-    file, _ = lora.write(random_factors(shapes), spec, tmp_path, "model")
+    file, *_ = lora.write(random_factors(shapes), spec, tmp_path, "model")
     tensors = load_file(file)
     save_file(tensors, file)
     with pytest.raises(
@@ -168,7 +172,7 @@ def test_files_without_what_they_need_are_refused(tmp_path):
 
 def test_factors_that_do_not_fit_are_one_error(tmp_path):
     shapes, _ = shapes_of(LoRASpec(4, 8.0, ("ff.net.0.proj", "proj_out")))
-    file, _ = lora.write(random_factors(shapes), LoRASpec(4, 8.0), tmp_path, "model")
+    file, *_ = lora.write(random_factors(shapes), LoRASpec(4, 8.0), tmp_path, "model")
     wrong_rank, _ = shapes_of(LoRASpec(2, 8.0, ("ff.net.2", "proj_out")))
     with pytest.raises(ValueError) as caught:
         lora.read(file, wrong_rank)
@@ -232,6 +236,28 @@ def test_exports_act_in_diffusers_and_peft_as_here(checkpoint, pipeline, tmp_pat
     in_diffusers = diffusers.StableDiffusion3Pipeline(**parts)
     in_diffusers.load_lora_weights(tmp_path / "diffusers")
     assert worst(ours, their_velocity(in_diffusers.transformer, *given)) <= TOLERANCE
+    patched = fresh()
+    patch_as_comfyui(patched, load_file(tmp_path / "comfyui" / lora.COMFYUI_FILE))
+    assert worst(ours, their_velocity(patched, *given)) <= TOLERANCE
+
+
+def patch_as_comfyui(transformer, tensors):
+    """What comfy/lora.py and comfy/weight_adapter/lora.py do, of the names that are diffusers':
+    W += alpha / rank B A where `MODULE.alpha` is a number, and B A where it is missing."""
+    from torch_models import torch
+
+    left = set(tensors)
+    for name, weight in transformer.named_parameters():
+        module = f"transformer.{name.removesuffix('.weight')}"
+        if f"{module}.lora_B.weight" not in tensors:
+            continue
+        mine = [f"{module}.{part}" for part in ("lora_B.weight", "lora_A.weight", "alpha")]
+        b, a = (torch.from_numpy(tensors[key]) for key in mine[:2])
+        scale = tensors[mine[2]].item() / len(a) if mine[2] in tensors else 1.0
+        with torch.no_grad():
+            weight += scale * (b @ a)
+        left -= set(mine)
+    assert not left  # ComfyUI only warns of "lora key not loaded"
 
 
 def test_their_files_act_here_as_there(checkpoint, pipeline, tmp_path):
@@ -252,7 +278,7 @@ def test_their_files_act_here_as_there(checkpoint, pipeline, tmp_path):
     model = sd3.load(checkpoint, lora_spec=spec)
     given = inputs(model)
     wanted = their_velocity(theirs, *given)
-    for folder in FILES:
+    for folder in ("peft", "diffusers"):
         file, found = lora.read_spec(tmp_path / folder)
         assert (found.rank, found.scale) == (3, 7 / 3)
         factors = lora.read(file, model.lora_shapes)

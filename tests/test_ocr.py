@@ -159,6 +159,11 @@ def test_rewards_of_the_same_options_read_a_picture_once(monkeypatch):
     assert rows["ocr_lenient"](*batch)[0].tolist() == [1, 1]
     assert rows["ocr_exact"](batch[0], ['"stop"', '"Stop stop"'], [{}] * 2)[0].tolist() == [0, 1]
     assert len(looks) == 2
+    # What the rows are by does not depend on how `ocr` itself is set.
+    for options in ({"workers": 1, "strict": False}, {"workers": 1, "exact": True}):
+        again = rewards.load(["ocr_lenient", "ocr_exact"], {"ocr": options})
+        assert again["ocr_lenient"](*batch)[0].tolist() == [1, 1]
+        assert again["ocr_exact"](*batch)[0].tolist() == [0, 0]
     rewards.load(["ocr"], {"ocr": {"workers": 1, "upscale": 2}})["ocr"](*batch)
     assert len(looks) == 4
 

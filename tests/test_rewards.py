@@ -18,7 +18,8 @@ from PIL import Image
 from configs import ocr as ocr_recipe
 from configs import shapes
 from flowgrpo_jax import grpo, recipe, rewards, sharding
-from flowgrpo_jax.rewards import graph, host, ocr, remote
+from flowgrpo_jax.rewards import graph, host, imagereward, ocr, remote
+from flowgrpo_jax.rewards import shapes as shapes_rewards
 from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.shapes.render import Thing, render
@@ -96,9 +97,9 @@ def test_a_row_that_shares_options_may_have_its_own(monkeypatch):
     rewards.load(["ocr_lenient", "ocr"], {"ocr": {"workers": 2, "strict": True}})
     rewards.load(["ocr_lenient"], {"ocr_lenient": {"workers": 3}, "ocr": {"workers": 2}})
     assert seen == [
-        {"workers": 2, "strict": False},
+        {"workers": 2, "strict": False, "exact": False},
         {"workers": 2, "strict": True},
-        {"workers": 3, "strict": False},
+        {"workers": 3, "strict": False, "exact": False},
     ]
 
 
@@ -330,10 +331,50 @@ def test_a_recipe_s_scorers_place_what_they_share_once(training, monkeypatch):
     config.reward.weights = ConfigDict({"trained": 1.0, "watched": 0.0})
     config.reward.options = ConfigDict({name: {"head": 1} for name in names})
     config.eval.rewards, config.checkpoint.best = ("watched", "tested"), "tested"
-    scorer, test_scorer = recipe.scorers(config, sharding.make_mesh(), [], [], training=training)
+    records = [{"prompt": "a"}]
+    scorer, test_scorer = recipe.scorers(
+        config, sharding.make_mesh(), records, records, training=training
+    )
     assert test_scorer.mix.names == tuple(test_scorer.in_graph) == ("watched", "tested")
     assert scorer.mix.names == tuple(scorer.in_graph) == ("trained", "watched") * training
     assert len(placed) == len(TOWER) + (3 if training else 2)
+
+
+@pytest.mark.parametrize("every, tested", [(0, [{"prompt": "a"}]), (5, [])])
+def test_a_run_that_never_evaluates_loads_no_rewards_for_it(every, tested, monkeypatch):
+    config = shapes.get_config()
+    config.eval.rewards, config.eval.every = ("imagereward",), every
+    monkeypatch.setattr(imagereward, "make", lambda **options: pytest.fail("it was loaded"))
+    scorer, test_scorer = recipe.scorers(config, sharding.make_mesh(), tested, tested)
+    assert scorer.mix.names == ("shapes",) and test_scorer.mix.names == ()
+
+
+def test_prompts_that_a_reward_cannot_judge_are_an_early_error(monkeypatch):
+    """Only those that it is for."""
+
+    def check(record):
+        if "class" not in record:
+            raise ValueError(f"{record['prompt']!r} has no class")
+
+    def graded(images, prompts, metadata):
+        return np.zeros(len(images)), np.ones(len(images), bool)
+
+    graded.check = check
+    monkeypatch.setattr(shapes_rewards, "graded", graded)
+    config = shapes.get_config()
+    config.eval.every = 0
+    good, bad = {"prompt": "a", "class": "x", "task": "one"}, {"prompt": "b", "task": "two"}
+    recipe.scorers(config, sharding.make_mesh(), [good], [bad])
+    with pytest.raises(ValueError, match="'b' has no class"):
+        recipe.scorers(config, sharding.make_mesh(), [good, bad], [])
+    config.reward.weights = ConfigDict({"shapes": 1.0, "jpeg_compressibility": 1.0})
+    config.prompts.tasks = ConfigDict({"one": {"rewards": ("shapes",)}, "two": {}})
+    with pytest.raises(ValueError, match="'b' has no class"):  # a task without a list takes all
+        recipe.scorers(config, sharding.make_mesh(), [good, bad], [])
+    config.prompts.tasks = ConfigDict(
+        {"one": {"rewards": ("shapes",)}, "two": {"rewards": ("jpeg_compressibility",)}}
+    )
+    recipe.scorers(config, sharding.make_mesh(), [good, bad], [])
 
 
 # ----------------------------------------------------------------------- called in two ways

@@ -77,6 +77,23 @@ def test_which_rewards_a_task_has():
     assert tasks.reward_weights({}, weights) == {}
 
 
+def test_rows_that_judge_as_another_otherwise_go_where_it_goes():
+    """Else the monitors of one task would be asked about the prompts of the others."""
+    chosen = {
+        "compose": {"rewards": ("geneval",)},
+        "write": {"rewards": ("ocr", "ocr_exact")},
+        "all": {},
+    }
+    names = ("geneval", "geneval_strict", "ocr", "ocr_exact", "ocr_lenient", "aesthetic")
+    weights = dict.fromkeys(names, 0.0)
+    of = {task: set(found) for task, found in tasks.reward_weights(chosen, weights).items()}
+    assert of == {
+        "compose": {"geneval", "geneval_strict", "aesthetic"},
+        "write": {"ocr", "ocr_exact", "ocr_lenient", "aesthetic"},
+        "all": set(names),
+    }
+
+
 @pytest.mark.parametrize(
     "task, message",
     [

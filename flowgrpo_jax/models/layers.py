@@ -126,10 +126,3 @@ def timestep_embedding(t: jax.Array, width: int, max_period: float = 10_000.0) -
     freqs = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * freqs
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """Softmax attention over [B, tokens, heads, head_dim]; `bias` [.., heads, q, k] is added."""
-    if bias is not None:
-        bias = jnp.asarray(bias, q.dtype)
-    return jax.nn.dot_product_attention(q, k, v, bias=bias)

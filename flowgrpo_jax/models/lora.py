@@ -5,7 +5,9 @@ an adapter starts as the identity and "the reference policy" is the adapter with
 
 Files: diffusers reads `transformer.{module}.lora_{A,B}.weight` and takes alpha from a safetensors
 header; without that header it silently uses alpha = rank. PEFT reads
-`base_model.model.{module}.lora_{A,B}.weight` beside an adapter_config.json. `write` makes both.
+`base_model.model.{module}.lora_{A,B}.weight` beside an adapter_config.json. ComfyUI reads the names
+of either, but alpha only from a tensor `transformer.{module}.alpha` (comfy/lora.py), which
+diffusers refuses; without it, it silently uses alpha = rank. `write` makes a file for each.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ JOINT_ATTENTION = tuple(
 )
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+COMFYUI_FILE = "lora.safetensors"
 UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # PEFT's settings
 
 
@@ -158,19 +161,21 @@ def from_torch(tensors: Mapping[str, np.ndarray], shapes: Params) -> Params:
 
 
 def write(params: Params, spec: LoRASpec, directory: str | Path, base_model: str) -> list[Path]:
-    """Write `diffusers/` (load_lora_weights) and `peft/` (PeftModel.from_pretrained)."""
+    """Write `diffusers/` (load_lora_weights), `peft/` (PeftModel.from_pretrained), `comfyui/`."""
     directory = Path(directory)
     tensors = to_torch(params)
     rank_alpha = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": list(spec.targets)}
-    files = [directory / "diffusers" / DIFFUSERS_FILE, directory / "peft" / PEFT_FILE]
+    names = {"diffusers": DIFFUSERS_FILE, "peft": PEFT_FILE, "comfyui": COMFYUI_FILE}
+    files = [directory / folder / name for folder, name in names.items()]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
     header = {f"transformer.{k}": v for k, v in rank_alpha.items()}
-    save_file(
-        {f"transformer.{k}": v for k, v in tensors.items()},
-        str(files[0]),
-        metadata={"format": "pt", "lora_adapter_metadata": json.dumps(header)},
-    )
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(header)}
+    named = {f"transformer.{k}": v for k, v in tensors.items()}
+    modules = {k.removesuffix(".lora_A.weight") for k in named if k.endswith(".lora_A.weight")}
+    alphas = {f"{module}.alpha": np.array(spec.alpha, np.float32) for module in modules}
+    save_file(named, str(files[0]), metadata=metadata)
+    save_file(named | alphas, str(files[2]), metadata=metadata)
     save_file(
         {f"base_model.model.{k}": v for k, v in tensors.items()},
         str(files[1]),
@@ -193,10 +198,11 @@ def read_spec(path: str | Path) -> tuple[Path, LoRASpec]:
     """The weight file of an exported LoRA and its rank, alpha and targets.
 
     Args:
-      path: an export directory, its `diffusers` or `peft` folder, or a .safetensors file.
+      path: an export directory, one of its folders, or a .safetensors file.
     """
     path = Path(path)
-    places = [path, path / DIFFUSERS_FILE, path / "diffusers" / DIFFUSERS_FILE, path / PEFT_FILE]
+    names = (f"diffusers/{DIFFUSERS_FILE}", DIFFUSERS_FILE, PEFT_FILE, COMFYUI_FILE)
+    places = [path, *(path / name for name in names)]
     file = next((p for p in places if p.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"no LoRA at {path}: looked for {', '.join(map(str, places[1:]))}")
@@ -220,11 +226,12 @@ def read_spec(path: str | Path) -> tuple[Path, LoRASpec]:
 
 
 def read(file: str | Path, shapes: Params) -> Params:
-    """The factors in a diffusers or PEFT file."""
+    """The factors in an exported file."""
     prefixes = ("base_model.model.", "transformer.")
     tensors = {}
     with open_safetensors(Path(file)) as handle:
         for key in handle.keys():  # noqa: SIM118 (a file, no dict)
             prefix = next((p for p in prefixes if key.startswith(p)), "")
-            tensors[key.removeprefix(prefix)] = handle.get_tensor(key)
+            if not key.endswith(".alpha"):  # ComfyUI's, see `read_spec`
+                tensors[key.removeprefix(prefix)] = handle.get_tensor(key)
     return from_torch(tensors, shapes)

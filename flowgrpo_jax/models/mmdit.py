@@ -20,7 +20,7 @@ from einops import rearrange
 from flax import nnx
 
 from flowgrpo_jax.models import layers
-from flowgrpo_jax.models.layers import Linear, attention, timestep_embedding
+from flowgrpo_jax.models.layers import Linear, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Attention(nnx.Module):
             if hasattr(self, "norm_added_q"):
                 cq, ck = self.norm_added_q(cq), self.norm_added_k(ck)
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q, cq), (k, ck), (v, cv)))
-        y = rearrange(attention(q, k, v), "b s n d -> b s (n d)")
+        y = rearrange(jax.nn.dot_product_attention(q, k, v), "b s n d -> b s (n d)")
         y, y_c = y[:, :tokens], y[:, tokens:]
         return self.to_out[0](y), self.to_add_out(y_c) if hasattr(self, "to_add_out") else None
 

@@ -186,6 +186,7 @@ def load(
     t5: bool = True,
     t5_length: int = 256,
     place: convert.Place | None = None,
+    texts_alone: bool = False,
     **settings: Any,
 ) -> SD3:
     """Load a model of the SD3 family.
@@ -196,6 +197,7 @@ def load(
         [P, t5_length, E] stand for its states. So does a directory that lacks it.
       t5_length: T5 tokens of a prompt (the paper: 128; diffusers: 256).
       place: sharding of each frozen parameter, given component/path and its shape.
+      texts_alone: leave `params` described, for who only encodes prompts.
       settings: `describe` takes the rest.
     Raises:
       FileNotFoundError: a missing directory or file, by name.
@@ -234,7 +236,7 @@ def load(
 
     return replace(
         described,
-        params=read_all(described.params),
+        params=described.params if texts_alone else read_all(described.params),
         read_text=cache(lambda: read_all(described.text_shapes)),
         tokenizers=Tokenizers.load(directory, t5_length, t5=t5),
         directory=directory,
@@ -246,7 +248,6 @@ def describe(
     *,
     lora_spec: LoRASpec | None = None,
     dtype: Any = jnp.float32,
-    text_dtype: Any = None,
     t5_length: int = 256,
     remat: bool = False,
     unroll: bool = False,
@@ -256,8 +257,7 @@ def describe(
 
     Args:
       lora_spec: the adapter to make room for; SD3's defaults without it.
-      dtype: compute and storage dtype of the transformer; the VAE stays f32.
-      text_dtype: of the text encoders; `dtype` without it.
+      dtype: compute and storage dtype of transformer and text encoders; the VAE stays f32.
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
       unroll: lay equal blocks out one by one instead of scanning them.
@@ -266,7 +266,7 @@ def describe(
     spec = lora_spec or LoRASpec()
     velocity, base, trained = _transformer(parts, spec, dtype, remat, unroll, gather)
     vae, vae_shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
-    encode_text, text_shapes = _encoders(parts, text_dtype or dtype, t5_length)
+    encode_text, text_shapes = _encoders(parts, dtype, t5_length)
     return SD3(
         params={"transformer": base, "vae": vae_shapes},
         velocity=velocity,

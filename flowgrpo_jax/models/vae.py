@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flowgrpo_jax.models.layers import Linear, attention
+from flowgrpo_jax.models.layers import Linear
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         y = self.group_norm(x).reshape(b, h * w, 1, c)
-        y = attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        y = jax.nn.dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
         return x + self.to_out[0](y).reshape(b, h, w, c)
 
 

@@ -150,7 +150,7 @@ def balanced(records: Sequence[Metadata], n: int) -> tuple[PromptBatch, np.ndarr
     a repetition gets other noise. Always the same for the same source.
     """
     if not records:
-        raise ValueError("no prompts to evaluate: set prompts.test to a source")
+        raise ValueError("no prompts to evaluate: set prompts.test, or a task's, to a source")
     by_tag: dict[str, list[int]] = {}
     for i in np.random.default_rng(0).permutation(len(records)):
         by_tag.setdefault(records[i].get("tag", ""), []).append(int(i))

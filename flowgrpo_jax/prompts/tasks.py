@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from flowgrpo_jax import rewards
 from flowgrpo_jax.prompts import load
 from flowgrpo_jax.types import Metadata
 
@@ -68,13 +69,18 @@ def weights(tasks: Tasks) -> dict[str, float]:
 
 
 def reward_weights(tasks: Tasks, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """{task: {reward: weight}}. A reward that no task names is for all of them."""
+    """{task: {reward: weight}}. A reward that no task names is for all of them; one that judges as
+    another otherwise (`rewards.VIEWS`) goes where that one does."""
     named = {reward for task in tasks.values() for reward in task.get("rewards") or ()}
+
+    def follows(reward: str) -> str:
+        base, _ = rewards.VIEWS.get(reward, (reward, {}))
+        return reward if reward in named else base
+
+    def applies(reward: str, only: Collection[str]) -> bool:
+        return not only or follows(reward) in only or follows(reward) not in named
+
     return {
-        name: {
-            reward: weight
-            for reward, weight in weights.items()
-            if reward in (task.get("rewards") or weights) or reward not in named
-        }
+        name: {r: weight for r, weight in weights.items() if applies(r, task.get("rewards") or ())}
         for name, task in tasks.items()
     }

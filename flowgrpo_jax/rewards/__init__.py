@@ -3,8 +3,9 @@
 A reward is any callable `(images uint8 [B, H, W, 3], prompts, metadata) -> (scores f32 [B], valid
 bool [B])`, on the host, or a `types.GraphReward`, whose scores are computed where the images are.
 A host reward may have a method `ready()`: it is called before training starts, and raises when the
-reward cannot work. To add a reward: write it in a file of this folder, give it a row in `TABLE`,
-test it.
+reward cannot work; and a method `check(record)`, called then with the metadata of every prompt that
+it is for, which raises ValueError for what it cannot judge. To add a reward: write it in a file of
+this folder, give it a row in `TABLE`, test it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ TABLE = {
 VIEWS: dict[str, tuple[str, dict[str, Any]]] = {
     "geneval_strict": ("geneval", {}),
     "geneval_official": ("geneval", {}),
-    "ocr_exact": ("ocr", {"exact": True}),
-    "ocr_lenient": ("ocr", {"strict": False}),
+    "ocr_exact": ("ocr", {"strict": True, "exact": True}),
+    "ocr_lenient": ("ocr", {"strict": False, "exact": False}),
 }
 
 

@@ -1,6 +1,7 @@
 """JPEG (in)compressibility: the size of the picture as a JPEG of quality 95.
 
-Source: Black et al. 2023, DDPO (arXiv 2305.13301); scaled as in yifan123/flow_grpo, size / 500 kB.
+Source: Black et al. 2023, DDPO (arXiv 2305.13301). Both in units of 500 kB, as yifan123/flow_grpo
+has compressibility; its incompressibility is in kB.
 """
 
 from __future__ import annotations

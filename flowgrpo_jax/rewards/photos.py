@@ -154,6 +154,7 @@ def _row(judge: Judge, pick: Callable[[Score], float]) -> Reward:
         scores = [0.0 if result is None else pick(result) for result in results]
         return np.asarray(scores, np.float32), np.array([r is not None for r in results], bool)
 
+    reward.check = check  # type: ignore[attr-defined]  # of every prompt, before training
     return reward
 
 
