@@ -206,7 +206,7 @@ def programs(
         *(Program("score", batches, *program) for program in scoring),
         Program("accumulate", batches, built.accumulate, (gradient, figures, *policy, *replay)),
         Program("apply", plan.updates, built.apply, (state, gradient)),
-        Program("evaluate", evaluated, built.generate, evaluating),
+        *[Program("evaluate", evaluated, built.generate, evaluating)] * bool(config.eval.every),
         *(Program("judge", evaluated, *program) for program in judging),
     ]
     # An epoch that is stopped never happened: its first state stays beside the newest.

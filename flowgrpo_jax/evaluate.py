@@ -56,13 +56,11 @@ def evaluate(
     for part in tqdm(np.split(padded, len(padded) // micro), desc="evaluate", disable=not progress):
         check()
         own, row = np.unique(rows[part], return_inverse=True)
-        own = np.resize(own, len(part))  # static shapes
-        cond = sharding.replicate(run.mesh, jax.tree.map(operator.itemgetter(own), texts))
-        prepared = graph.prepare(
-            run.test_scorer.in_graph,
-            [records[i]["prompt"] for i in own],
-            [records[i] for i in own],
-        )
+        filled = np.resize(np.arange(len(own)), len(part))  # static shapes
+        cond = sharding.replicate(run.mesh, jax.tree.map(operator.itemgetter(own[filled]), texts))
+        asked = [records[i] for i in own]
+        prepared = graph.prepare(run.test_scorer.in_graph, [r["prompt"] for r in asked], asked)
+        prepared = jax.tree.map(operator.itemgetter(filled), prepared)
         keys = sampler.image_keys(key, 0, batch.ids[part], repeats[part])
         row, keys = sharding.split_rows(run.mesh, (row.astype(np.int32), keys))
         images.append(run.programs.generate(lora, run.weights, cond, null, row, keys))
@@ -87,15 +85,17 @@ def evaluate(
 
 
 def encode_many(run: Recipe, texts: list[str]) -> Any:
-    """The Conditioning of an evaluation's prompts in the host's memory: those of PickScore's 2,048
-    take 3.4 GB, on every device."""
-    size = min(len(texts), TEXTS)
+    """The Conditioning of an evaluation's prompts in the memory of each process: that of
+    PickScore's 2,048 takes 3.4 GB, which no device needs to hold."""
+    size, whole = min(len(texts), TEXTS), None
     padded = texts + texts[-1:] * (-len(texts) % size)
-    parts = [
-        jax.tree.map(sharding.whole, run.encode(padded[i : i + size]))
-        for i in range(0, len(padded), size)
-    ]
-    return jax.tree.map(lambda *xs: np.concatenate(xs)[: len(texts)], *parts)
+    for i in range(0, len(padded), size):
+        part = jax.tree.map(sharding.whole, run.encode(padded[i : i + size]))
+        if whole is None:
+            whole = jax.tree.map(lambda x: np.empty((len(padded), *x.shape[1:]), x.dtype), part)
+        for all_of_it, x in zip(jax.tree.leaves(whole), jax.tree.leaves(part)):
+            all_of_it[i : i + size] = x
+    return whole
 
 
 def _scores(

@@ -4,9 +4,9 @@
 
 Writes OUT/diffusers/pytorch_lora_weights.safetensors (`pipe.load_lora_weights`), OUT/peft/
 (`PeftModel.from_pretrained`) and OUT/comfyui/lora.safetensors (for ComfyUI's models/loras), and
-reads them back before it reports success. Of a run without an adapter (lora.rank=0) it writes
-OUT/transformer, a component in diffusers layout (`SD3Transformer2DModel.from_pretrained`), in
-float32.
+reads their factors back before it reports success. Of a run without an adapter (lora.rank=0) it
+writes OUT/transformer, a component in diffusers layout (`SD3Transformer2DModel.from_pretrained`),
+in float32.
 """
 
 from __future__ import annotations

@@ -104,10 +104,10 @@ def policy_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """(loss [M], ratio [M]): max(-A r, -A clip(r, 1 - c, 1 + c)), r = exp(log_prob - old).
 
-    Beyond e^60 the ratio is a constant, or infinity times no advantage were NaN: summed log-probs
-    (`sample.reduction="sum"`) get there.
+    Beyond e^20 the ratio is a constant, or one image could make the whole gradient infinite, or NaN
+    (infinity times no advantage): summed log-probs (`sample.reduction="sum"`) get there.
     """
-    ratio = jnp.exp(jnp.minimum(log_prob - old_log_prob, 60.0))
+    ratio = jnp.exp(jnp.minimum(log_prob - old_log_prob, 20.0))
     clipped = jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
     return jnp.maximum(-advantage * ratio, -advantage * clipped), ratio
 

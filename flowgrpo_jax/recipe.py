@@ -206,10 +206,13 @@ def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> Pro
     )
 
 
-def reward_mixes(config: ConfigDict) -> tuple[Mix, Mix]:
-    """Which rewards training and evaluation take, by task where there are several."""
+def reward_mixes(config: ConfigDict, *, training: bool = True) -> tuple[Mix, Mix]:
+    """Which rewards training and evaluation take, by task where there are several: none for
+    training without `training`, and none for an evaluation that training never makes."""
     weights, chosen = config.reward.weights.to_dict(), config.prompts.tasks.to_dict()
     tested = {name: weights.get(name, 0.0) for name in config.eval.rewards} or weights
+    tested = {} if training and not config.eval.every else tested
+    weights = weights if training else {}
     return tuple(Mix(w, tasks.reward_weights(chosen, w)) for w in (weights, tested))  # type: ignore
 
 
@@ -228,9 +231,8 @@ def scorers(
     ValueError for prompts that a reward cannot judge, and RuntimeError where a reward on another
     machine does not answer.
     """
-    mix, test_mix = reward_mixes(config)
-    mix = mix if training else Mix({})
-    test_mix = test_mix if not training or (test_prompts and config.eval.every) else Mix({})
+    mix, test_mix = reward_mixes(config, training=training)
+    test_mix = Mix({}) if training and not test_prompts else test_mix
     loaded = rewards.load(
         dict.fromkeys(mix.names + test_mix.names), config.reward.options.to_dict()
     )

@@ -187,6 +187,10 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
             data = _put(jax.random.key_data(x), sharding)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         x = np.asarray(x)
+    if isinstance(x, np.ndarray) and not sharding.is_fully_addressable:
+        # device_put would compare it between all processes, by a copy from each on every device.
+        whole = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: whole[index])
     return jax.device_put(x, sharding)
 
 

@@ -22,6 +22,6 @@ def test_a_small_epoch(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    assert set(engines) <= set(found["figures"])
+    assert set(engines) <= set(found["medians"])
     for name in engines:
-        assert 0 < found["figures"][name]["sample"] < found["figures"][name]["epoch"]
+        assert 0 < found["medians"][name]["sample"] < found["medians"][name]["epoch"]

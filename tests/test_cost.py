@@ -74,8 +74,8 @@ def test_rewards_on_the_same_weights_are_described_once():
     config = pickscore.get_config("full")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     images = jax.ShapeDtypeStruct((2, 512, 512, 3), jnp.uint8)
-    batch = images, jax.ShapeDtypeStruct((2,), jnp.int32)
-    scoring, judging = compile.score(config, mesh, 1, batch, batch)
+    batch = 1, images, jax.ShapeDtypeStruct((2,), jnp.int32)
+    scoring, judging = compile.score(config, mesh, batch, batch)
     ((_, (trained, *_)),), ((_, (judged, *_)),) = scoring, judging
     assert set(trained) == {"pickscore"} and set(judged) == set(config.eval.rewards)
 
@@ -86,7 +86,11 @@ def test_rewards_on_the_same_weights_are_described_once():
     assert arrays(judged["clipscore"]) < arrays(judged["aesthetic"])
     assert not arrays(judged["pickscore"]) & arrays(judged["hpsv2"])
     no_towers = shapes.get_config()
-    assert compile.score(no_towers, mesh, 1, batch, batch) == ([], [])
+    assert compile.score(no_towers, mesh, batch, batch) == ([], [])
+    assert compile.undescribed(no_towers) == ["shapes", "shapes_strict", "shapes_unknown"]
+    config.eval.every = 0  # training then loads no rewards for it
+    assert len(compile.score(config, mesh, batch, batch)[0]) == 1
+    assert compile.score(config, mesh, batch, batch)[1] == []
 
 
 def test_convolutions_and_conditions():

@@ -13,7 +13,7 @@ NAME = "stabilityai/stable-diffusion-3.5-medium"
 RESPONSE = SimpleNamespace(headers={}, request=None)
 GATED = errors.GatedRepoError("403 Client Error: restricted", response=RESPONSE)
 ABSENT = errors.RepositoryNotFoundError("404 Client Error", response=RESPONSE)
-LOCAL = r"set config\.model\.path to a local copy"
+LOCAL = r"set config\.model\.path \(of generate: --model\) to a local copy"
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import dataclasses
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from flowgrpo_jax.models import architecture, sd3
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
@@ -83,6 +85,13 @@ def test_data_is_repeatable_and_careless_by_a_fixed_share():
     share = WORLD.garbled
     assert abs(np.mean(wrong) - share) < 4 * (share * (1 - share) / 1000) ** 0.5 + 0.01
     assert max(one[1]) < len(data.caption_table(WORLD))
+
+
+def test_a_batch_has_a_noise_level_in_every_share_of_their_distribution():
+    levels = np.asarray(flow.sigmas(jax.random.key(3), 128), np.float64)
+    share = stats.norm(loc=np.log(flow.SHIFT)).cdf(np.log(levels / (1 - levels)))
+    np.testing.assert_array_equal(np.sort(np.floor(128 * share)), np.arange(128))
+    assert stats.kstest(128 * share % 1, "uniform").pvalue > 0.01
 
 
 @pytest.fixture

@@ -84,11 +84,19 @@ def test_rows_that_judge_as_another_otherwise_go_where_it_goes():
         "write": {"rewards": ("ocr", "ocr_exact")},
         "all": {},
     }
-    names = ("geneval", "geneval_strict", "ocr", "ocr_exact", "ocr_lenient", "aesthetic")
+    names = (
+        "geneval",
+        "geneval_strict",
+        "geneval_strict:b",
+        "ocr",
+        "ocr_exact",
+        "ocr_lenient",
+        "aesthetic",
+    )
     weights = dict.fromkeys(names, 0.0)
     of = {task: set(found) for task, found in tasks.reward_weights(chosen, weights).items()}
     assert of == {
-        "compose": {"geneval", "geneval_strict", "aesthetic"},
+        "compose": {"geneval", "geneval_strict", "geneval_strict:b", "aesthetic"},
         "write": {"ocr", "ocr_exact", "ocr_lenient", "aesthetic"},
         "all": set(names),
     }

@@ -183,7 +183,7 @@ def shards(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory} does not exist: a model directory in diffusers layout has one folder per"
-            " component; point config.model.path at a complete download"
+            " component; give one that was downloaded whole"
         )
     indices = sorted(directory.glob("*.safetensors.index.json"))
     if indices:

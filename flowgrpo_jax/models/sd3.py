@@ -33,6 +33,7 @@ ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
 T5_PARTS = "tokenizer_3", "text_encoder_3"
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
+KNOB = "config.model.path (of generate: --model)"  # what errors say to set
 TEXTS = 64  # prompts that are encoded at once
 TEXT: dict[str, Any] = {
     "text_encoder": CLIPText,
@@ -115,7 +116,7 @@ def resolve(model: str | Path, *, t5: bool = True) -> Path:
         return path
     if path.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
         raise FileNotFoundError(
-            f"model directory {model!r} does not exist: set config.model.path to a directory in"
+            f"model directory {model!r} does not exist: set {KNOB} to a directory in"
             f" diffusers layout, a hub id (organisation/name) or one of {', '.join(BUNDLED)}"
         )
     from huggingface_hub import snapshot_download
@@ -142,7 +143,7 @@ def _bundled(name: str) -> Path:
         raise FileNotFoundError(
             f"the model {name!r} is not in this copy of the package: make it with"
             f" `python -m flowgrpo_jax.{name}.pretrain --workdir DIR --out {directory}`, or set"
-            " config.model.path to a directory that it has written"
+            f" {KNOB} to a directory that it has written"
         )
     return directory
 
@@ -151,7 +152,7 @@ def _no_download(model: str, error: Exception) -> str:
     """What to do about a model that the hub did not hand out."""
     from huggingface_hub import errors
 
-    page, local = f"https://huggingface.co/{model}", "set config.model.path to a local copy"
+    page, local = f"https://huggingface.co/{model}", f"set {KNOB} to a local copy"
     copy = f"`hf download {model} --local-dir DIR` on a machine that can, then {local}"
     match error:
         case errors.GatedRepoError():
@@ -209,7 +210,7 @@ def load(
     if t5 and not (directory / "tokenizer_3").is_dir():
         raise FileNotFoundError(
             f"{directory}/tokenizer_3 does not exist, though text_encoder_3 does: download it as"
-            " well, or set config.model.t5=False"
+            " well, or set config.model.t5=False (of generate: --not5)"
         )
     described = describe(parts, t5_length=t5_length, **settings)
 

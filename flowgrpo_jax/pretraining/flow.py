@@ -127,6 +127,18 @@ def init(params: dict[str, Params], steps: int, learning_rate: float) -> dict[st
     return {"params": params, "ema": ema, "opt_state": opt_state, "step": jnp.int32(0)}
 
 
+def sigmas(key: jax.Array, batch: int) -> jax.Array:
+    """Logit-normal noise levels f32 [batch] (SD3, section 3.1).
+
+    The logit's mean is log(SHIFT), so that they fall where the sampler's shifted schedule has its
+    steps and a little above: composition is decided at high noise, where a mean of 0 seldom looks.
+    There is one in each of `batch` equal shares of the distribution, so that batches differ little
+    in what they ask (as VDM, arXiv:2107.00630, appendix I.1).
+    """
+    rank = (jnp.arange(batch) + jax.random.uniform(key, (batch,))) / batch
+    return jax.nn.sigmoid(jnp.log(SHIFT) + jax.scipy.special.ndtri(rank))
+
+
 def loss(
     apply: dict[str, Callable[..., Any]],
     params: dict[str, Params],
@@ -134,17 +146,14 @@ def loss(
     ids: tuple[jax.Array, jax.Array, jax.Array],
     key: jax.Array,
 ) -> jax.Array:
-    """Flow matching: |v(x_sigma) - (noise - latents)|^2, sigma logit-normal (SD3, section 3.1).
-
-    The logit's mean is log(SHIFT), so that sigmas fall where the sampler's shifted schedule has its
-    steps and a little above: composition is decided at high noise, where a mean of 0 seldom looks.
+    """Flow matching: |v(x_sigma) - (noise - latents)|^2.
 
     Args:
       latents: [B, 8, 8, 16], scaled; ids: the three tokenizers' ids, i32 [B, length] each.
     """
     key_noise, key_sigma = jax.random.split(key)
     noise = jax.random.normal(key_noise, latents.shape)
-    sigma = jax.nn.sigmoid(jnp.log(SHIFT) + jax.random.normal(key_sigma, latents.shape[:1]))
+    sigma = sigmas(key_sigma, len(latents))
     mixing = sigma[:, None, None, None]
     x = (1 - mixing) * latents + mixing * noise
     tokens, pooled = encode_prompt(

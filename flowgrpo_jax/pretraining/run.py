@@ -49,14 +49,16 @@ def loop(
     key = jax.random.key(seed)
     start = int(state["step"])
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
-    for i in bar:
-        rng = np.random.default_rng([seed, i])
-        state, metrics = step(state, *batch(rng), key)
-        if i % 20 == 0:
-            bar.set_postfix_str(" ".join(f"{float(m):.4g}" for m in metrics))
-        if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps:
-            checkpoints.write(i + 1, {"state": state}, {"step": i + 1})
-    checkpoints.close()
+    try:
+        for i in bar:
+            rng = np.random.default_rng([seed, i])
+            state, metrics = step(state, *batch(rng), key)
+            if i % 20 == 0:
+                bar.set_postfix_str(" ".join(f"{float(m):.4g}" for m in metrics))
+            if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps:
+                checkpoints.write(i + 1, {"state": state}, {"step": i + 1})
+    finally:  # Ctrl-C included: a checkpoint that is on its way is written
+        checkpoints.close()
     return state
 
 
@@ -139,7 +141,7 @@ def arguments(world: World) -> argparse.Namespace:
     )
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--vae_steps", type=int, default=1_500)
-    parser.add_argument("--flow_steps", type=int, default=12_000)
+    parser.add_argument("--flow_steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -74,7 +74,7 @@ def reward_weights(tasks: Tasks, weights: Mapping[str, float]) -> dict[str, dict
     named = {reward for task in tasks.values() for reward in task.get("rewards") or ()}
 
     def follows(reward: str) -> str:
-        base, _ = rewards.VIEWS.get(reward, (reward, {}))
+        base, _ = rewards.VIEWS.get(reward.partition(":")[0], (reward, {}))
         return reward if reward in named else base
 
     def applies(reward: str, only: Collection[str]) -> bool:
