@@ -166,6 +166,7 @@ def record(config: ConfigDict, source: str, result: dict[str, Any]) -> dict[str,
     }
 
 
+@host.leaving_hung_calls()
 def main(_: list[str]) -> None:
     cli.connect()
     config = cli.config()

@@ -28,7 +28,8 @@ class Metrics:
 
     Args:
       first_epoch: rows of this epoch and later are dropped: a resumed run writes them again. The
-        last evaluation of a run that is prolonged becomes a part of its epoch's row.
+        evaluation at this epoch stays, for it is that of the state which the run goes on from; it
+        may have been the last of a run that is prolonged, and becomes a part of its epoch's row.
       active: false in all processes of a run but the first, which alone writes.
     """
 
@@ -50,13 +51,16 @@ class Metrics:
             return
         rows = read(self.file)
         self.text = lines(row for row in rows if row["epoch"] < first_epoch)
-        last = [row for row in rows if row["epoch"] == first_epoch and only_evaluated(row)]
-        self.evaluated = last[-1] if last else {}
+        last = [evaluation(row) for row in rows if row["epoch"] == first_epoch]
+        self.evaluated = last[-1] if last and len(last[-1]) > 1 else {}
         self.unwritten = ""  # rows that a full disk refused
         self.torn = False  # the file holds something else than `text`
-        files.replace(self.file, self.text + lines(last[-1:]))
+        files.replace(self.file, self.text + lines([self.evaluated] if self.evaluated else []))
         if tensorboard:
             self.events = Events(workdir / "tensorboard", first_epoch)
+            self.events.write(
+                first_epoch, {k: v for k, v in self.evaluated.items() if k != "epoch"}
+            )
         if wandb:
             self.wandb = _start_wandb(workdir, config)
 
@@ -111,7 +115,8 @@ class Events:
 
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
-            event = Event(wall_time=time.time(), step=epoch, summary=scalar(key, float(value)))
+            number = math.nan if value is None else float(value)  # as `plain` writes it
+            event = Event(wall_time=time.time(), step=epoch, summary=scalar(key, number))
             self.writer.write_event(event)
         self.writer.flush()
 
@@ -141,8 +146,9 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def only_evaluated(row: Mapping[str, Any]) -> bool:
-    return all(key == "epoch" or key.startswith("eval/") for key in row)
+def evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row has of an evaluation, and its epoch."""
+    return {k: v for k, v in row.items() if k == "epoch" or k.startswith("eval/")}
 
 
 def plain(value: Any) -> Any:

@@ -92,6 +92,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
             pool.shutdown(wait=False, cancel_futures=True)
             if epoch > first:
                 finish(kept, epoch, state)
+        except KeyboardInterrupt:  # the second Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         except Exception as error:
             pool.shutdown(wait=False, cancel_futures=True)
             keep_after(error, kept, epoch, state, began=first)

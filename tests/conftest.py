@@ -1,6 +1,14 @@
-"""The tiny torch pipeline that the parity tests share. Tests of it are skipped without torch."""
+"""What tests share: a tiny torch pipeline, without which the parity tests are skipped."""
 
 import pytest
+
+from flowgrpo_jax.rewards import wire
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Nobody waits for servers that a test has not started."""
+    monkeypatch.setattr(wire, "PATIENCE", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -184,6 +184,13 @@ def test_marks_are_read_from_answers(answer, mark):
     assert judge.unifiedreward().mark(answer) == mark
 
 
+def test_a_pattern_that_finds_no_number_costs_its_image_alone():
+    with Stub(lambda request, body: completion("eight/10")) as stub:
+        options = {"template": "{prompt}?", "pattern": r"(\S+)/10", "low": 0, "high": 10}
+        _, valid = load("vlm_judge", stub, **options)(gray(1), ["a"], [{}])
+    assert not valid.any()
+
+
 def test_a_judge_with_a_question_of_ones_own():
     def answer(request, body):
         _, text = pictures(body)

@@ -30,7 +30,15 @@ def test_an_epoch_that_is_trained_again_is_written_again(tmp_path):
     killed = logs.Metrics(tmp_path)
     for epoch in range(3):
         killed.write(epoch, {"reward": epoch / 10, "eval/shapes": 0.5})
-    assert [row["epoch"] for row in logs.read(logs.Metrics(tmp_path, 2).file)] == [0, 1]
+    again = logs.Metrics(tmp_path, 2, tensorboard=True)
+    *before, last = logs.read(again.file)
+    assert [row["epoch"] for row in before] == [0, 1]
+    assert last == {"epoch": 2, "eval/shapes": 0.5}  # of the very state that it goes on from
+    again.write(2, {"reward": 0.7})
+    again.close()
+    assert logs.read(again.file)[-1] == {"epoch": 2, "eval/shapes": 0.5, "reward": 0.7}
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"eval/shapes" in events.read_bytes()  # a reader drops those of before
 
 
 @pytest.mark.parametrize("more", [0, 1])

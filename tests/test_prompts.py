@@ -124,6 +124,8 @@ def test_the_bundled_world():
     [
         ("p.jsonl", '{"prompt": "a"}\n\n{"text": "b"}\n', r'p\.jsonl: line 3 .*"prompt"'),
         ("p.jsonl", "[1]\n", r'p\.jsonl: line 1 .*"prompt"'),
+        ("p.jsonl", '{"prompt": null}\n', r'p\.jsonl: line 1: "prompt" is no text'),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud83d"}', r"p\.jsonl: line 2: .* is no text"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"p\.jsonl: line 2 .*JSON"),
         ("p.csv", "a,b\n", r"p\.csv.*\.txt or \.jsonl"),
         ("p.txt", "\n \n", r"p\.txt.*no prompt"),

@@ -1,6 +1,7 @@
 """The reward server as a process of its own, and its client: slow, failing, killed in the middle of
 a request, back again; wrong secrets, and requests that are too large or no requests at all."""
 
+import asyncio
 import base64
 import io
 import json
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -474,5 +475,39 @@ def test_the_worker_refuses_more_than_may_wait():
     assert started.wait(5)
     waiting = [thread.submit(*job) for _ in range(2)]
     assert thread.submit(*job) is None
+    waiting.pop().cancel()  # whose client has gone: it makes room, and is not scored
+    waiting.append(thread.submit(*job))
     go.set()
     assert all(future.result(5)[1].all() for future in [first, *waiting])
+
+
+def test_a_request_whose_client_has_gone_is_dropped():
+    """A client that gave up asks again: scored twice, overload would feed itself."""
+    submitted = []
+
+    class Busy:
+        ready = True
+
+        def submit(self, *job):
+            submitted.append(Future())
+            return submitted[-1]
+
+    async def body():
+        yield message.encode(pictures(1), ["a"], [{}])
+
+    async def gone():
+        return True
+
+    status, _ = asyncio.run(serve._score(body(), Busy(), LIMITS, gone))
+    assert status == 503 and submitted[0].cancelled()
+
+
+def test_integers_for_scores_and_for_booleans_are_served_as_they_are_trained_on():
+    def reward(images, prompts, metadata):
+        return [1] * len(images), [1] * len(images)
+
+    thread = worker.Worker(lambda: reward, batch=1, waiting=2)
+    thread.start()
+    answer = message.encode_scores(*thread.submit(pictures(1), ["a"], [{}]).result(5))
+    scores, valid = message.decode_scores(answer, 1)
+    assert scores.tolist() == [1.0] and valid.tolist() == [True]

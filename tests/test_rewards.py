@@ -200,6 +200,7 @@ def combine(rewards, weights):
         returning(np.zeros(4), True),
         returning(["high"] * 4, [True] * 4),
         lambda images: (np.zeros(4), np.ones(4, bool)),
+        lambda *batch: sys.exit(0),  # a library that thinks it is alone
     ],
 )
 def test_a_broken_reward_invalidates_its_batch_and_is_logged(broken, caplog):

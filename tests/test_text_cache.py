@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flowgrpo_jax.models import text_cache
 from flowgrpo_jax.models.text_cache import encode_cached, fingerprint
 from flowgrpo_jax.types import Conditioning
 
@@ -81,6 +82,24 @@ def test_a_damaged_file_is_written_again(tmp_path, damage):
     for _ in range(2):
         same(encode_cached(encode, ["a"], tmp_path, "x"), Encoder()(["a"]))
     assert encode.asked == [["a"], ["a"]]
+
+
+def test_a_cache_that_cannot_be_read_or_written_costs_a_warning(tmp_path, monkeypatch, caplog):
+    """The states are there: a full disk or another's directory must not end a run."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    encode = Encoder()
+    monkeypatch.setattr(text_cache, "save_file", full)
+    same(encode_cached(encode, ["a", "b"], tmp_path / "x", "x"), Encoder()(["a", "b"]))
+    assert "No space left" in caplog.text and list((tmp_path / "x").iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("no directory")
+    same(encode_cached(encode, ["a"], tmp_path / "file", "x"), Encoder()(["a"]))
+    encode_cached(encode, ["a"], tmp_path / "y", "x")
+    monkeypatch.setattr(text_cache, "load_file", full)  # as a network's disk that does not answer
+    same(encode_cached(encode, ["a"], tmp_path / "y", "x"), Encoder()(["a"]))
 
 
 def test_the_fingerprint_tells_models_and_settings_apart(tmp_path):

@@ -216,8 +216,10 @@ def test_an_image_is_most_similar_to_itself(clip_folder, tmp_path):
 def test_without_a_readable_reference_only_that_image_has_no_score(clip_folder, tmp_path, caplog):
     Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    paths = [{"image": tmp_path / "broken.png"}, {"image": tmp_path / "0.png"}, {}]
+    paths = [{"image": tmp_path / "broken.png"}, {"image": tmp_path / "0.png"}, {"image": None}]
     ours = scored(make("image_similarity", path=clip_folder), metadata=paths)
+    np.testing.assert_array_equal(np.isfinite(ours), [False, True, False])
+    ours = scored(make("image_similarity", path=clip_folder), metadata=[{}, *paths[1:]])
     np.testing.assert_array_equal(np.isfinite(ours), [False, True, False])
     assert "broken.png is not readable" in caplog.text
 

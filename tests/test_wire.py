@@ -147,7 +147,8 @@ def test_replicas_share_the_work():
         assert {path for _, path, _, _ in one.seen} == {"/x"}
 
 
-def test_another_replica_takes_over_and_the_hung_one_rests_until_it_is_back():
+def test_another_replica_takes_over_and_the_hung_one_rests_until_it_is_back(monkeypatch):
+    monkeypatch.setattr(wire, "RESTS", 1.0)
     hung = slow(1.5)
     with Stub(hung) as one, Stub(always(200, b"2")) as two:
         replicas = wire.Replicas([one.url, two.url], timeout=0.4, retries=0, rest=0.6)
@@ -156,6 +157,20 @@ def test_another_replica_takes_over_and_the_hung_one_rests_until_it_is_back():
         one.answer = always(200, b"1")
         time.sleep(0.7)
         assert sorted(replicas.post("/", b"") for _ in range(2)) == [b"1", b"2"]
+
+
+def test_a_replica_that_hangs_costs_a_tenth_of_the_time_at_most(caplog):
+    """Not its whole time limit every few requests, for ever; and it does not go unsaid."""
+    with Stub(slow(1.5)) as hung, Stub(always(200, b"2")) as good:
+        replicas = wire.Replicas([hung.url, good.url], timeout=0.2, retries=0, rest=0.1)
+        for pause in (0.0, 0.5):
+            time.sleep(pause)
+            assert [replicas.post("/", b"") for _ in range(2)] == [b"2"] * 2
+        assert len(hung.seen) == 1 and "asked last until it answers" in caplog.text
+        hung.answer = always(200, b"1")
+        time.sleep(1.6)
+        assert sorted(replicas.post("/", b"") for _ in range(2)) == [b"1", b"2"]
+        assert f"{hung.url} is back" in caplog.text
 
 
 def test_when_nobody_is_there_the_next_requests_fail_at_once_and_later_ones_try_again():
@@ -183,6 +198,22 @@ def test_a_check_needs_one_good_replica_and_names_the_bad_ones(caplog):
     assert gone in str(error.value) and "loading" in str(error.value)
 
 
+def test_a_check_waits_for_a_server_that_is_loading_and_for_no_other(monkeypatch):
+    """Trainer and server may have been started together."""
+
+    def probe(url):
+        wire.request(url, timeout=5)
+
+    monkeypatch.setattr(wire, "PATIENCE", 0.5)
+    with Stub(failing(1, 503)) as loading:
+        wire.Replicas(loading.url).check("the reward", probe)
+        assert len(loading.seen) == 2
+    monkeypatch.setattr(wire, "PATIENCE", 60.0)
+    with Stub(always(401, b"a wrong secret")) as stub, pytest.raises(RuntimeError, match="a wrong"):
+        wire.Replicas(stub.url).check("the reward", probe)
+    assert len(stub.seen) == 1
+
+
 @pytest.mark.parametrize(
     "urls, options, words",
     [
@@ -205,3 +236,11 @@ def test_the_secret_comes_from_the_environment(monkeypatch):
     monkeypatch.delenv("REWARD_SECRET")
     with pytest.raises(ValueError, match=r"secret_env='REWARD_SECRET'.*is empty"):
         wire.bearer("secret_env", "REWARD_SECRET")
+
+
+@pytest.mark.parametrize("value", ["s3cret\n", " s3cret", "s3\ncret", "s\u00e9cret"])
+def test_a_secret_that_no_header_can_carry_is_an_error_that_does_not_show_it(monkeypatch, value):
+    monkeypatch.setenv("REWARD_SECRET", value)
+    with pytest.raises(ValueError, match="REWARD_SECRET has white space at an end") as error:
+        wire.bearer("secret_env", "REWARD_SECRET")
+    assert "cret" not in str(error.value).replace("secret_env", "")

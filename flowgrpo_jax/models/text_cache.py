@@ -7,9 +7,11 @@ file holds 205 x 4096 + 2048 numbers, 1.7 MB in bfloat16.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -19,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from flowgrpo_jax.types import Conditioning
+
+log = logging.getLogger(__name__)
 
 
 def fingerprint(directory: Path, **settings: object) -> str:
@@ -44,8 +48,9 @@ def encode_cached(
     """`encode(texts)` through the files in `directory`, which is made when it is not there.
 
     When something is missing, `encode` gets a list as long as `texts`, filled up with repetitions:
-    a jitted encoder then sees one shape. A file that cannot be read is written again. Several
-    processes may share the directory.
+    a jitted encoder then sees one shape. A file that cannot be read is written again; one that
+    cannot be written (a full disk, another's directory) is a warning. Several processes may share
+    the directory.
 
     Args:
       texts: P prompts. Returns their Conditioning, in order, in the dtype that `encode` gave.
@@ -55,7 +60,11 @@ def encode_cached(
       whole: fetches an array that may be spread over processes.
     """
     folder = Path(directory).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    unwritten: list[Exception] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        unwritten.append(error)
     names = {t: hashlib.sha256(f"{fingerprint}\n{t}".encode()).hexdigest() for t in texts}
     found = {t: states for t, name in names.items() if (states := _read(folder / f"{name}.st"))}
     lacking = np.any(everyone(np.array([t not in found for t in names])), axis=0).tolist()
@@ -64,7 +73,12 @@ def encode_cached(
         fresh = jax.tree.map(whole, encode(filled))
         for i, text in enumerate(missing):
             found[text] = {"tokens": fresh.tokens[i], "pooled": fresh.pooled[i]}
-            _write(folder / f"{names[text]}.st", found[text])
+            try:
+                _write(folder / f"{names[text]}.st", found[text])
+            except (OSError, SafetensorError) as error:
+                unwritten.append(error)
+    if unwritten:
+        log.warning("%s keeps not all prompts, which are encoded again: %s", folder, unwritten[0])
     rows = [found[t] for t in texts]
     tokens, pooled = (np.stack([row[k] for row in rows]) for k in ("tokens", "pooled"))
     return Conditioning(jnp.asarray(tokens), jnp.asarray(pooled))
@@ -74,12 +88,16 @@ def _read(file: Path) -> dict[str, np.ndarray] | None:
     """A prompt's states, or None when there are none that can be read."""
     try:
         return {name: np.asarray(x) for name, x in load_file(file).items()}
-    except (FileNotFoundError, SafetensorError):
+    except (OSError, SafetensorError):
         return None
 
 
 def _write(file: Path, states: dict[str, np.ndarray]) -> None:
     """All or nothing: under another name first, for others may be reading."""
     partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
-    save_file({name: jax.numpy.asarray(x) for name, x in states.items()}, partial)
-    partial.replace(file)
+    try:
+        save_file({name: jax.numpy.asarray(x) for name, x in states.items()}, partial)
+        partial.replace(file)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

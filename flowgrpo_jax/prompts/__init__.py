@@ -78,6 +78,10 @@ def _record(path: Path, number: int, line: str) -> Metadata:
         raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
     if not isinstance(record, dict) or "prompt" not in record:
         raise ValueError(f'{path}: line {number} is no object with a "prompt"')
+    try:
+        record["prompt"].encode()
+    except (AttributeError, UnicodeEncodeError) as error:  # null, or half of a surrogate pair
+        raise ValueError(f'{path}: line {number}: "prompt" is no text: {error}') from error
     return record
 
 

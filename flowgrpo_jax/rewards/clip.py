@@ -142,7 +142,7 @@ def reference(folder: Path, metadata: Metadata, size: int) -> np.ndarray:
             return as_tensor(np.asarray(image.convert("RGB")), size)
     except KeyError:  # a prompt of another task
         pass
-    except (OSError, ValueError):
+    except Exception:  # whatever a file or a record can hold: it is one prompt's image, no more
         log.warning("reference image %s is not readable", metadata["image"], exc_info=True)
     return np.full((size, size, 3), np.nan, np.float32)
 

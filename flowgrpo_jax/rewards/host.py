@@ -51,7 +51,7 @@ def guarded(
         scores, valid = np.asarray(raw_scores, np.float32), np.asarray(raw_valid, bool)
         if scores.shape != (n,) or valid.shape != (n,):
             raise ValueError(f"returned shapes {scores.shape} and {valid.shape} for {n} images")
-    except Exception:
+    except (Exception, SystemExit):  # a library that ends the process ends no run
         log.warning("reward %r failed on %d images; they get weight 0", name, n, exc_info=True)
         return np.zeros(n, np.float32), np.zeros(n, bool)
     valid = valid & np.isfinite(scores)
@@ -79,7 +79,12 @@ class Limited:
         result: Future[Any] = Future()
         work = (result, images, prompts, metadata)
         threading.Thread(target=self._call, args=work, daemon=True).start()
-        if not wait([result], self.seconds).done:
+        try:
+            done = wait([result], self.seconds).done
+        except BaseException:  # a second Ctrl-C: nobody will wait for it any more
+            self.late.append(result)
+            raise
+        if not done:
             self._last = result
             self.late.append(result)
             raise TimeoutError(f"no scores after reward.timeout={self.seconds:g} seconds")

@@ -58,7 +58,10 @@ class Judge:
     def mark(self, answer: str) -> float | None:
         """The last mark in an answer: a model that thinks aloud comes to its verdict at the end."""
         found = self.pattern.findall(answer)
-        mark = float(found[-1]) if found else np.nan
+        try:
+            mark = float(found[-1]) if found else np.nan
+        except ValueError:  # a pattern of one's own may find other things than numbers
+            return None
         return mark if self.low <= mark <= self.high else None
 
 

@@ -29,7 +29,7 @@ class Limits(NamedTuple):
 
     images: int = 256
     side: int = 2048  # px
-    bytes: int = 256 << 20  # of the request's body, and of its images unpacked
+    bytes: int = 384 << 20  # of the request's body, and of its images unpacked
 
 
 def encode(

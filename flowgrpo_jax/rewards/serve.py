@@ -10,7 +10,8 @@
                    500 the reward failed, 503 loading or too many waiting
 
 The reward runs in one thread. Requests that come in meanwhile wait, and are scored together as the
-next batch. A request is never split, so that rewards which compare images see them all.
+next batch; those whose client has gone by then are dropped. A request is never split, so that
+rewards which compare images see them all.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import argparse
 import asyncio
 import hmac
 import json
-import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.rewards import message
+from flowgrpo_jax.rewards import message, wire
 from flowgrpo_jax.rewards.worker import Worker
 
 LOADING = "the reward is being loaded"
@@ -56,7 +56,7 @@ def app(name: str, worker: Worker, secret: str | None, limits: message.Limits) -
     async def score(request: Request) -> Response:
         if not authorised(request):
             return response(*_no(401, "the secret is missing or wrong"))
-        return response(*await _score(request.stream(), worker, limits))
+        return response(*await _score(request.stream(), worker, limits, request.is_disconnected))
 
     routes = [
         Route("/health", health),
@@ -71,9 +71,12 @@ def _no(status: int, why: str) -> tuple[int, bytes]:
 
 
 async def _score(
-    stream: AsyncIterator[bytes], worker: Worker, limits: message.Limits
+    stream: AsyncIterator[bytes],
+    worker: Worker,
+    limits: message.Limits,
+    gone: Callable[[], Awaitable[bool]],
 ) -> tuple[int, bytes]:
-    """Status and body of the answer to a request."""
+    """Status and body of the answer to a request, unless its client has `gone`."""
     if not worker.ready:
         return _no(503, LOADING)
     body = await _body(stream, limits.bytes)
@@ -86,8 +89,13 @@ async def _score(
     future = worker.submit(*job)
     if future is None:
         return _no(503, f"{worker.waiting} requests are waiting already")
+    scores = asyncio.wrap_future(future)
+    while not (await asyncio.wait({scores}, timeout=1.0))[0]:
+        if await gone():  # it asks again, or another server: not twice for one batch
+            future.cancel()
+            return _no(503, "the client has gone")
     try:
-        return 200, message.encode_scores(*await asyncio.wrap_future(future))
+        return 200, message.encode_scores(*scores.result())
     except Exception as error:
         return _no(500, f"the reward failed: {error!r}")
 
@@ -118,9 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "the reward server needs Starlette and uvicorn: pip install 'flowgrpo_jax[serve]'"
         ) from error
     args = parse(arguments)
-    secret = os.environ.get(args.secret_env) if args.secret_env else None
-    if args.secret_env and not secret:
-        raise SystemExit(f"--secret_env {args.secret_env}: this environment variable is empty")
+    try:
+        secret = wire.secret("--secret_env", args.secret_env) if args.secret_env else None
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     if not secret and args.host not in ("127.0.0.1", "::1", "localhost"):
         raise SystemExit(f"--host {args.host} can be reached from outside: give --secret_env")
 

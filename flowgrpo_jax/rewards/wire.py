@@ -19,6 +19,8 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 RETRIED = {408, 425, 429}  # these and 5xx: the same request may succeed later
+RESTS = 10.0  # times what it cost to find out: a hung replica takes a tenth of the time at most
+PATIENCE = 120.0  # seconds for which servers may load before a run
 
 
 class Failed(Exception):
@@ -98,13 +100,22 @@ def _reason(error: urllib.error.HTTPError) -> str:
     return text or str(error.reason)
 
 
+def secret(option: str, variable: str) -> str:
+    """What an environment variable holds. Errors do not show it."""
+    value = os.environ.get(variable, "")
+    if not value:
+        raise ValueError(f"{option}={variable!r}: the environment variable {variable} is empty")
+    if value != value.strip() or not value.isprintable() or not value.isascii():
+        raise ValueError(
+            f"{option}={variable!r}: the environment variable {variable} has white space at an end,"
+            " a line break or a letter that is not ASCII, which no HTTP header can carry"
+        )
+    return value
+
+
 def bearer(option: str, variable: str | None) -> dict[str, str]:
     """The header with the secret that an environment variable holds; none for None."""
-    if variable is None:
-        return {}
-    if not (secret := os.environ.get(variable)):
-        raise ValueError(f"{option}={variable!r}: the environment variable {variable} is empty")
-    return {"Authorization": f"Bearer {secret}"}
+    return {} if variable is None else {"Authorization": f"Bearer {secret(option, variable)}"}
 
 
 class Replicas:
@@ -126,8 +137,9 @@ class Replicas:
           timeout: seconds for one request.
           retries: rounds over all replicas after the first one.
           backoff: seconds before the second round; doubled for each that follows.
-          rest: seconds for which a replica that was not reached is asked last, and for which
-            nobody is asked when all were given up; then the next request tries again.
+          rest: seconds for which nobody is asked when all were given up; then the next request
+            tries again. A replica that was not reached is asked last for as long, or for RESTS
+            times the seconds that this took, if that is longer; 0: it does not rest.
         """
         self.urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
         if not self.urls:
@@ -176,26 +188,39 @@ class Replicas:
 
     def _post(self, url: str, path: str, body: bytes, content_type: str) -> bytes:
         headers = self.headers | {"Content-Type": content_type}
+        begun = time.monotonic()
         try:
             answer = request(url + path, body, headers, timeout=self.timeout)
-        except Unreachable:
-            self._resting[url] = time.monotonic() + self.rest
+        except Unreachable as error:
+            now = time.monotonic()
+            if url not in self._resting:
+                log.warning("%s; it is asked last until it answers", error)
+            self._resting[url] = now + (self.rest and max(self.rest, RESTS * (now - begun)))
             raise
-        self._resting.pop(url, None)
+        if self._resting.pop(url, None):
+            log.warning("%s is back", url)
         self._given_up = 0.0
         return answer
 
     def check(self, what: str, probe: Callable[[str], None]) -> None:
-        """Try `probe` on every replica; a warning for each that fails.
+        """Try `probe` on every replica; a warning for each that fails. Where all do that may be
+        loading, or be started at this moment beside the run, they are tried again for PATIENCE.
 
-        Raises RuntimeError when all of them do: it names each and its reason.
+        Raises RuntimeError when all of them fail: it names each and its reason.
         """
-        failures = []
-        for url in self.urls:
-            try:
-                probe(url)
-            except Failed as error:
-                failures.append(str(error))
-                log.warning("%s: %s", what, error)
-        if len(failures) == len(self.urls):
-            raise RuntimeError(f"{what}: no server is ready. " + "; ".join(failures))
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            failures = []
+            for url in self.urls:
+                try:
+                    probe(url)
+                except Failed as error:
+                    failures.append(error)
+                    log.warning("%s: %s", what, error)
+            if len(failures) < len(self.urls):
+                return
+            lasting = not all(isinstance(error, Unavailable) for error in failures)
+            if lasting or time.monotonic() > deadline:
+                reasons = "; ".join(map(str, failures))
+                raise RuntimeError(f"{what}: no server is ready. {reasons}")
+            time.sleep(min(5.0, PATIENCE))

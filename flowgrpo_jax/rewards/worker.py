@@ -47,7 +47,7 @@ class Worker(threading.Thread):
     ) -> Future[Scores] | None:
         """The scores to come; None if too many wait already."""
         with self._changed:
-            if len(self._jobs) >= self.waiting:
+            if sum(not job.result.cancelled() for job in self._jobs) >= self.waiting:
                 return None
             job = Job(images, prompts, metadata, Future())
             self._jobs.append(job)
@@ -86,7 +86,8 @@ class Worker(threading.Thread):
         prompts = [prompt for job in jobs for prompt in job.prompts]
         metadata = [record for job in jobs for record in job.metadata]
         try:
-            scores, valid = (np.asarray(part) for part in reward(images, prompts, metadata))
+            raw_scores, raw_valid = reward(images, prompts, metadata)
+            scores, valid = np.asarray(raw_scores, np.float32), np.asarray(raw_valid, bool)
             if scores.shape != (len(images),) or valid.shape != (len(images),):
                 raise ValueError(f"the reward returned shapes {scores.shape} and {valid.shape}")
         except Exception as error:
