@@ -211,7 +211,8 @@ def test_a_slow_reward_is_given_up_in_time(remote):
 # ------------------------------------------------------------------------- dying, coming back
 
 
-def test_a_server_dies_in_the_middle_of_a_request_and_comes_back(remote, servers):
+def test_a_server_dies_in_the_middle_of_a_request_and_comes_back(remote, servers, monkeypatch):
+    monkeypatch.setattr(wire, "RESTS", 0.0)
     one, two = servers
     reward = remote(one.url, two.url, rest=0.3)
     with ThreadPoolExecutor(1) as pool:
