@@ -95,7 +95,7 @@ def compiled(topology: str, settings: list[str]) -> dict[str, Any]:
 
 
 def row(name: str, chips: int, report: dict[str, Any]) -> list[str]:
-    """Chips, images an epoch, GB a chip, TFLOP and GB sent by a chip in an epoch, seconds at least
+    """Chips, images an epoch, GB a chip, PFLOP and GB sent by a chip in an epoch, seconds at least
     of arithmetic and of links."""
     if "programs" not in report:
         return [name, f"{chips}", report["verdict"], *[""] * (len(HEADER) - 3)]

@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from flowgrpo_jax import checkpoint, cli, programs, sampler, sde, sharding
+from flowgrpo_jax import checkpoint, cli, programs, sampler, sde, settings, sharding
 from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
@@ -44,10 +44,18 @@ def generate(
         latent=latent,
         sigmas=sde.sigma_schedule(steps, model.shift),
     )
-    order = jnp.arange(len(prompts))
-    keys = sampler.image_keys(jax.random.key(seed), 0, order, jnp.zeros_like(order))
     weights = {"transformer": model.base, "vae": model.params["vae"]}
-    return np.asarray(run(adapter, weights, model.encode(prompts), model.encode([""]), order, keys))
+    null, n = model.encode([""]), len(prompts)
+    most = settings.AT_ONCE // ((height or size) * (width or size))
+    at_once = min(n, max(most, 1))
+    padded = np.arange(-(-n // at_once) * at_once) % n  # static shapes
+    images = []
+    for part in np.split(padded, len(padded) // at_once):
+        place = jnp.asarray(part)
+        keys = sampler.image_keys(jax.random.key(seed), 0, place, jnp.zeros_like(place))
+        cond = model.encode([prompts[i] for i in part])
+        images.append(np.asarray(run(adapter, weights, cond, null, jnp.arange(at_once), keys)))
+    return np.concatenate(images)[:n]
 
 
 def t5_limit(directory: Path) -> int:
@@ -108,11 +116,11 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("prompt", None, "Text; repeat the flag for several.", required=True)
     flags.DEFINE_integer("steps", 40, "ODE steps.", lower_bound=1)
     flags.DEFINE_float("guidance", 4.5, "Guidance scale; 1 means a single forward.")
-    flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+    flags.DEFINE_integer("seed", 0, "Of the noise, which also depends on a prompt's place.")
     flags.DEFINE_integer("height", None, "Pixels; the model's own size without it.")
     flags.DEFINE_integer("width", None, "Pixels; the model's own size without it.")
     flags.DEFINE_bool("t5", True, "Load T5; without it zeros stand for its states.")
     flags.DEFINE_integer("t5_length", None, "T5 tokens of a prompt; the model's own without it.")
-    flags.DEFINE_string("dtype", "float32", "Compute dtype: float32 or bfloat16.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
     flags.DEFINE_string("out", "image.png", "PNG file to write.")
     app.run(main)

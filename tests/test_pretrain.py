@@ -2,12 +2,13 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
 from flowgrpo_jax.models import architecture, sd3
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
@@ -92,6 +93,72 @@ def test_a_batch_has_a_noise_level_in_every_share_of_their_distribution():
     share = stats.norm(loc=np.log(flow.SHIFT)).cdf(np.log(levels / (1 - levels)))
     np.testing.assert_array_equal(np.sort(np.floor(128 * share)), np.arange(128))
     assert stats.kstest(128 * share % 1, "uniform").pvalue > 0.01
+
+
+def test_the_flow_loss_is_zero_for_the_velocity_from_picture_to_noise(monkeypatch):
+    monkeypatch.setattr(flow, "encode_prompt", lambda *states: (None, None))
+    latents = jax.random.normal(jax.random.key(1), (64, 8, 8, 16))
+    params = dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3", "transformer"])
+
+    def loss(velocity):
+        def transformer(params, x, t, tokens, pooled):
+            return velocity(x, t[:, None, None, None] / 1000)
+
+        apply = {name: lambda params, ids: None for name in params}
+        apply["transformer"] = transformer
+        return float(flow.loss(apply, params, latents, (None,) * 3, jax.random.key(2)))
+
+    assert loss(lambda x, sigma: (x - latents) / sigma) < 1e-6  # x = latents + sigma v
+    assert loss(lambda x, sigma: (latents - x) / sigma) == pytest.approx(4 * 2, rel=0.05)
+    assert loss(lambda x, sigma: 0 * x) == pytest.approx(2, rel=0.05)  # of noise and of latents
+
+
+def test_the_autoencoder_s_loss_is_the_error_and_the_divergence_from_a_normal():
+    mean, logvar, images = np.array([[0.3, -1.2]]), np.array([[-1.0, 0.5]]), np.array([[0.1, 0.9]])
+
+    def apply(params, x, method):
+        return (jnp.asarray(mean), jnp.asarray(logvar)) if method == "encode" else 0.5 + 0 * x
+
+    total, (mse, kl) = vae.loss(apply, {}, jnp.asarray(images), jax.random.key(0), 0.25)
+
+    def divergence(m, s):
+        p, q = stats.norm(m, s), stats.norm()
+        return integrate.quad(lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), -12, 12)[0]
+
+    wanted = np.mean([divergence(m, np.exp(v / 2)) for m, v in zip(mean[0], logvar[0])])
+    np.testing.assert_allclose([mse, kl], [0.16, wanted], rtol=1e-4)
+    np.testing.assert_allclose(total, 0.4 + 0.16 + 0.25 * wanted, rtol=1e-4)
+
+
+def test_latents_are_scaled_as_the_model_s_config_says(tmp_path, monkeypatch):
+    made = 3 + 5 * np.random.default_rng(0).normal(size=(12, 8, 8, 16)).astype(np.float32)
+    monkeypatch.setattr(vae, "encode_all", lambda params, images: made)
+    args = SimpleNamespace(workdir=tmp_path, seed=0, pictures=12)
+    pictures = data.Dataset(np.zeros((12, 64, 64, 3), np.uint8), np.zeros(12, np.int32))
+    for _ in range(2):  # made, and from the cache
+        scaled, config = pretrain.encoded(args, {}, pictures)
+        np.testing.assert_allclose([scaled.mean(), scaled.std()], [0, 1], atol=1e-3)
+        # As diffusers decodes: latents / scaling_factor + shift_factor.
+        back = scaled / config.scaling_factor + config.shift_factor
+        np.testing.assert_allclose(back, made, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "option, problem, message",
+    [
+        ("--pictures=15", ValueError, "--pictures=15: must be a multiple of 12"),
+        ("--pictures=0", ValueError, "--pictures=0: must be a multiple of 12"),
+        ("--start_from=nowhere", FileNotFoundError, r"nowhere holds no model_index\.json"),
+    ],
+)
+def test_a_typing_error_does_not_bind_the_directory(
+    tmp_path, monkeypatch, option, problem, message
+):
+    monkeypatch.setattr(data, "CHUNK", 12)
+    monkeypatch.setattr(sys, "argv", ["pretrain", f"--workdir={tmp_path / 'run'}", option])
+    with pytest.raises(problem, match=message):
+        pretrain.main(WORLD)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

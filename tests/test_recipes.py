@@ -63,6 +63,16 @@ def test_full_is_the_papers_table(name, beta):
     assert list(c.reward.weights.items()) == [(name, 1.0)]
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_fast_is_upstreams_fast_without_guidance(name):
+    """`geneval_sd3_fast_nocfg`: CPS 0.8 on 3 of the first 5 steps."""
+    c = load(name, "fast")
+    assert (c.sample.kernel, c.sample.noise_level) == ("cps", 0.8)
+    assert (c.sample.window, tuple(c.sample.window_range)) == (3, (0, 5))
+    assert c.sample.guidance_scale == c.eval.guidance_scale == 1
+    assert (c.train.clip_range, c.train.kl_beta) == (1e-5, 0)
+
+
 @pytest.mark.parametrize("name, variant", EACH)
 def test_a_variant_changes_only_a_few_lines(name, variant):
     flat = [dict(flatten(load(name, v).to_dict())) for v in ("full", variant)]

@@ -67,7 +67,11 @@ def test_pairs_bindings_and_counts_of_test_prompts_occur_in_no_train_prompt():
     def used(split):
         several = [m for m in grammar.prompts(split) if len(m["include"]) == 2]
         painted = [m for m in grammar.prompts(split) if m["tag"] in ("colors", "color_attr")]
-        return {pair(m) for m in several} | set(chain.from_iterable(map(bindings, painted)))
+        clauses = [clause for m in grammar.prompts(split) for clause in m["include"]]
+        counts = {(c["class"], c["count"]) for c in clauses if c["count"] > 1}
+        return (
+            {pair(m) for m in several} | set(chain.from_iterable(map(bindings, painted))) | counts
+        )
 
     assert not used("train") & used("test")
 

@@ -43,10 +43,15 @@ def chunk(world: World, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]
     return np.stack(images), np.array(captions, np.int32)
 
 
+def check(pictures: int) -> None:
+    """Raises ValueError for a number of pictures that are no whole chunks."""
+    if pictures < CHUNK or pictures % CHUNK:
+        raise ValueError(f"--pictures={pictures}: must be a multiple of {CHUNK}, made at once")
+
+
 def make(world: World, n: int, seed: int, cache: Path | None = None, workers: int = 2) -> Dataset:
     """n pictures (a multiple of 1000) and their captions; the same for the same seed."""
-    if n % CHUNK:
-        raise ValueError(f"n={n} pictures is not a multiple of {CHUNK}: they are made in chunks")
+    check(n)
     file = cache / f"pictures-{seed}-{n}.npz" if cache else None
     if file is not None and file.exists():
         with np.load(file) as stored:

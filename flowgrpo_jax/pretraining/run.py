@@ -152,7 +152,12 @@ def begin(args: argparse.Namespace, world: World) -> None:
     """Make the work directory, or see to it that it is the same run which goes on there.
 
     Raises ValueError that names what differs: caches and checkpoints would be taken from another.
+    What cannot be is an error before the directory is bound to it.
     """
+    data.check(args.pictures)
+    for start in filter(None, (args.start_from, args.vae_from)):
+        if not (start / "model_index.json").is_file():
+            raise FileNotFoundError(f"{start} holds no model_index.json: give a written model")
     images, captions = data.chunk(world, args.seed, 0)
     drawn = hashlib.sha256(images.tobytes() + captions.tobytes()).hexdigest()[:12]
     settings = {k: str(v) for k, v in vars(args).items() if k not in ("workdir", "out")}

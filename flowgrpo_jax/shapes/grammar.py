@@ -14,7 +14,7 @@ Splits. Each prompt is made of combinations, some of which are held out for good
 
 A prompt is in `train` if none of its combinations is held out and in `test` if all of
 them are, so no combination of a test prompt occurs in the train prompts of its tag, and
-no pair, binding or (shape, count) of a test prompt occurs in any train prompt at all.
+no pair, binding or (shape, count above one) of a test prompt occurs in any train prompt at all.
 Prompts of color_attr that mix the two are in neither split, only in `all`. Every shape,
 colour, count and relation occurs in train.
 """
