@@ -148,6 +148,7 @@ def test_latents_are_scaled_as_the_model_s_config_says(tmp_path, monkeypatch):
     [
         ("--pictures=15", ValueError, "--pictures=15: must be a multiple of 12"),
         ("--pictures=0", ValueError, "--pictures=0: must be a multiple of 12"),
+        ("--garbled=20", ValueError, r"--garbled=20\.0: a share of captions"),
         ("--start_from=nowhere", FileNotFoundError, r"nowhere holds no model_index\.json"),
     ],
 )

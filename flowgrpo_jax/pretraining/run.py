@@ -140,6 +140,9 @@ def arguments(world: World) -> argparse.Namespace:
         "--vae_from", type=Path, help="written model, of any world: train its autoencoder on"
     )
     parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument(
+        "--garbled", type=float, default=world.garbled, help="share of captions that are wrong"
+    )
     parser.add_argument("--vae_steps", type=int, default=1_500)
     parser.add_argument("--flow_steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=128)
@@ -155,6 +158,8 @@ def begin(args: argparse.Namespace, world: World) -> None:
     What cannot be is an error before the directory is bound to it.
     """
     data.check(args.pictures)
+    if not 0 <= args.garbled <= 1:
+        raise ValueError(f"--garbled={args.garbled}: a share of captions, must be in [0, 1]")
     for start in filter(None, (args.start_from, args.vae_from)):
         if not (start / "model_index.json").is_file():
             raise FileNotFoundError(f"{start} holds no model_index.json: give a written model")
@@ -178,6 +183,7 @@ def begin(args: argparse.Namespace, world: World) -> None:
 
 def main(world: World) -> None:
     args = arguments(world)
+    world = dataclasses.replace(world, garbled=args.garbled)
     out = args.out or args.workdir / "model"
     begin(args, world)
 
