@@ -286,7 +286,7 @@ def measure(workers: dict[str, Worker], repeats: int) -> dict[str, list[dict[str
     """Every engine's epochs, drawn in turns, each time in the other order."""
     epochs: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     for i in range(repeats):
-        for name, worker in list(workers.items())[:: 1 if i % 2 == 0 else -1]:
+        for name, worker in reversed(workers.items()) if i % 2 else workers.items():
             epochs[name].append(worker.ask("epoch"))
             print(f"{name}: epoch {i + 1}/{repeats} {epochs[name][-1]['epoch']:.2f} s", flush=True)
     return epochs

@@ -164,6 +164,7 @@ def programs(
 
     lengths = [parts.text_encoder.max_position_embeddings] * 2 + [config.model.t5_length]
     encoded = min(plan.groups, sd3.TEXTS)
+    m, micro = plan.micro_batch, config.eval.micro_batch or plan.micro_batch
     ids = tuple(array(everywhere, encoded, n) for n in lengths)
     cond = jax.tree.map(
         lambda x: array(everywhere, plan.groups, *x.shape[1:], dtype=x.dtype),
@@ -171,13 +172,12 @@ def programs(
     )
     null, tested = (
         jax.tree.map(lambda x, n=n: array(everywhere, n, *x.shape[1:], dtype=x.dtype), cond)
-        for n in (1, config.eval.micro_batch or plan.micro_batch)
+        for n in (1, micro)
     )
 
     process = recipe.make_process(config, model.shift)
     built = recipe.make_programs(config, model, mesh, plan, process, optimiser)
     latent = model.latent_shape(config.model.height, config.model.width)
-    m, micro = plan.micro_batch, config.eval.micro_batch or plan.micro_batch
     trajectory = rollout(process, m, latent, mesh)
     one_each, scalar = array(rows, m), array(everywhere)
     keys = laid_out(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro)), rows)
@@ -206,9 +206,10 @@ def programs(
         *(Program("score", batches, *program) for program in scoring),
         Program("accumulate", batches, built.accumulate, (gradient, figures, *policy, *replay)),
         Program("apply", plan.updates, built.apply, (state, gradient)),
-        *[Program("evaluate", evaluated, built.generate, evaluating)] * bool(config.eval.every),
-        *(Program("judge", evaluated, *program) for program in judging),
     ]
+    if config.eval.every:
+        listed.append(Program("evaluate", evaluated, built.generate, evaluating))
+        listed += [Program("judge", evaluated, *program) for program in judging]
     # An epoch that is stopped never happened: its first state stays beside the newest.
     states = [state] * min(plan.updates, 2)
     stays = (weights, list(towers.values()), states, cond, null, [trajectory] * batches)

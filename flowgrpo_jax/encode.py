@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
     texts = needed(config, flags.FLAGS.epochs or config.epochs)
     model = recipe.load_model(config, mesh, texts_alone=True)
     for i in tqdm(range(0, len(texts), TEXTS), desc="encode", unit="batch"):
-        recipe.encode(config, model, mesh, texts[i : i + TEXTS])
+        recipe.encode(config, model, mesh, texts[i : i + TEXTS], strict=True)
     print(f"{len(texts)} prompts are in {config.model.text_cache}")
 
 

@@ -82,8 +82,14 @@ class Recipe:
         return encode(self.config, self.model, self.mesh, texts)
 
 
-def encode(config: ConfigDict, model: sd3.SD3, mesh: Mesh, texts: list[str]) -> Conditioning:
-    """The prompts' states on every device, through the cache where there is one."""
+def encode(
+    config: ConfigDict, model: sd3.SD3, mesh: Mesh, texts: list[str], *, strict: bool = False
+) -> Conditioning:
+    """The prompts' states on every device, through the cache where there is one.
+
+    Args:
+      strict: raise OSError when the cache cannot be written.
+    """
     c = config.model
     if not c.text_cache:
         return sharding.replicate(mesh, model.encode(texts))
@@ -93,6 +99,7 @@ def encode(config: ConfigDict, model: sd3.SD3, mesh: Mesh, texts: list[str]) -> 
         texts,
         c.text_cache,
         mark,
+        strict=strict,
         everyone=sharding.everyone,
         whole=sharding.whole,
     )
@@ -236,13 +243,10 @@ def scorers(
     loaded = rewards.load(
         dict.fromkeys(mix.names + test_mix.names), config.reward.options.to_dict()
     )
-    for name, reward in loaded.items():
+    for reward in loaded.values():
         getattr(reward, "ready", lambda: None)()  # a remote one raises where nobody answers
-        check_record = getattr(reward, "check", lambda record: None)
-        for chosen, records in ((mix, train_prompts), (test_mix, test_prompts)):
-            for record in records:
-                if chosen.applies(name, record):
-                    check_record(record)
+    _check_records(loaded, mix, train_prompts)
+    _check_records(loaded, test_mix, test_prompts)
     if seconds := config.reward.timeout:
         loaded = {
             name: reward if isinstance(reward, GraphReward) else host.Limited(reward, seconds)
@@ -251,6 +255,17 @@ def scorers(
     place = graph.once(lambda array: sharding.replicate(mesh, array))
     train_scorer = _scorer(mix, loaded, train_prompts, place)
     return train_scorer, _scorer(test_mix, loaded, test_prompts, place)
+
+
+def _check_records(
+    loaded: dict[str, Reward | GraphReward], mix: Mix, records: list[Metadata]
+) -> None:
+    """Let rewards say which of the prompts that they are for they cannot judge."""
+    checks = {name: loaded[name].check for name in mix.names if hasattr(loaded[name], "check")}  # type: ignore
+    for name, check_record in checks.items():
+        for record in records:
+            if mix.applies(name, record):
+                check_record(record)
 
 
 def _scorer(

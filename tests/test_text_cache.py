@@ -94,6 +94,8 @@ def test_a_cache_that_cannot_be_read_or_written_costs_a_warning(tmp_path, monkey
     monkeypatch.setattr(text_cache, "save_file", full)
     same(encode_cached(encode, ["a", "b"], tmp_path / "x", "x"), Encoder()(["a", "b"]))
     assert "No space left" in caplog.text and list((tmp_path / "x").iterdir()) == []
+    with pytest.raises(OSError, match="No space left"):  # to fill it is what `encode` is for
+        encode_cached(encode, ["a"], tmp_path / "x", "x", strict=True)
     monkeypatch.undo()
     (tmp_path / "file").write_text("no directory")
     same(encode_cached(encode, ["a"], tmp_path / "file", "x"), Encoder()(["a"]))

@@ -232,6 +232,6 @@ def read(file: str | Path, shapes: Params) -> Params:
     with open_safetensors(Path(file)) as handle:
         for key in handle.keys():  # noqa: SIM118 (a file, no dict)
             prefix = next((p for p in prefixes if key.startswith(p)), "")
-            if not key.endswith(".alpha"):  # ComfyUI's, see `read_spec`
+            if not key.endswith(".alpha"):  # ComfyUI's; the header has it
                 tensors[key.removeprefix(prefix)] = handle.get_tensor(key)
     return from_torch(tensors, shapes)

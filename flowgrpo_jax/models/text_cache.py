@@ -42,6 +42,7 @@ def encode_cached(
     directory: str | Path,
     fingerprint: str,
     *,
+    strict: bool = False,
     everyone: Callable[[np.ndarray], np.ndarray] = lambda x: x[None],
     whole: Callable[[jax.Array], np.ndarray] = np.asarray,
 ) -> Conditioning:
@@ -55,6 +56,7 @@ def encode_cached(
     Args:
       texts: P prompts. Returns their Conditioning, in order, in the dtype that `encode` gave.
       fingerprint: of the encoders and their settings; another one is another cache.
+      strict: raise what kept a prompt from being written, for who came to fill the cache.
       everyone: [processes, ...] of every process's array: all encode what one of them lacks, since
         the encoders may be spread over them all.
       whole: fetches an array that may be spread over processes.
@@ -77,6 +79,8 @@ def encode_cached(
                 _write(folder / f"{names[text]}.st", found[text])
             except (OSError, SafetensorError) as error:
                 unwritten.append(error)
+    if unwritten and strict:
+        raise unwritten[0]
     if unwritten:
         log.warning("%s keeps not all prompts, which are encoded again: %s", folder, unwritten[0])
     rows = [found[t] for t in texts]
