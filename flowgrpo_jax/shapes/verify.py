@@ -1,7 +1,8 @@
 """Find the objects in a picture of the shapes world, and judge a picture against a prompt.
 
 Every pixel that is more than half as far from the background as its surroundings' peak is
-foreground; a connected component of it is an object. Its shape is the template that overlaps
+foreground; what of it hangs together is an object, also over pixels that are far from the
+background alone. Its shape is the template that overlaps
 it best once both have area 1 and their centroids coincide, its colour the palette entry that
 most of its inner pixels are nearest to. What resembles no template well enough, or two equally
 well, is "unknown": a fused pair, a smear, a ring. Pure numpy and scipy, about half a
@@ -19,6 +20,9 @@ UNKNOWN = "unknown"
 MIN_AREA = 20  # px; smaller specks are ignored (the smallest star the grammar draws has 79)
 MAX_SHARE = 0.25  # of the picture; larger things are unknown, or a black picture were a square
 MIN_CONTRAST = 55.0  # RGB distance from the background that is never foreground (pink has 135)
+# Half of the most that the surroundings' peak counts for where it says what hangs together. Beside
+# black (384) pink were background otherwise, and a fused pair with it two shapes.
+JOINS = 90.0
 # How far an autoencoder may wear a shape, as the Gaussian blur (in radii) of its most worn
 # template: thin shapes lose notches and corners first. A cross worn further is a diamond.
 WEAR = {
@@ -85,14 +89,16 @@ def detect(image: np.ndarray) -> list[Detection]:
     # 1 inside an object, 0 on the background, 1/2 on the outline, whatever the colour. The
     # reach of 2 px is less than the gap between objects, so a dark one cannot hide a light one.
     level = contrast / np.maximum(_peak(contrast, 2), 2 * MIN_CONTRAST)
-    labels, count = ndimage.label(level > 0.5)
+    labels, count = ndimage.label((level > 0.5) | (contrast > JOINS))
+    labels[level <= 0.5] = 0
     if count == 0:
         return []
-    areas = np.bincount(labels.ravel())
+    areas = np.bincount(labels.ravel(), minlength=count + 1)
     colors = _colors(pixels, labels, count)
     detections = []
-    for k, (rows, cols) in enumerate(ndimage.find_objects(labels), start=1):
-        if areas[k] >= MIN_AREA:
+    for k, place in enumerate(ndimage.find_objects(labels), start=1):
+        if place and areas[k] >= MIN_AREA:
+            rows, cols = place
             cls, iou = _shape(level, labels, k, rows, cols)
             if areas[k] > MAX_SHARE * labels.size:
                 cls = UNKNOWN
