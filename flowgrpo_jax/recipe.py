@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from flowgrpo_jax.types import (
     PromptBatch,
     Reward,
     Scores,
+    TrainState,
     Trajectory,
 )
 
@@ -41,11 +43,11 @@ ADAMW = ("b1", "b2", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "de
 
 @dataclass(frozen=True)
 class Programs:
-    """The jitted programs of a run. Their first arguments are (lora, frozen weights)."""
+    """The jitted programs of a run; `programs.py` has their arguments."""
 
     sample: Callable[..., tuple[Trajectory, jax.Array, Scores]]
-    accumulate: Callable[..., Any]
-    apply: Callable[..., Any]
+    accumulate: Callable[..., tuple[Params, dict[str, jax.Array]]]
+    apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     generate: Callable[..., jax.Array]
 
 
@@ -82,6 +84,9 @@ class Recipe:
         return encode(self.config, self.model, self.mesh, texts)
 
 
+_fingerprint = cache(text_cache.fingerprint)  # a run's model does not change
+
+
 def encode(
     config: ConfigDict, model: sd3.SD3, mesh: Mesh, texts: list[str], *, strict: bool = False
 ) -> Conditioning:
@@ -93,7 +98,7 @@ def encode(
     c = config.model
     if not c.text_cache:
         return sharding.replicate(mesh, model.encode(texts))
-    mark = text_cache.fingerprint(model.directory, dtype=c.dtype, t5=c.t5, t5_length=c.t5_length)
+    mark = _fingerprint(model.directory, dtype=c.dtype, t5=c.t5, t5_length=c.t5_length)
     cond = text_cache.encode_cached(
         model.encode,
         texts,
@@ -247,11 +252,11 @@ def scorers(
         getattr(reward, "ready", lambda: None)()  # a remote one raises where nobody answers
     _check_records(loaded, mix, train_prompts)
     _check_records(loaded, test_mix, test_prompts)
-    if seconds := config.reward.timeout:
-        loaded = {
-            name: reward if isinstance(reward, GraphReward) else host.Limited(reward, seconds)
-            for name, reward in loaded.items()
-        }
+    seconds = config.reward.timeout or None
+    loaded = {
+        name: reward if isinstance(reward, GraphReward) else host.Limited(reward, seconds)
+        for name, reward in loaded.items()
+    }
     place = graph.once(lambda array: sharding.replicate(mesh, array))
     train_scorer = _scorer(mix, loaded, train_prompts, place)
     return train_scorer, _scorer(test_mix, loaded, test_prompts, place)

@@ -66,7 +66,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     )
     first, asked = epoch, 0
     last: dict[str, float] = {}  # the last evaluation's figures
-    with cli.Stop() as stop, ThreadPoolExecutor(config.reward.threads) as pool:
+    pool = ThreadPoolExecutor(config.reward.threads)
+    with cli.Stop() as stop:
         try:
             while epoch < config.epochs:
                 stop.check()
@@ -89,16 +90,13 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 metrics.write(epoch, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
-            pool.shutdown(wait=False, cancel_futures=True)
             if epoch > first:
                 finish(kept, epoch, state)
-        except KeyboardInterrupt:  # the second Ctrl-C
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
         except Exception as error:
-            pool.shutdown(wait=False, cancel_futures=True)
             keep_after(error, kept, epoch, state, began=first)
             raise
+        finally:  # a reward may hang: nobody waits for it any more
+            pool.shutdown(wait=False, cancel_futures=True)
     bar.close()
     kept.close()
     metrics.close()
@@ -271,22 +269,26 @@ def improve(
                 trained,
             )
             jax.block_until_ready(before)  # as in sampling
+        gap = float(sums.pop("ratio_gap"))
+        if u == 0:  # the ratio is 1 only before the first update; later ones are off policy
+            figures["ratio_gap"] = gap
+            warn_of_gap(epoch, gap, config.train.clip_range)
         state, applied = run.programs.apply(state, gradient)
         for name, value in (sums | applied).items():
-            # The ratio is 1 only before the first update; later ones are off policy by intent.
-            if name != "ratio_gap":
-                figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
-            elif u == 0:
-                figures[name] = float(value)
-    if not figures["ratio_gap"] <= config.train.clip_range:
+            figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
+    return state, figures
+
+
+def warn_of_gap(epoch: int, gap: float, clip_range: float) -> None:
+    """Say so, before the update, where the policy that drew and the one that learns differ."""
+    if not gap <= clip_range:  # NaN included
         log.warning(
             "epoch %d: ratio_gap %.2g exceeds train.clip_range %.2g: update and sampler disagree"
             " on the same policy; use a higher precision or train earlier steps",
             epoch,
-            figures["ratio_gap"],
-            config.train.clip_range,
+            gap,
+            clip_range,
         )
-    return state, figures
 
 
 def micro_batches(run: Recipe, batch: PromptBatch):

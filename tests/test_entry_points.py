@@ -3,6 +3,7 @@
 Runs here are tiny: what is tested is that they are complete, repeatable and can be gone on with.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -31,7 +32,8 @@ from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import graph, host
 from flowgrpo_jax.rewards.mix import Mix
-from flowgrpo_jax.train import evaluate_into, first_state, one_epoch, train
+from flowgrpo_jax.shapes import grammar
+from flowgrpo_jax.train import evaluate_into, first_state, one_epoch, train, warn_of_gap
 from flowgrpo_jax.types import GraphReward
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +167,15 @@ def test_a_run_leaves_everything_behind(folder, half):
     assert Checkpoints(half / "checkpoints").steps() == [1, 2]
     (events,) = (half / "tensorboard").iterdir()
     assert b"ratio_gap" in events.read_bytes()
+
+
+def test_every_figure_and_file_of_a_run_is_explained(half):
+    explained = re.findall(r"`([^`]+)`", (ROOT / "docs" / "running.md").read_text())
+    figures = {key.split("/")[0] for row in rows(half) for key in row} - {"epoch"}
+    written = {f.name + "/" * f.is_dir() for f in half.iterdir()}
+    assert {"reward", "eval", "grad_norm"} < figures and "metrics.jsonl" in written
+    named = {name.split("/")[0] for name in explained}
+    assert figures <= named and {name.removesuffix("/") for name in written} <= named
 
 
 def test_prompts_that_were_encoded_ahead_need_no_encoder(folder, half, monkeypatch):
@@ -423,6 +434,33 @@ def test_a_reward_that_hangs_ends_the_run(folder, monkeypatch):
         train(config, folder / "hanging")
 
 
+@pytest.mark.parametrize("gap, warned", [(0.9e-5, False), (1.1e-5, True), (np.nan, True)])
+def test_a_policy_that_learns_from_another_is_a_warning(gap, warned, caplog):
+    warn_of_gap(3, gap, 1e-5)
+    assert ("epoch 3: ratio_gap" in caplog.text) == warned
+
+
+def test_the_warning_comes_before_the_update(folder, monkeypatch):
+    """Of the first update alone; in a recipe with two."""
+    config = load(folder, epochs=1, eval__every=0)
+    order, build = [], recipe.build
+
+    def watched(config):
+        run = build(config)
+        apply = run.programs.apply
+
+        def noted(*args):
+            order.append("update")
+            return apply(*args)
+
+        return dataclasses.replace(run, programs=dataclasses.replace(run.programs, apply=noted))
+
+    monkeypatch.setattr(recipe, "build", watched)
+    monkeypatch.setattr("flowgrpo_jax.train.warn_of_gap", lambda *args: order.append("warning"))
+    train(config, folder / "warned")
+    assert order == ["warning", "update", "update"]
+
+
 HANGING = """
 import threading, concurrent.futures as futures, pathlib, runpy, sys
 from flowgrpo_jax import rewards
@@ -456,6 +494,48 @@ def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(folder):
     assert done.returncode == 1
     assert "failed on 100%" in done.stderr and "leaving without it" in done.stderr
     assert Checkpoints(folder / "hung" / "checkpoints").steps() == []  # nothing was trained
+
+
+SLEEPING = """
+import pathlib, runpy, sys, time
+from flowgrpo_jax import cli, rewards
+from flowgrpo_jax.rewards import host
+from flowgrpo_jax.train import train
+
+def sleeps(images, prompts, metadata):
+    pathlib.Path("asked").touch()
+    time.sleep(10_000)
+
+sys.modules["sleeping"] = sys.modules["__main__"]
+rewards.TABLE["shapes"] = "sleeping:sleeps"
+config = runpy.run_path("tiny.py")["get_config"]()
+config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, float(sys.argv[1]), 1.0
+with host.leaving_hung_calls(), cli.restarting():
+    train(config, pathlib.Path("asleep"))
+"""
+
+
+@pytest.mark.parametrize(
+    "number, limit, status", [(signal.SIGTERM, 1800.0, 75), (signal.SIGINT, 0.0, 0)]
+)
+def test_a_stop_does_not_wait_for_a_reward(folder, number, limit, status):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
+    (folder / "asked").unlink(missing_ok=True)
+    shutil.rmtree(folder / "asleep", ignore_errors=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPING, str(limit)],
+        cwd=folder,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **cache},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (folder / "asked").exists():
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    assert f"{number.name}: saving and stopping" in out and "leaving without it" in err
 
 
 def test_the_best_is_of_this_run(folder, whole, tmp_path):
@@ -669,8 +749,9 @@ def load_eval(**settings):
 
 def test_an_exported_lora_draws_what_the_checkpoint_draws(folder, whole):
     prompt = "a red circle"
-    (folder / "one.txt").write_text(prompt)
-    changes = {"prompts__test": str(folder / "one.txt"), "eval__seed": 5}
+    (record,) = (m for m in grammar.prompts("all") if m["prompt"] == prompt)
+    (folder / "one.jsonl").write_text(json.dumps(record))
+    changes = {"prompts__test": str(folder / "one.jsonl"), "eval__seed": 5}
     config = load(folder, eval__images=1, eval__micro_batch=1, eval__steps=3, **changes)
     run = recipe.build(config, training=False)
     ema = checkpoint.load_lora(whole.workdir, run.model)

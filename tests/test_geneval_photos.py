@@ -337,8 +337,8 @@ def test_an_image_whose_colours_fail_fails_alone(caplog):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({}, "they need `tag`, and `include`.*metadata file"),
-        ({"tag": "colors"}, "they need `tag`, and `include`"),
+        ({}, "they need `tag`.*metadata file"),
+        ({"tag": "colors"}, "they need `include` with at least one.*metadata file"),
         ({"include": single()["include"]}, "they need `tag`"),
         ({"tag": "colors", "include": []}, "at least one"),
         (single("dragon"), "class must be one of .*'person'"),

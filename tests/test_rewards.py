@@ -68,6 +68,23 @@ def test_shapes_pay_for_what_the_prompt_says(tag):
     assert (score("shapes_unknown", right) == 0).all()
 
 
+def test_shapes_say_early_what_they_cannot_judge():
+    for metadata in grammar.prompts("all"):
+        shapes_rewards.graded.check(metadata)
+    with pytest.raises(ValueError, match="need `include`"):
+        shapes_rewards.strict.check({"prompt": "a red circle"})
+    for clause, words in (
+        ({"class": "dog", "count": 1}, "class must be one of .*'circle'"),
+        ({"class": "star", "count": 9}, "count must be one of"),
+        ({"class": "star"}, "count must be one of"),
+        ({"class": "star", "count": 1, "color": "brown"}, "color must be one of .*'red'"),
+        ({"class": "star", "count": 1, "position": ["inside", 0]}, "position must be one of"),
+        ({"class": "star", "count": 1, "position": ["above", 0]}, "an earlier include clause"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            shapes_rewards.strict.check({"include": [clause]})
+
+
 def test_shapes_unknown_is_the_share_of_objects_without_a_shape():
     circle = render((Thing("circle", "red", 45.0, 45.0, 10.0),))
     bar, blank = render(()), render(())
@@ -89,6 +106,14 @@ def test_the_ocr_recipe_evaluates_by_the_papers_rule_as_well(monkeypatch):
     made = rewards.load(config.eval.rewards, config.reward.options.to_dict())
     scores = {name: r(PICTURES[:1], ['a sign "Stop"'], [{}])[0][0] for name, r in made.items()}
     assert scores == {"ocr": 0, "ocr_exact": 0, "ocr_lenient": 1}
+
+
+def test_an_option_that_a_reward_does_not_have_is_named():
+    options = {"ocr": {"strict": True, "stricter": True}}
+    with pytest.raises(
+        ValueError, match=r"reward\.options\.ocr has \['stricter'\]: choose from .*strict"
+    ):
+        rewards.load(["ocr"], options)
 
 
 def test_a_row_that_shares_options_may_have_its_own(monkeypatch):
@@ -341,7 +366,7 @@ def test_a_recipe_s_scorers_place_what_they_share_once(training, monkeypatch):
     assert len(placed) == len(TOWER) + (3 if training else 2)
 
 
-@pytest.mark.parametrize("every, tested", [(0, [{"prompt": "a"}]), (5, [])])
+@pytest.mark.parametrize("every, tested", [(0, [grammar.single_object("star")]), (5, [])])
 def test_a_run_that_never_evaluates_loads_no_rewards_for_it(every, tested, monkeypatch):
     config = shapes.get_config()
     config.eval.rewards, config.eval.every = ("imagereward",), every

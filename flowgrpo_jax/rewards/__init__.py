@@ -11,7 +11,8 @@ this folder, give it a row in `TABLE`, test it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flowgrpo_jax.types import GraphReward, Reward
@@ -72,11 +73,22 @@ def load(
         module, _, attribute = TABLE[row].partition(":")
         found = getattr(importlib.import_module(module), attribute.removesuffix("()"))
         if attribute.endswith("()"):
+            _check_options(name, found, chosen)
             found = found(**chosen)
         elif chosen:
             raise ValueError(f"reward.options.{name}={chosen}: {name} takes no options")
         rewards[name] = found
     return rewards
+
+
+def _check_options(name: str, make: Callable[..., Any], chosen: Mapping[str, Any]) -> None:
+    known = inspect.signature(make).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    unknown = sorted(set(chosen) - set(known))
+    if unknown and not anything:
+        raise ValueError(
+            f"reward.options.{name} has {unknown}: choose from {', '.join(known) or 'none'}"
+        )
 
 
 def row_of(name: str) -> str:

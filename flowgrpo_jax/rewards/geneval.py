@@ -22,11 +22,12 @@ or no effect on GenEval's own prompts:
 4. An include clause without a count, or without any clause at all, is an error.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+RELATIONS = ("left of", "right of", "above", "below")
 OFFSET_SLACK = 0.1  # share of the two boxes' summed sizes that an offset must exceed to count
 DIRECTION = 0.5  # least component of the slackened offset, in lengths of the full offset
 
@@ -145,3 +146,30 @@ def _placed(things, position, matched) -> bool:
     if matched[target] is None:
         return False
     return all(relation in relations(thing, other) for thing in things for other in matched[target])
+
+
+def check(
+    metadata: Mapping[str, Any],
+    *,
+    classes: Collection[str],
+    counts: Collection[int],
+    colors: Collection[str],
+) -> None:
+    """Raises ValueError, naming the value, for metadata that `score` cannot judge, or that name
+    what a detector with these classes, counts and colours never sees."""
+    if not metadata.get("include"):
+        raise ValueError(
+            f"metadata {metadata!r} are not GenEval's: they need `include` with at least one"
+            " {class, count}. Take prompts from a GenEval metadata file (.jsonl)"
+        )
+    choices: dict[str, Collection[Any]] = {"class": classes, "count": counts, "color": colors}
+    for place, clause in enumerate([*metadata["include"], *metadata.get("exclude", [])]):
+        for key, allowed in choices.items():
+            if (key != "color" or key in clause) and clause.get(key) not in allowed:
+                raise ValueError(f"GenEval clause {clause!r}: {key} must be one of {allowed}")
+        relation, target = clause.get("position", (RELATIONS[0], 0))
+        if relation not in RELATIONS or ("position" in clause and target not in range(place)):
+            raise ValueError(
+                f"GenEval clause {clause!r}: position must be one of {RELATIONS} and the number of"
+                " an earlier include clause"
+            )

@@ -58,16 +58,20 @@ def guarded(
     return np.where(valid, scores, 0).astype(np.float32), valid
 
 
+GRACE = 2.0  # seconds that a program waits at its end for calls that it does not need any more
+
+
 class Limited:
-    """A reward whose calls may take so many seconds: then they raise TimeoutError.
+    """A reward whose calls may take so many seconds, or any number of them: then they raise
+    TimeoutError.
 
     A thread cannot be stopped from outside. The call that took too long goes on in its own; until
     it returns, further calls raise at once. `leaving_hung_calls` ends the process in spite of it.
     """
 
-    late: ClassVar[list[Future[Any]]] = []  # all calls that were given up
+    running: ClassVar[set[Future[Any]]] = set()  # all calls that have not returned
 
-    def __init__(self, reward: Reward, seconds: float):
+    def __init__(self, reward: Reward, seconds: float | None):
         self.reward, self.seconds = reward, seconds
         self._last: Future[Any] | None = None  # the call that was given up
 
@@ -77,16 +81,12 @@ class Limited:
         if self._last and not self._last.done():
             raise TimeoutError("an earlier call has not returned yet")
         result: Future[Any] = Future()
+        self.running.add(result)
+        result.add_done_callback(self.running.discard)
         work = (result, images, prompts, metadata)
         threading.Thread(target=self._call, args=work, daemon=True).start()
-        try:
-            done = wait([result], self.seconds).done
-        except BaseException:  # a second Ctrl-C: nobody will wait for it any more
-            self.late.append(result)
-            raise
-        if not done:
+        if not wait([result], self.seconds).done:
             self._last = result
-            self.late.append(result)
             raise TimeoutError(f"no scores after reward.timeout={self.seconds:g} seconds")
         return result.result()
 
@@ -99,20 +99,24 @@ class Limited:
 
 @contextmanager
 def leaving_hung_calls() -> Iterator[None]:
-    """Around a whole program: if a reward hangs at its end, leave without it.
+    """Around a whole program: if a reward has not returned at its end, leave without it.
 
-    Python would wait for the reward's own threads for ever, such as those of a pool.
+    Python would wait for the threads that wait for it, and for the reward's own, such as those of a
+    pool.
     """
     status = 0
     try:
         yield
     except BaseException as error:
-        if all(call.done() for call in Limited.late):
+        if not wait(tuple(Limited.running), GRACE).not_done:
             raise
-        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        traceback.print_exc()
-    if not all(call.done() for call in Limited.late):
-        print("a reward hangs: leaving without it", file=sys.stderr)
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            status = error.code
+        else:
+            status = 1
+            traceback.print_exc()
+    if wait(tuple(Limited.running), GRACE).not_done:
+        print("a reward has not returned: leaving without it", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 MOST = 16  # objects of a class that are looked at, the surest
 COUNTS = range(1, MOST + 2)  # that a clause may name; `exclude` names one more than is asked for
-RELATIONS = ("left of", "right of", "above", "below")
 ROWS: dict[str, Callable[[Score], float]] = {
     "geneval": lambda score: score.graded,
     "geneval_strict": lambda score: float(score.strict),
@@ -224,23 +223,9 @@ class Judge:
 
 def check(record: Metadata) -> None:
     """Raises ValueError, naming the value, for metadata that are not GenEval's."""
-    if "tag" not in record or not record.get("include"):
+    if "tag" not in record:
         raise ValueError(
-            f"metadata {record!r} are not GenEval's: they need `tag`, and `include` with at least"
-            " one {class, count}. Take prompts from a GenEval metadata file (.jsonl)"
+            f"metadata {record!r} are not GenEval's: they need `tag`. Take prompts from a GenEval"
+            " metadata file (.jsonl)"
         )
-    choices: dict[str, Any] = {"class": coco.CLASSES, "count": COUNTS, "color": COLORS}
-    for place, clause in enumerate([*record["include"], *record.get("exclude", [])]):
-        given = dict.fromkeys(("class", "count")) | clause
-        wrong = [
-            key for key, allowed in choices.items() if given.get(key, allowed[0]) not in allowed
-        ]
-        if wrong:
-            key = wrong[0]
-            raise ValueError(f"GenEval clause {clause!r}: {key} must be one of {choices[key]}")
-        relation, target = clause.get("position", (RELATIONS[0], 0))
-        if relation not in RELATIONS or ("position" in clause and target not in range(place)):
-            raise ValueError(
-                f"GenEval clause {clause!r}: position must be one of {RELATIONS} and the number of"
-                " an earlier include clause"
-            )
+    geneval.check(record, classes=coco.CLASSES, counts=COUNTS, colors=COLORS)

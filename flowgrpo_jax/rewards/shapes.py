@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flowgrpo_jax.shapes import verify
+from flowgrpo_jax.rewards import geneval
+from flowgrpo_jax.shapes import grammar, verify
+from flowgrpo_jax.shapes.render import COLORS, SHAPES
 from flowgrpo_jax.types import Metadata
 
 Scores = tuple[np.ndarray, np.ndarray]
@@ -26,6 +28,16 @@ def unknown(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metad
     """Share of a picture's objects that are no recognisable shape, 0 to 1; lower is better."""
     found = [[d.cls == verify.UNKNOWN for d in verify.detect(image)] for image in images]
     return _all([float(np.mean(bad)) if bad else 0.0 for bad in found])
+
+
+def check(record: Metadata) -> None:
+    """Raises ValueError, naming the value, for metadata that no prompt of this world has."""
+    counts = range(1, max(grammar.COUNTS) + 2)  # `exclude` names one more than is asked for
+    geneval.check(record, classes=SHAPES, counts=counts, colors=COLORS)
+
+
+# Of every prompt, before training.
+graded.check = strict.check = check  # type: ignore[attr-defined]
 
 
 def _all(scores: list[float]) -> Scores:
