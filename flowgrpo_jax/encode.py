@@ -1,9 +1,8 @@
 """Encode a run's prompts ahead of it, so that training needs no text encoder on its devices.
 
-    python -m flowgrpo_jax.encode --config configs/geneval.py --epochs 500 \\
-        --config.model.text_cache=texts
+    python -m flowgrpo_jax.encode --config configs/geneval.py --config.model.text_cache=texts
 
-Fills `model.text_cache` with the prompts of the first epochs, of the evaluation and the empty one.
+Fills `model.text_cache` with the prompts of the epochs, of the evaluation and the empty one.
 `train` with the same cache then reads them there, and loads the text encoders only for a prompt
 that it does not find. Which prompts an epoch has is known beforehand: it depends on nothing but
 `seed`, `sample.groups` and the prompts' settings.

@@ -5,8 +5,9 @@
         --out trained.json
 
 `--checkpoint` is "base", a work directory or its `checkpoints` folder (the EMA weights of the
-newest checkpoint, or `checkpoints/STEP`), or an exported LoRA. Writes the mean of every reward over
-all images and per tag as JSON, with what it is of, and a grid of pictures next to it.
+newest checkpoint, or `checkpoints/STEP`), its `best` folder, or an exported LoRA. Writes the mean
+of every reward over all images and per tag as JSON, with what it is of, and a grid of pictures next
+to it.
 """
 
 from __future__ import annotations
@@ -187,6 +188,6 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     cli.restart_with_huge_pages()
     cli.define_flags(config=True)
-    flags.DEFINE_string("checkpoint", "base", "base, a work directory, or an exported LoRA.")
+    flags.DEFINE_string("checkpoint", "base", "base, a work directory, its best/, or an export.")
     flags.DEFINE_string("out", "evaluation.json", "JSON file to write; a .png goes beside it.")
     app.run(main)

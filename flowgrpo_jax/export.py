@@ -11,7 +11,6 @@ in float32.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from etils import epath
 
 from flowgrpo_jax import checkpoint, cli
 from flowgrpo_jax.cli import CONFIG_FILE
+from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models import convert, lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
@@ -36,7 +36,7 @@ def export(
     file = workdir / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: {workdir} is no work directory of train")
-    config = json.loads(file.read_text())
+    config = read_json(file)
     c = config["lora"]
     spec = LoRASpec(c["rank"], c["alpha"], tuple(c["targets"]))
     parts = sd3.find_architecture(config["model"]["path"], t5=False)

@@ -1,6 +1,10 @@
-"""Paths that may lie in a bucket: `gs://...`, through etils and Orbax."""
+"""Files: paths that may lie in a bucket (`gs://...`, through etils and Orbax), and JSON."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -24,3 +28,11 @@ def replace(file: epath.Path, text: str) -> None:
     part = file.with_name(f"{file.name}.part")
     part.write_text(text)
     part.replace(file)
+
+
+def read_json(file: epath.Path | Path) -> Any:
+    """What a JSON file says. Raises ValueError that names it where it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, copy or download it again: {error}") from error

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ from absl import app, flags
 from PIL import Image
 
 from flowgrpo_jax import checkpoint, cli, programs, sampler, sde, settings, sharding
+from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
@@ -61,8 +61,8 @@ def generate(
 def t5_limit(directory: Path) -> int:
     """T5 tokens of a prompt: what the model's tokenizer says, at most the paper's 128."""
     file = directory / "tokenizer_3" / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) if file.exists() else {}
-    return int(min(settings.get("model_max_length", 128), 128))
+    tokenizer = read_json(file) if file.exists() else {}
+    return int(min(tokenizer.get("model_max_length", 128), 128))
 
 
 def read_spec(path: str | Path) -> LoRASpec:
@@ -87,10 +87,11 @@ def _is_run(directory: Path) -> bool:
 
 def main(_: list[str]) -> None:
     args = flags.FLAGS
-    spec = read_spec(args.lora) if args.lora else LoRASpec()
+    spec = read_spec(args.lora) if args.lora else None
     directory = sd3.resolve(args.model, t5=args.t5)
-    settings = {"t5": args.t5, "t5_length": args.t5_length or t5_limit(directory)}
-    model = sd3.load(directory, lora_spec=spec, dtype=jnp.dtype(args.dtype), **settings)
+    length = args.t5_length or t5_limit(directory)
+    dtype = jnp.dtype(args.dtype)
+    model = sd3.load(directory, lora_spec=spec, dtype=dtype, t5=args.t5, t5_length=length)
     adapter = checkpoint.load_lora(args.lora or checkpoint.BASE, model)
     images = generate(
         model,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from flowgrpo_jax import sampler, sharding, update
 from flowgrpo_jax.models.sd3 import SD3
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Params, Scores, Trajectory
+from flowgrpo_jax.types import Params, Scores, TrainState, Trajectory
 from flowgrpo_jax.update import Objective
 
 HostScore = Callable[[jax.Array, jax.Array], Scores]
@@ -84,7 +84,9 @@ def accumulate(
     return run
 
 
-def apply(optimiser: Any, ema_decay: float) -> Callable[..., Any]:
+def apply(
+    optimiser: Any, ema_decay: float
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """One optimiser step from an accumulated gradient."""
     return jax.jit(
         lambda state, gradient: update.apply_gradient(state, gradient, optimiser, ema_decay)

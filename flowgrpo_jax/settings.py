@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import grpo, rewards, sde
+from flowgrpo_jax import files, grpo, rewards, sde
 from flowgrpo_jax.prompts import tasks
 
 AT_ONCE = 4 * 512 * 512  # px a device: SD3.5-medium's update takes 12 of 16 GB (docs/scaling.md)
@@ -139,6 +139,11 @@ def check(config: ConfigDict) -> None:
         " overflows; use 'bfloat16', or 'float32'",
     )
     choice(config, "model", "dtype", ("float32", "bfloat16"))
+    require(
+        not files.in_bucket(config.model.text_cache),
+        f"model.text_cache={config.model.text_cache!r}: must be a directory on this machine or of a"
+        " shared file system; copy the files from a bucket",
+    )
     _check_ranges(config)
     _check_sampling(config)
     _check_training(config)

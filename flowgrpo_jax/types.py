@@ -4,7 +4,8 @@
     P G B    prompts, images per prompt (group), images: B = P x G,        48 24 1152 an epoch
              group-contiguous
     M        images of a micro-batch: what one device program handles      set by memory
-    T        transitions of a rollout                                      10
+    T W      steps of a rollout; those of its window, stochastic and       10 9
+             stored. In shapes with C, W is the latent width
     H W C    latent height, width, channels, channels last                 64 64 16
     S L      image tokens (H/2)(W/2), text tokens (77 CLIP + T5)           1024 205
     E V      text width, pooled text width                                 4096 2048
@@ -51,8 +52,8 @@ class Conditioning:
 class Trajectory:
     """What a rollout leaves behind, stored exactly as the sampler carried it."""
 
-    x: jax.Array  # f32 [T + 1, M, H, W, C]: the stored window of latents
-    log_prob: jax.Array  # f32 [T, M], of each stored transition
+    x: jax.Array  # f32 [window + 1, M, H, W, C]: the latents between which the window's steps lie
+    log_prob: jax.Array  # f32 [window, M], of each of its transitions
     latents: jax.Array  # f32 [M, H, W, C]: the end of the rollout, to be decoded
     prompt: jax.Array  # i32 [M], row of the epoch's Conditioning
 

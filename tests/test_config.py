@@ -216,6 +216,7 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
         ({"checkpoint.keep": 0}, r"checkpoint\.keep=0: .*at least 1"),
         ({"eval.images": 0}, r"eval\.images=0: .*at least 1"),
         ({"seed": -1}, r"seed=-1: .*at least 0"),
+        ({"model.text_cache": "gs://b/texts"}, r"text_cache='gs://b/texts': .*on this machine"),
         ({"model.height": 0}, r"model\.height=0: .*at least 1"),
         ({"train.kl_beta": -0.1}, r"train\.kl_beta=-0\.1: .*at least 0"),
         ({"train.advantage_clip": -5.0}, r"train\.advantage_clip=-5\.0: .*above 0"),

@@ -194,7 +194,8 @@ def test_factors_that_do_not_fit_are_one_error(tmp_path):
 def inputs(model):
     """For one call of the transformer: latents, sigma, text states, pooled states."""
     rng = np.random.default_rng(0)
-    shapes = ((2, 6, 8, model.latent_channels), (2,), (2, 5, 64), (2, 40))
+    channels = model.latent_shape(model.default_size, model.default_size)[-1]
+    shapes = ((2, 6, 8, channels), (2,), (2, 5, 64), (2, 40))
     x, _, tokens, pooled = (rng.normal(size=s).astype(np.float32) for s in shapes)
     return x, np.array([0.9, 0.2], np.float32), tokens, pooled
 

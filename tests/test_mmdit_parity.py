@@ -80,6 +80,7 @@ def test_sizes(size, length):
     "case, variant",
     [
         ("SD3.5-medium", {}),
+        ("SD3.5-medium", {"unroll": True}),
         ("SD3-medium", {"unroll": True}),
         ("SD3-medium", {"remat": True}),
     ],

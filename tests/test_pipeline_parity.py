@@ -1,15 +1,17 @@
 """From prompts and noise to images: ours against the whole StableDiffusion3Pipeline."""
 
+import dataclasses
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from torch_models import PROMPTS, TOLERANCE, channels_first, channels_last, diffusers, worst
 
 from flowgrpo_jax import sampler, sde
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import architecture, convert, sd3
 
 STEPS = 4
 
@@ -129,8 +131,7 @@ def test_t5_without_its_tokenizer(checkpoint, tmp_path):
 
 def test_what_the_directory_says(checkpoint):
     model = sd3.load(checkpoint)
-    assert (model.shift, model.latent_channels, model.downsampling) == (3.0, 4, 2)
-    assert model.default_size == 16
+    assert (model.shift, model.default_size) == (3.0, 16)
     assert model.latent_shape(16, 24) == (8, 12, 4)
     with pytest.raises(ValueError, match="image size 16 x 18: both must be multiples of 4"):
         model.latent_shape(16, 18)
@@ -156,3 +157,41 @@ def test_missing_parts_are_named(checkpoint, tmp_path):
     shutil.rmtree(tmp_path / "vae")
     with pytest.raises(FileNotFoundError, match=r"vae/config.json does not exist: .* no complete"):
         sd3.load(tmp_path)
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "scheduler")
+    with pytest.raises(FileNotFoundError, match=r"scheduler_config.json does not exist"):
+        sd3.load(tmp_path)
+
+
+def test_all_that_is_wrong_with_the_weights_is_said_before_any_is_read(
+    checkpoint, tmp_path, monkeypatch
+):
+    """Also of the text encoders, which are read when the first prompt is encoded."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(convert, "load", lambda *args, **kwargs: pytest.fail("it was read"))
+    for name, lost in (("transformer", "proj_out.bias"), ("text_encoder_3", "shared.weight")):
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        tensors = load_file(file)
+        del tensors[lost]
+        save_file(tensors, file, metadata={"format": "pt"})
+    (file,) = (tmp_path / "text_encoder").glob("*.safetensors")
+    file.unlink()
+    with pytest.raises(ValueError) as caught:
+        sd3.load(tmp_path)
+    for words in ("missing (1): proj_out.bias", "shared.weight", "lacks any .safetensors file"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["transformer/config.json", "scheduler/scheduler_config.json"])
+def test_a_damaged_config_is_named(checkpoint, tmp_path, file):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text((tmp_path / file).read_text()[:-5])
+    with pytest.raises(ValueError, match=f"{file} is damaged, copy or download it again"):
+        sd3.load(tmp_path)
+
+
+def test_a_transformer_of_one_block_needs_no_settings(checkpoint):
+    """Its block, the last, lacks one of the linears that adapters are for by default."""
+    parts = architecture.read(checkpoint)
+    one = dataclasses.replace(parts.transformer, num_layers=1, dual_attention_layers=())
+    assert sd3.describe(dataclasses.replace(parts, transformer=one)).base

@@ -1,6 +1,8 @@
 """Pretraining of the small models: it resumes, and reads back what it wrote."""
 
 import dataclasses
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from flowgrpo_jax import cli
+from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models import architecture, sd3
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.pretraining import data, flow, package, vae
@@ -43,6 +47,19 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     resumed, whole = run(tmp_path / "killed"), run(tmp_path / "whole")
     assert int(resumed["step"]) == 7
     assert resumed["total"] == whole["total"] != 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_loses_nothing(tmp_path, number):
+    def is_told(state, x, key):
+        if int(state["step"]) == 4:
+            os.kill(os.getpid(), number)
+        return walk(state, x, key)
+
+    with pytest.raises(cli.Stopped):
+        run(tmp_path / "stopped", is_told)
+    assert Checkpoints(tmp_path / "stopped" / "toy-checkpoints").steps() == [5]
+    assert run(tmp_path / "stopped")["total"] == run(tmp_path / "whole")["total"]
 
 
 def test_a_cache_that_was_not_finished_is_not_there(tmp_path):

@@ -1,5 +1,7 @@
 """Encoded prompts on disk: what comes back is what was encoded, and nothing is encoded twice."""
 
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,15 +107,26 @@ def test_a_cache_that_cannot_be_read_or_written_costs_a_warning(tmp_path, monkey
 
 
 def test_the_fingerprint_tells_models_and_settings_apart(tmp_path):
-    def model(name, content=b"1"):
+    def model(name, content):
         (tmp_path / name / "text_encoder").mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "text_encoder" / "model.safetensors").write_bytes(content)
         return tmp_path / name
 
-    one, two = model("one"), model("two")
+    small, large = b"1" * 100, b"1" * 10_000_000  # the second is not read whole
+    one = model("one", small)
     marks = [fingerprint(one, t5_length=n, t5=t) for n in (8, 9) for t in (True, False)]
-    marks.append(fingerprint(two, t5_length=8, t5=True))
-    assert marks[0] == fingerprint(one, t5=True, t5_length=8)
-    model("one", b"22")
-    marks.append(fingerprint(one, t5_length=8, t5=True))
-    assert len(set(marks)) == 6
+    others = (small[:-1] + b"2", small + b"1", large, large[:-1] + b"2", b"2" + large[1:])
+    marks += [fingerprint(model("two", c), t5_length=8, t5=True) for c in others]
+    assert len(set(marks)) == 9
+
+
+def test_the_fingerprint_does_not_depend_on_where_and_when_files_were_written(tmp_path):
+    """Or a cache that one worker filled would be empty to all others."""
+    marks = set()
+    for i, name in enumerate(("here", "there")):
+        (tmp_path / name / "tokenizer_3").mkdir(parents=True)
+        file = tmp_path / name / "tokenizer_3" / "spiece.model"
+        file.write_bytes(b"words")
+        os.utime(file, (i, i))
+        marks.add(fingerprint(tmp_path / name, t5_length=8))
+    assert len(marks) == 1

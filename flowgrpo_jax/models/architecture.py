@@ -7,11 +7,11 @@ counted without their weights.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models.mmdit import MMDiTConfig
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.models.vae import VAEConfig
@@ -117,7 +117,7 @@ def config(directory: Path, component: str, kind: type) -> Any:
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: {directory} is no complete SD3 model")
     fields = {f.name for f in dataclasses.fields(kind)}
-    written = json.loads(file.read_text())
+    written = read_json(file)
     for field, known in getattr(kind, "known", {}).items():
         value = written.get(field, known[0])
         if not set(value if isinstance(value, list) else [value]) <= set(known):
@@ -143,11 +143,12 @@ SCHEDULER = {
 
 
 def _shift(directory: Path) -> float:
-    """Raises ValueError for a scheduler that makes another schedule than `sde.sigma_schedule`."""
+    """Raises FileNotFoundError without a scheduler, ValueError for one that makes another schedule
+    than `sde.sigma_schedule`."""
     file = directory / "scheduler" / "scheduler_config.json"
     if not file.exists():
-        return 3.0
-    written = json.loads(file.read_text())
+        raise FileNotFoundError(f"{file} does not exist: {directory} is no complete SD3 model")
+    written = read_json(file)
     for field, known in SCHEDULER.items():
         value = written.get(field, known)
         if (value or None) != (known or None):  # null and 0 are as good as false

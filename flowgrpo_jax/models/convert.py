@@ -10,7 +10,6 @@ allocated there once and filled layer by layer. Host memory holds one tensor at 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.tensors import Tensor, Tensors, from_safetensors
 
@@ -187,7 +187,7 @@ def shards(directory: Path) -> list[Path]:
         )
     indices = sorted(directory.glob("*.safetensors.index.json"))
     if indices:
-        names = set(json.loads(indices[0].read_text())["weight_map"].values())
+        names = set(read_json(indices[0])["weight_map"].values())
         files = [directory / n for n in sorted(names)]
     else:
         plain = [f for f in sorted(directory.glob("*.safetensors")) if ".fp16." not in f.name]
@@ -199,6 +199,15 @@ def shards(directory: Path) -> list[Path]:
             " download the component again"
         )
     return files
+
+
+def fit(
+    directory: str | Path, shapes: Params, *, patch_size: int = 2, ignore: Iterable[str] = ()
+) -> None:
+    """Raise what `load` would, from the files' headers alone."""
+    found = from_safetensors(shards(Path(directory)))
+    shapes_found = {name: tensor.shape for name, tensor in found.items()}
+    _check(shapes_found, _expected(shapes, patch_size), ignore, str(directory))
 
 
 def load(

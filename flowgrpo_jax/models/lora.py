@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models.convert import torch_names
 from flowgrpo_jax.models.layers import Linear, LoRAParam, Params, name
 from flowgrpo_jax.models.tensors import open_safetensors
@@ -207,7 +208,7 @@ def read_spec(path: str | Path) -> tuple[Path, LoRASpec]:
     if file is None:
         raise FileNotFoundError(f"no LoRA at {path}: looked for {', '.join(map(str, places[1:]))}")
     if file.name == PEFT_FILE:
-        config = json.loads((file.parent / "adapter_config.json").read_text())
+        config = read_json(file.parent / "adapter_config.json")
     else:
         with open_safetensors(file) as handle:
             header = (handle.metadata() or {}).get("lora_adapter_metadata")

@@ -63,9 +63,7 @@ class SD3:
     lora_shapes: Params
     lora_spec: LoRASpec
     shift: float
-    latent_channels: int
     heads: int  # of the transformer
-    downsampling: int
     default_size: int
     text_shapes: dict[str, Params]  # {"text_encoder", ...} -> {path: ShapeDtypeStruct}
     read_text: Callable[[], dict[str, Params]] | None = None  # their weights, from then on kept
@@ -214,26 +212,30 @@ def load(
         )
     described = describe(parts, t5_length=t5_length, **settings)
 
+    def file_format(name: str) -> dict[str, Any]:
+        ignored = getattr(TEXT.get(name), "ignored", ())
+        return {"patch_size": parts.transformer.patch_size, "ignore": ignored}
+
     def read(name: str, shapes: Params) -> Params:
         return convert.load(
             directory / name,
             shapes,
             dtype=next(iter(shapes.values())).dtype,
-            patch_size=parts.transformer.patch_size,
-            ignore=getattr(TEXT.get(name), "ignored", ()),
             place=place and (lambda path, shape: place(f"{name}/{path}", shape)),
+            **file_format(name),
         )
 
-    def read_all(parts: dict[str, Params]) -> dict[str, Params]:
-        found, problems = {}, []
-        for name, shapes in parts.items():
-            try:
-                found[name] = read(name, shapes)
-            except ValueError as error:
-                problems.append(str(error))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return found
+    def read_all(components: dict[str, Params]) -> dict[str, Params]:
+        return {name: read(name, shapes) for name, shapes in components.items()}
+
+    problems: list[Exception] = []  # of all components, the text encoders' too, before any is read
+    for name, shapes in (described.params | described.text_shapes).items():
+        try:
+            convert.fit(directory / name, shapes, **file_format(name))
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(error)
+    if problems:
+        raise type(problems[0])("\n".join(map(str, problems)))
 
     return replace(
         described,
@@ -251,21 +253,19 @@ def describe(
     dtype: Any = jnp.float32,
     t5_length: int = 256,
     remat: bool = False,
-    unroll: bool = False,
     gather: layers.Gather | None = None,
 ) -> SD3:
     """The functions of a model, and the shapes of what they take; nothing is allocated.
 
     Args:
-      lora_spec: the adapter to make room for; SD3's defaults without it.
+      lora_spec: the adapter to make room for; a small one, that any model has room for, without it.
       dtype: compute and storage dtype of transformer and text encoders; the VAE stays f32.
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
-      unroll: lay equal blocks out one by one instead of scanning them.
       gather: done to the transformer's parameters right before they are used (sharding.gather).
     """
-    spec = lora_spec or LoRASpec()
-    velocity, base, trained = _transformer(parts, spec, dtype, remat, unroll, gather)
+    spec = lora_spec or LoRASpec(rank=1, alpha=1.0, targets=("attn.to_q",))
+    velocity, base, trained = _transformer(parts, spec, dtype, remat, gather)
     vae, vae_shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
     encode_text, text_shapes = _encoders(parts, dtype, t5_length)
     return SD3(
@@ -278,9 +278,7 @@ def describe(
         lora_shapes=_as_dtype(trained, jnp.float32),
         lora_spec=spec,
         shift=parts.shift,
-        latent_channels=parts.transformer.in_channels,
         heads=parts.transformer.num_attention_heads,
-        downsampling=parts.vae.downsampling,
         default_size=parts.transformer.sample_size * parts.vae.downsampling,
         text_shapes=text_shapes,
     )
@@ -301,14 +299,13 @@ def _transformer(
     spec: LoRASpec,
     dtype: Any,
     remat: bool,
-    unroll: bool,
     gather: layers.Gather | None,
 ) -> tuple[Callable[..., jax.Array], Params, Params]:
     """The velocity, and the shapes of the frozen and of the trained weights."""
 
     def adapted(rngs: nnx.Rngs) -> MMDiT:
         config = parts.transformer
-        module = MMDiT(config, dtype=dtype, remat=remat, unroll=unroll, gather=gather, rngs=rngs)
+        module = MMDiT(config, dtype=dtype, remat=remat, gather=gather, rngs=rngs)
         if spec.rank:
             lora.add(module, spec)
         return module

@@ -10,7 +10,9 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import signal
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from flowgrpo_jax import files
+from flowgrpo_jax import cli, files
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.tokenizers import Tokenizers
@@ -41,7 +43,10 @@ def loop(
     steps: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Train `state` for `steps` steps from where its last checkpoint stands."""
+    """Train `state` for `steps` steps from where its last checkpoint stands.
+
+    Ctrl-C and SIGTERM save and raise cli.Stopped.
+    """
     checkpoints = Checkpoints(workdir / f"{name}-checkpoints", keep=1)
     if checkpoints.steps():
         trees, _ = checkpoints.newest({"state": state})
@@ -49,16 +54,15 @@ def loop(
     key = jax.random.key(seed)
     start = int(state["step"])
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
-    try:
+    with closing(checkpoints), cli.Stop() as stop:
         for i in bar:
             rng = np.random.default_rng([seed, i])
             state, metrics = step(state, *batch(rng), key)
             if i % 20 == 0:
                 bar.set_postfix_str(" ".join(f"{float(m):.4g}" for m in metrics))
-            if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps:
+            if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps or stop.requested:
                 checkpoints.write(i + 1, {"state": state}, {"step": i + 1})
-    finally:  # Ctrl-C included: a checkpoint that is on its way is written
-        checkpoints.close()
+            stop.check()
     return state
 
 
@@ -184,9 +188,18 @@ def begin(args: argparse.Namespace, world: World) -> None:
 def main(world: World) -> None:
     args = arguments(world)
     world = dataclasses.replace(world, garbled=args.garbled)
-    out = args.out or args.workdir / "model"
     begin(args, world)
+    try:
+        print(f"wrote {make(args, world)}")
+    except cli.Stopped as stopped:
+        print("stopped; the same command goes on")
+        if stopped.args[0] == signal.SIGTERM:
+            raise SystemExit(cli.RESTART) from stopped
 
+
+def make(args: argparse.Namespace, world: World) -> Path:
+    """The model's directory, written when all parts of it are trained."""
+    out = args.out or args.workdir / "model"
     pictures = data.make(world, args.pictures, args.seed, cache=args.workdir)
     vae_params = train_vae(args, pictures)
     latents, vae_config = encoded(args, vae_params, pictures)
@@ -202,4 +215,4 @@ def main(world: World) -> None:
 
     params = {**trained, "vae": vae_params}
     package.write(out, params, flow.TRANSFORMER, vae_config, clip_l, clip_g, t5)
-    print(f"wrote {out}")
+    return out

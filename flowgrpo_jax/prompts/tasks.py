@@ -25,13 +25,13 @@ def check(tasks: Tasks, weights: Mapping[str, float], evaluated: Collection[str]
     Args:
       weights: of the training rewards; evaluated: names of the evaluation's.
     """
-    rewards, trained = {*weights, *evaluated}, reward_weights(tasks, weights)
+    known, trained = {*weights, *evaluated}, reward_weights(tasks, weights)
     for name, task in tasks.items():
         if unknown := sorted(set(task) - set(KEYS)):
             raise ValueError(f"prompts.tasks.{name} has {unknown}: choose from {', '.join(KEYS)}")
         if not task.get("train"):
             raise ValueError(f"prompts.tasks.{name} has no train: name a prompt source")
-        if unknown := sorted(set(task.get("rewards") or ()) - set(rewards)):
+        if unknown := sorted(set(task.get("rewards") or ()) - known):
             raise ValueError(
                 f"prompts.tasks.{name}.rewards names {unknown}: give them a weight in"
                 f" reward.weights, which has {sorted(weights)}"
