@@ -4,8 +4,9 @@
 
 Hardware: 2 CPU cores. See README.md for the curve, the time it took and what to expect.
 CPS noise in three steps whose place is drawn anew each epoch among those where composition is
-decided, the ODE before and after: the policy is trained close to how it is evaluated. With ten steps and noise in the first five, rollouts improved faster and the 40-step ODE did not: a
-good part of what was learned made up for the coarse steps.
+decided, the ODE before and after: the policy is trained close to how it is evaluated. With ten
+steps and noise in the first five, rollouts improved faster and the 40-step ODE did not: a good part
+of what was learned made up for the coarse steps.
 """
 
 from ml_collections import ConfigDict

@@ -114,6 +114,7 @@ def encode(
 def load_model(
     config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None, *, texts_alone: bool = False
 ) -> sd3.SD3:
+    """The config's model, its weights on the mesh. Raises what `sd3.load` does."""
     spec = lora_spec or LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
     return sd3.load(
         config.model.path,
@@ -180,6 +181,7 @@ def release(config: ConfigDict, model: sd3.SD3) -> sd3.SD3:
 
 
 def make_process(config: ConfigDict, shift: float) -> Process:
+    """The rollout's process, with the sigmas of a model whose schedule has this shift."""
     s = config.sample
     return Process(
         sigmas=tuple(map(float, sde.sigma_schedule(s.steps, shift))),

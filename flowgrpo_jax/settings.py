@@ -48,11 +48,13 @@ class Plan:
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def choice(config: ConfigDict, section: str, key: str, options: Any) -> None:
+    """Raises ValueError that names them unless the knob's value is one of the options."""
     value = config[section][key]
     names = ", ".join(map(repr, options))
     require(value in tuple(options), f"{section}.{key}={value!r}: choose from {names}")
@@ -284,6 +286,7 @@ def _check_prompts(config: ConfigDict) -> None:
 
 
 def window(config: ConfigDict) -> int:
+    """Stochastic steps of a rollout: all but the last unless the config says fewer."""
     return config.sample.window or config.sample.steps - 1
 
 

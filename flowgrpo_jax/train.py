@@ -360,6 +360,7 @@ def evaluate_into(
 
 
 def show(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None:
+    """An epoch in the progress bar, and what was evaluated before it in a line of its own."""
     scores = {k.removeprefix("eval/"): v for k, v in report.items() if k.count("/") == 1}
     if scores and not bar.disable:
         bar.write(

@@ -170,6 +170,7 @@ def optimiser(
 
 
 def init(lora: Params, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before the first step; `key` is the run's root key."""
     ema = jax.tree.map(jnp.copy, lora)
     return TrainState(jnp.int32(0), lora, ema, tx.init(lora), key)
 
