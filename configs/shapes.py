@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     c.train.ema_decay = 0.97
 
     c.eval.every = 25
-    # Training goes without: half the cost. Unguided, the base is torn between two shapes more often.
+    # Training goes without, at half the cost. Unguided, the base is more often torn between shapes.
     c.eval.guidance_scale = 1.5
     c.eval.rewards = ("shapes", "shapes_strict", "shapes_unknown")
     c.checkpoint.best = "shapes_strict"
