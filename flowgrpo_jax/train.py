@@ -15,7 +15,7 @@ import logging
 import signal
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
@@ -66,7 +66,6 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     )
     first, asked = epoch, 0
     last: dict[str, float] = {}  # the last evaluation's figures
-    pool = ThreadPoolExecutor(config.reward.threads)
     with cli.Stop() as stop:
         try:
             while epoch < config.epochs:
@@ -75,7 +74,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 if run.test_prompts and config.eval.every and epoch % config.eval.every == 0:
                     report = evaluate_into(workdir, run, state, null, epoch, kept, stop)
                 begun = time.perf_counter()
-                trained, figures = one_epoch(run, state, null, epoch, pool, stop)
+                trained, figures = one_epoch(run, state, null, epoch, stop)
                 kept.lost = count_lost(kept.lost, figures["skipped"], config.train.max_skipped)
                 state, epoch = trained, epoch + 1
                 figures["seconds"] = time.perf_counter() - begun
@@ -95,8 +94,6 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         except Exception as error:
             keep_after(error, kept, epoch, state, began=first)
             raise
-        finally:  # a reward may hang: nobody waits for it any more
-            pool.shutdown(wait=False, cancel_futures=True)
     bar.close()
     kept.close()
     metrics.close()
@@ -173,7 +170,6 @@ def one_epoch(
     state: TrainState,
     null: Conditioning,
     epoch: int,
-    pool: ThreadPoolExecutor,
     stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
     """One epoch of Flow-GRPO: the new state and its figures. Raises cli.Stopped when asked to."""
@@ -182,30 +178,17 @@ def one_epoch(
     # Prompts, encoded once each.
     batch = recipe.draw_prompts(config, run.train_prompts, epoch)
     cond = run.encode(batch.prompts)
-    prepared = graph.prepare(run.scorer.in_graph, batch.prompts, batch.metadata)
 
     # Rollouts, micro-batch by micro-batch; in overlap mode each is scored while the next is drawn.
     start = sampler.window_start(
         state.key, epoch, run.process.window, settings.window_range(config)
     )
-    trajectories: list[Trajectory] = []
-    scored: list[Any] = []
-    on_host = set(run.scorer.mix.names) - set(run.scorer.in_graph)
-    for ids, rows, images_of in micro_batches(run, batch):
-        stop.check()
-        trajectory, images, called = run.programs.sample(
-            state.lora, run.weights, cond, null, state.key, epoch, start, ids, rows, images_of
-        )
-        jax.block_until_ready(trajectories[-1:])  # two at a time, or a stop would wait for all
-        trajectories.append(trajectory)
-        scored.append(run.scorer.graph(images, prepared, rows))
-        if called or not on_host:
-            scored.append(called)
-        else:
-            scored.append(host.overlap(pool, run.scorer.host, images, ids))
+    with host.threads(config.reward.threads) as pool:
+        trajectories, scored = rollouts(run, state, cond, null, batch, epoch, start, pool, stop)
+        parts = [stop.wait(part) for part in scored]
 
     # Rewards and advantages.
-    scores, weights = gather(run, [stop.wait(part) for part in scored], batch)
+    scores, weights = gather(run, parts, batch)
     total, valid = map(np.asarray, grpo.weighted(jnp.asarray(scores), jnp.asarray(weights)))
     failed = 1.0 - float(np.mean(valid))
     if failed > config.reward.max_failed:
@@ -227,6 +210,41 @@ def one_epoch(
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": mean(s) for name, s in zip(run.scorer.mix.names, scores)}
     return state, figures | {"window_start": int(start)}
+
+
+def rollouts(
+    run: Recipe,
+    state: TrainState,
+    cond: Conditioning,
+    null: Conditioning,
+    batch: PromptBatch,
+    epoch: int,
+    start: jax.Array,
+    pool: Executor,
+    stop: cli.Stop,
+) -> tuple[list[Trajectory], list[Any]]:
+    """Each micro-batch's trajectory, and parts of its scores, some of which are still to come.
+
+    Args:
+      start: i32, the window's first step; pool: calls the host's rewards, in overlap mode.
+    """
+    prepared = graph.prepare(run.scorer.in_graph, batch.prompts, batch.metadata)
+    on_host = set(run.scorer.mix.names) - set(run.scorer.in_graph)
+    trajectories: list[Trajectory] = []
+    scored: list[Any] = []
+    for ids, rows, images_of in micro_batches(run, batch):
+        stop.check()
+        trajectory, images, called = run.programs.sample(
+            state.lora, run.weights, cond, null, state.key, epoch, start, ids, rows, images_of
+        )
+        jax.block_until_ready(trajectories[-1:])  # two at a time, or a stop would wait for all
+        trajectories.append(trajectory)
+        scored.append(run.scorer.graph(images, prepared, rows))
+        if called or not on_host:
+            scored.append(called)
+        else:
+            scored.append(host.overlap(pool, run.scorer.host, images, ids))
+    return trajectories, scored
 
 
 def improve(

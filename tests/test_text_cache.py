@@ -110,6 +110,7 @@ def test_the_fingerprint_tells_models_and_settings_apart(tmp_path):
     def model(name, content):
         (tmp_path / name / "text_encoder").mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "text_encoder" / "model.safetensors").write_bytes(content)
+        (tmp_path / name / "text_encoder" / "config.json").write_text("{}")
         return tmp_path / name
 
     small, large = b"1" * 100, b"1" * 10_000_000  # the second is not read whole
@@ -118,6 +119,12 @@ def test_the_fingerprint_tells_models_and_settings_apart(tmp_path):
     others = (small[:-1] + b"2", small + b"1", large, large[:-1] + b"2", b"2" + large[1:])
     marks += [fingerprint(model("two", c), t5_length=8, t5=True) for c in others]
     assert len(set(marks)) == 9
+    (one / "text_encoder" / "model.fp16.safetensors").write_bytes(small)  # which nobody reads
+    assert marks[0] == fingerprint(one, t5_length=8, t5=True)
+    (one / "tokenizer_3").mkdir()
+    (one / "tokenizer_3" / "spiece.model").write_bytes(b"words")
+    assert marks[0] != fingerprint(one, t5_length=8, t5=True)
+    assert marks[1] == fingerprint(one, t5_length=8, t5=False)
 
 
 def test_the_fingerprint_does_not_depend_on_where_and_when_files_were_written(tmp_path):
@@ -128,5 +135,5 @@ def test_the_fingerprint_does_not_depend_on_where_and_when_files_were_written(tm
         file = tmp_path / name / "tokenizer_3" / "spiece.model"
         file.write_bytes(b"words")
         os.utime(file, (i, i))
-        marks.add(fingerprint(tmp_path / name, t5_length=8))
+        marks.add(fingerprint(tmp_path / name, t5_length=8, t5=True))
     assert len(marks) == 1

@@ -229,7 +229,8 @@ def load(
         return {name: read(name, shapes) for name, shapes in components.items()}
 
     problems: list[Exception] = []  # of all components, the text encoders' too, before any is read
-    for name, shapes in (described.params | described.text_shapes).items():
+    needed = described.text_shapes if texts_alone else described.params | described.text_shapes
+    for name, shapes in needed.items():
         try:
             convert.fit(directory / name, shapes, **file_format(name))
         except (FileNotFoundError, ValueError) as error:

@@ -54,15 +54,17 @@ def loop(
     key = jax.random.key(seed)
     start = int(state["step"])
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
-    with closing(checkpoints), cli.Stop() as stop:
+    with cli.Stop() as stop, closing(checkpoints):
         for i in bar:
             rng = np.random.default_rng([seed, i])
             state, metrics = step(state, *batch(rng), key)
             if i % 20 == 0:
                 bar.set_postfix_str(" ".join(f"{float(m):.4g}" for m in metrics))
-            if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps or stop.requested:
+            told = stop.requested
+            if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps or told:
                 checkpoints.write(i + 1, {"state": state}, {"step": i + 1})
-            stop.check()
+            if told:
+                raise cli.Stopped(told)
     return state
 
 

@@ -33,14 +33,9 @@ from flowgrpo_jax.types import Metadata, PromptBatch
 GENERATORS: dict[str, Callable[[str, Iterable[Metadata]], list[Metadata]]] = {
     "geneval": geneval.prompts,
     "ocr": ocr.prompts,
-    "shapes": lambda split, exclude: _without(exclude, shapes.prompts(split)),
-    "signs": lambda split, exclude: _without(exclude, signs.prompts(split)),
+    "shapes": lambda split, exclude: shapes.prompts(split),
+    "signs": lambda split, exclude: signs.prompts(split),
 }
-
-
-def _without(exclude: Iterable[Metadata], records: list[Metadata]) -> list[Metadata]:
-    texts = {record["prompt"] for record in exclude}
-    return [record for record in records if record["prompt"] not in texts]
 
 
 def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:

@@ -14,9 +14,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,13 @@ def guarded(
 
 
 GRACE = 2.0  # seconds that a program waits at its end for calls that it does not need any more
+running: set[Future[Any]] = set()  # calls of rewards, and the threads' work around them
+
+
+def _track(work: Future[Any]) -> Future[Any]:
+    running.add(work)
+    work.add_done_callback(running.discard)
+    return work
 
 
 class Limited:
@@ -69,8 +76,6 @@ class Limited:
     it returns, further calls raise at once. `leaving_hung_calls` ends the process in spite of it.
     """
 
-    running: ClassVar[set[Future[Any]]] = set()  # all calls that have not returned
-
     def __init__(self, reward: Reward, seconds: float | None):
         self.reward, self.seconds = reward, seconds
         self._last: Future[Any] | None = None  # the call that was given up
@@ -80,9 +85,7 @@ class Limited:
     ) -> tuple[np.ndarray, np.ndarray]:
         if self._last and not self._last.done():
             raise TimeoutError("an earlier call has not returned yet")
-        result: Future[Any] = Future()
-        self.running.add(result)
-        result.add_done_callback(self.running.discard)
+        result: Future[Any] = _track(Future())
         work = (result, images, prompts, metadata)
         threading.Thread(target=self._call, args=work, daemon=True).start()
         if not wait([result], self.seconds).done:
@@ -104,22 +107,45 @@ def leaving_hung_calls() -> Iterator[None]:
     Python would wait for the threads that wait for it, and for the reward's own, such as those of a
     pool.
     """
-    status = 0
     try:
         yield
     except BaseException as error:
-        if not wait(tuple(Limited.running), GRACE).not_done:
+        if not _hung():
             raise
         if isinstance(error, SystemExit) and isinstance(error.code, int):
-            status = error.code
-        else:
-            status = 1
-            traceback.print_exc()
-    if wait(tuple(Limited.running), GRACE).not_done:
-        print("a reward has not returned: leaving without it", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+            _leave(error.code)
+        traceback.print_exc()
+        _leave(1)
+    if _hung():
+        _leave(0)
+
+
+def _hung() -> bool:
+    try:
+        return bool(wait(tuple(running), GRACE).not_done)
+    except KeyboardInterrupt:
+        return True
+
+
+def _leave(status: int) -> None:
+    print("a reward has not returned: leaving without it", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized():  # the other processes meet this one there
+        meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        meeting.start()
+        meeting.join(5 * GRACE)
+    os._exit(status)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[Executor]:
+    """A pool for `overlap`. What it has not done at its end is dropped, or left to itself."""
+    pool = ThreadPoolExecutor(number)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def composite(
@@ -160,7 +186,7 @@ def overlap(pool: Executor, score: Score, images: jax.Array, ids: jax.Array) -> 
         scores = score(pictures, sharding.own_rows(ids)[1])
         return {name: spread(rows, s, images.shape[0]) for name, s in scores.items()}
 
-    return pool.submit(own_rows)
+    return _track(pool.submit(own_rows))
 
 
 def shares(ids: np.ndarray, process: int, processes: int, size: int) -> list[np.ndarray]:
