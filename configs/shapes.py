@@ -4,9 +4,9 @@
 
 Hardware: 2 CPU cores. See README.md for the curve, the time it took and what to expect.
 CPS noise in three steps whose place is drawn anew each epoch among those where composition is
-decided, the ODE before and after: the policy is trained close to how it is evaluated. With ten
-steps and noise in the first five, rollouts improved faster and the 40-step ODE did not: a good part
-of what was learned made up for the coarse steps.
+decided, the ODE before and after, no guidance: the policy is trained close to how it is evaluated.
+With ten steps and noise in the first five, rollouts improved faster and the 40-step ODE did not: a
+good part of what was learned made up for the coarse steps.
 """
 
 from ml_collections import ConfigDict
@@ -54,8 +54,7 @@ def get_config() -> ConfigDict:
     c.train.ema_decay = 0.97
 
     c.eval.every = 25
-    # Training goes without, at half the cost. Unguided, the base is more often torn between shapes.
-    c.eval.guidance_scale = 1.5
+    c.eval.guidance_scale = 1.0
     c.eval.rewards = ("shapes", "shapes_strict", "shapes_unknown")
     c.checkpoint.best = "shapes_strict"
     c.checkpoint.every = 25

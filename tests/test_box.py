@@ -63,15 +63,15 @@ def test_the_autoencoder_keeps_what_the_verifier_reads():
 
 
 def test_shapes_are_drawn_cleanly_and_follow_their_prompts_imperfectly():
-    """What README says of the base, 0.54 and 0.04, on a quarter of the pictures and half the steps:
-    rendering is learned, and composition is left for RL."""
+    """What README says of the base, on fewer pictures and half the steps: rendering is learned, and
+    composition is left for RL."""
     config = shapes_recipe.get_config()
     config.eval.images, config.eval.steps, config.eval.micro_batch = 144, 20, 72
     run = recipe.build(config, training=False)
     base = checkpoint.load_lora(checkpoint.BASE, run.model)
     metrics = evaluate(run, base, run.encode([""]))[0]["metrics"]
-    assert 0.4 <= metrics["shapes_strict"] <= 0.68  # three standard errors are 0.12
-    assert metrics["shapes_unknown"] <= 0.08
+    assert 0.38 <= metrics["shapes_strict"] <= 0.65  # three standard errors are 0.12
+    assert metrics["shapes_unknown"] <= 0.1
 
 
 def test_the_autoencoder_keeps_what_the_ocr_reads():

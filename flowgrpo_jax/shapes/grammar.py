@@ -233,21 +233,24 @@ def _other(options, rng, *used):
 
 def garble(metadata: dict, rng: np.random.Generator) -> dict:
     """Metadata of a scene that a careless captioner would have described as `metadata`:
-    one thing differs, by tag:
+    one attribute differs, by tag:
 
-    single_object: an extra object; two_object: one object missing; counting: one more or one
-    less (1..4); colors: another colour; position: the opposite relation (3 in 4) or a crosswise
-    one; color_attr: the colours swapped, or one of them replaced; described: the opposite
-    relation, or the colours swapped. No shape is replaced: a model that has to guess which of two
-    shapes is meant draws what is halfway between them. The result is again metadata of the grammar.
+    single_object: another shape, or an extra object; two_object: one shape replaced, or
+    one object missing; counting: one more or one less (1..4); colors: another colour;
+    position: the opposite relation (3 in 4) or a crosswise one; color_attr: the colours
+    swapped, or one of them replaced; described: the opposite relation, or the colours swapped.
+    The result is again metadata of the grammar.
     """
     include, coin = metadata["include"], rng.random() < 0.5
     a, b = include[0], include[-1]
     match metadata["tag"]:
         case "single_object":
-            return two_object(a["class"], _other(SHAPES, rng, a["class"]))
+            other = _other(SHAPES, rng, a["class"])
+            return single_object(other) if coin else two_object(a["class"], other)
         case "two_object":
-            return single_object((a if coin else b)["class"])
+            kept = (a, b)[rng.integers(2)]["class"]
+            new = _other(SHAPES, rng, a["class"], b["class"])
+            return single_object(kept) if coin else two_object(kept, new)
         case "counting":
             n = a["count"] + (-1 if coin or a["count"] == max(COUNTS) else 1)
             return counting(a["class"], n) if n > 1 else single_object(a["class"])

@@ -1,6 +1,6 @@
 """The shapes world as pretraining sees it.
 
-A share of the captions is wrong in one thing, so that the pretrained model draws clean shapes
+A share of the captions is wrong in one attribute, so that the pretrained model draws clean shapes
 and yet follows prompts imperfectly, which is the state in which online RL meets SD3.5.
 """
 
