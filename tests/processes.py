@@ -23,6 +23,7 @@ from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.models.vae import VAE, VAEConfig
 from flowgrpo_jax.pretraining import flow, package
 from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.rewards import host
 from flowgrpo_jax.shapes import grammar
 from flowgrpo_jax.train import first_state, train
 
@@ -88,13 +89,17 @@ calls: list[int] = []
 
 def brightness(images, prompts, metadata):
     """Hardly moves when a value is rounded the other way. Kills its process at a call asked for,
-    once the checkpoint asked for is complete: checkpoints are written in the background."""
+    once the checkpoint asked for is complete: checkpoints are written in the background. Or does
+    not return from a call asked for."""
     calls.append(len(images))
     if os.environ.get("KILL_AT_CALL") == str(len(calls)):
         deadline = time.monotonic() + 100
         while not Path(os.environ["KILL_AFTER"]).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("SLEEP_AT_CALL") == str(len(calls)):
+        print("asleep", flush=True)
+        time.sleep(10_000)
     return images.mean((1, 2, 3)) / 255, np.ones(len(images), bool)
 
 
@@ -150,7 +155,7 @@ def run(folder, name, mesh, host_call, epochs):
     if os.environ.get("LOADS_LONG"):
         recipe.build = lambda *_, **__: print("loading", flush=True) or time.sleep(300)
     config.epochs = epochs
-    with cli.restarting():
+    with host.leaving_hung_calls(), cli.restarting():
         train(config, place(folder, name), resume=True)
     Path(folder, f"scored-{Path(name).name}-{jax.process_index()}").write_text(str(sum(calls)))
 

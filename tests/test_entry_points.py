@@ -507,7 +507,7 @@ limit, seconds, calls = float(sys.argv[1]), float(sys.argv[2]), []
 def sleeps(images, prompts, metadata):
     calls.append(len(images))
     if sum(calls) > 8:  # from the second epoch on
-        pathlib.Path("asleep/asked").touch()
+        pathlib.Path("slept/asked").touch()
         time.sleep(seconds)
     return [0.0] * len(images), [True] * len(images)
 
@@ -517,7 +517,7 @@ config = runpy.run_path("tiny.py")["get_config"]()
 config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, limit, 1.0
 config.checkpoint.every = 100
 with host.leaving_hung_calls(), cli.restarting():
-    train(config, pathlib.Path("asleep"))
+    train(config, pathlib.Path("slept"))
 """
 
 
@@ -531,7 +531,7 @@ with host.leaving_hung_calls(), cli.restarting():
 )
 def test_a_stop_saves_and_does_not_wait_for_a_reward(folder, number, limit, seconds, status):
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
-    shutil.rmtree(folder / "asleep", ignore_errors=True)
+    shutil.rmtree(folder / "slept", ignore_errors=True)
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPING, str(limit), str(seconds)],
         cwd=folder,
@@ -541,7 +541,7 @@ def test_a_stop_saves_and_does_not_wait_for_a_reward(folder, number, limit, seco
         text=True,
     )
     try:
-        while process.poll() is None and not (folder / "asleep" / "asked").exists():
+        while process.poll() is None and not (folder / "slept" / "asked").exists():
             time.sleep(0.05)
         process.send_signal(number)
         out, err = process.communicate(timeout=200)
@@ -550,7 +550,7 @@ def test_a_stop_saves_and_does_not_wait_for_a_reward(folder, number, limit, seco
     assert process.returncode == status, err
     assert f"{number.name}: saving and stopping" in out
     assert "leaving without it" in err or seconds < 100
-    assert Checkpoints(folder / "asleep" / "checkpoints").steps() == [1]
+    assert Checkpoints(folder / "slept" / "checkpoints").steps() == [1]
 
 
 def test_the_best_is_of_this_run(folder, whole, tmp_path):
