@@ -98,7 +98,7 @@ def brightness(images, prompts, metadata):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("SLEEP_AT_CALL") == str(len(calls)):
-        print("asleep", flush=True)
+        print("it sleeps", flush=True)
         time.sleep(10_000)
     return images.mean((1, 2, 3)) / 255, np.ones(len(images), bool)
 

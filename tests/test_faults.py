@@ -93,13 +93,13 @@ def test_one_process_is_told_to_stop_and_both_save(folder, undisturbed):
 
 def test_both_stop_though_a_reward_of_one_does_not_return(folder):
     asleep = {"SLEEP_AT_CALL": "4"}  # in the second epoch
-    children = spawn(folder, "asleep", PAIR, devices=8, processes=2, last=asleep)
-    assert any("asleep" in line for line in children[1].stdout)
+    children = spawn(folder, "sleeper", PAIR, devices=8, processes=2, last=asleep)
+    assert any("it sleeps" in line for line in children[1].stdout)
     children[0].send_signal(signal.SIGTERM)
     outputs = [child.communicate(timeout=100)[0] for child in children]
     assert [child.returncode for child in children] == [cli.RESTART] * 2, outputs
     assert "leaving without it" in outputs[1]
-    assert Checkpoints(folder / "asleep" / "checkpoints").steps() == [1]
+    assert Checkpoints(folder / "sleeper" / "checkpoints").steps() == [1]
 
 
 def test_two_processes_pass_over_a_damaged_checkpoint(folder, undisturbed):
