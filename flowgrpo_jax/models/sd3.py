@@ -212,32 +212,21 @@ def load(
         )
     described = describe(parts, t5_length=t5_length, **settings)
 
-    def file_format(name: str) -> dict[str, Any]:
-        ignored = getattr(TEXT.get(name), "ignored", ())
-        return {"patch_size": parts.transformer.patch_size, "ignore": ignored}
-
     def read(name: str, shapes: Params) -> Params:
         return convert.load(
             directory / name,
             shapes,
             dtype=next(iter(shapes.values())).dtype,
+            patch_size=parts.transformer.patch_size,
+            ignore=_ignored(name),
             place=place and (lambda path, shape: place(f"{name}/{path}", shape)),
-            **file_format(name),
         )
 
     def read_all(components: dict[str, Params]) -> dict[str, Params]:
         return {name: read(name, shapes) for name, shapes in components.items()}
 
-    problems: list[Exception] = []  # of all components, the text encoders' too, before any is read
     needed = described.text_shapes if texts_alone else described.params | described.text_shapes
-    for name, shapes in needed.items():
-        try:
-            convert.fit(directory / name, shapes, **file_format(name))
-        except (FileNotFoundError, ValueError) as error:
-            problems.append(error)
-    if problems:
-        raise type(problems[0])("\n".join(map(str, problems)))
-
+    _check_files(directory, needed, parts.transformer.patch_size)
     return replace(
         described,
         params=described.params if texts_alone else read_all(described.params),
@@ -245,6 +234,24 @@ def load(
         tokenizers=Tokenizers.load(directory, t5_length, t5=t5),
         directory=directory,
     )
+
+
+def _ignored(component: str) -> tuple[str, ...]:
+    """Tensors that may be in a component's files and are not wanted."""
+    return getattr(TEXT.get(component), "ignored", ())
+
+
+def _check_files(directory: Path, components: dict[str, Params], patch_size: int) -> None:
+    """Raises one error for all that is wrong with the components' files, before any is read; the
+    text encoders are read much later than the others."""
+    problems: list[Exception] = []
+    for name, shapes in components.items():
+        try:
+            convert.fit(directory / name, shapes, patch_size=patch_size, ignore=_ignored(name))
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(error)
+    if problems:
+        raise type(problems[0])("\n".join(map(str, problems)))
 
 
 def describe(

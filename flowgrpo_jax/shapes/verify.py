@@ -20,8 +20,8 @@ UNKNOWN = "unknown"
 MIN_AREA = 20  # px; smaller specks are ignored (the smallest star the grammar draws has 79)
 MAX_SHARE = 0.25  # of the picture; larger things are unknown, or a black picture were a square
 MIN_CONTRAST = 55.0  # RGB distance from the background that is never foreground (pink has 135)
-# Half of the most that the surroundings' peak counts for where it says what hangs together. Beside
-# black (384) pink were background otherwise, and a fused pair with it two shapes.
+# RGB distance from the background above which pixels hang together whatever is around them: beside
+# black (384) pink is less than half of the peak, and a fused pair with it were two shapes.
 JOINS = 90.0
 # How far an autoencoder may wear a shape, as the Gaussian blur (in radii) of its most worn
 # template: thin shapes lose notches and corners first. A cross worn further is a diamond.
