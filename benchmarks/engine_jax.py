@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.epoch import Arrays, serve
-from flowgrpo_jax import recipe, sharding, train, update
+from flowgrpo_jax import recipe, settings, sharding, train, update
 from flowgrpo_jax.models import lora
 from flowgrpo_jax.types import Conditioning, PromptBatch, Trajectory
 
@@ -22,6 +22,7 @@ class JaxEngine:
     def __init__(self, name: str, config: dict[str, Any], inputs: Arrays):
         del name
         self.inputs = inputs
+        settings.split_cpu(ConfigDict(config))
         self.run = run = recipe.build(ConfigDict(config), training=False)
         factors = {k[5:]: v for k, v in inputs.items() if k.startswith("lora.")}
         adapter = lora.from_torch(factors, run.model.lora_shapes)
@@ -83,6 +84,10 @@ class JaxEngine:
             accumulated = self.accumulate(accumulated, trajectory, m)
         self.state, _ = self.run.programs.apply(self.state, accumulated[0])
         jax.block_until_ready(self.state)
+
+    def device_peak(self) -> float:
+        statistics = jax.devices()[0].memory_stats() or {}
+        return statistics.get("peak_bytes_in_use", 0) / 2**30
 
     def accumulate(self, accumulated: Any, trajectory: Trajectory, m: int) -> Any:
         """Add micro-batch m's share to (gradient, figures)."""

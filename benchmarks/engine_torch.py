@@ -4,7 +4,8 @@ Inference mode for sampling, no value read back between steps, text gathered onc
 attention by scaled_dot_product_attention, no gradient checkpointing, one backward per stored step
 (keeping all of a rollout's graphs would only take memory), fused AdamW, all cores. Latents are
 channels first, as diffusers has them. "torch-compile" compiles the transformer and the decoder for
-their one shape each.
+their one shape each. In bfloat16 the frozen weights are stored so, and autocast casts those of the
+adapter, as flow_grpo does; in float32 on a GPU products may use TF32, as XLA's do.
 """
 
 from __future__ import annotations
@@ -35,14 +36,22 @@ class TorchEngine:
         self.micro_batch, self.window = sample["micro_batch"], sample["window"]
         self.angle = sample["noise_level"] * math.pi / 2
         self.sigmas = inputs["sigmas"].tolist()  # Python floats: nothing to wait for in a step
-        self.tokens, self.pooled = (torch.from_numpy(inputs[k]) for k in ("tokens", "pooled"))
-        self.advantages = torch.from_numpy(inputs["advantages"]).split(self.micro_batch)
-        rows = torch.arange(self.groups).repeat_interleave(self.group_size)
+        self.device = "cuda" if os.environ["JAX_PLATFORMS"] == "cuda" else "cpu"  # as JAX does
+        self.dtype = getattr(torch, config["model"]["dtype"])
+        torch.set_float32_matmul_precision("high")
+        self.tokens, self.pooled, advantages = (
+            torch.from_numpy(inputs[k]).to(self.device) for k in ("tokens", "pooled", "advantages")
+        )
+        self.advantages = advantages.split(self.micro_batch)
+        rows = torch.arange(self.groups, device=self.device).repeat_interleave(self.group_size)
         self.rows = rows.split(self.micro_batch)
 
         directory = Path(config["model"]["path"])
-        self.transformer = load_transformer(directory / "transformer", config["lora"], inputs)
+        self.transformer = load_transformer(
+            directory / "transformer", config["lora"], inputs, self.dtype
+        ).to(self.device)
         self.vae = AutoencoderKL.from_pretrained(directory / "vae").requires_grad_(False)
+        self.vae.to(self.device)
         if name == "torch-compile":
             self.transformer.compile(dynamic=False)
             self.vae.decoder.compile(dynamic=False)
@@ -65,10 +74,15 @@ class TorchEngine:
     def velocity(self, x: Tensor, step: int, text: tuple[Tensor, Tensor]) -> Tensor:
         time = x.new_full((len(x),), 1000 * self.sigmas[step])
         tokens, pooled = text
-        return self.transformer(x, tokens, pooled, time, return_dict=False)[0]
+        half = self.dtype != torch.float32
+        with torch.autocast(self.device, self.dtype, enabled=half):
+            return self.transformer(x, tokens, pooled, time, return_dict=False)[0].float()
 
     def text(self, m: int) -> tuple[Tensor, Tensor]:
         return self.tokens[self.rows[m]], self.pooled[self.rows[m]]
+
+    def noise(self, m: int) -> Tensor:
+        return torch.randn(len(self.rows[m]), *self.latent, device=self.device)
 
     def transition(self, x: Tensor, v: Tensor, step: int) -> tuple[Tensor, float]:
         """Mean and std of a CPS step (arXiv 2509.05952)."""
@@ -79,7 +93,7 @@ class TorchEngine:
 
     def rollout(self, m: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """(latents, stored window, its log-probs) of micro-batch m."""
-        x, text = torch.randn(len(self.rows[m]), *self.latent), self.text(m)
+        x, text = self.noise(m), self.text(m)
         stored, log_probs = [x], []
         for step in range(len(self.sigmas) - 1):
             v = self.velocity(x, step, text)
@@ -116,33 +130,36 @@ class TorchEngine:
     def draw(self) -> Arrays:
         _, stored, log_probs = self.rollout(0)
         x = torch.stack(stored).permute(0, 1, 3, 4, 2)
-        return {"x": x.numpy(), "log_prob": torch.stack(log_probs).numpy()}
+        return {"x": x.cpu().numpy(), "log_prob": torch.stack(log_probs).cpu().numpy()}
 
     def probe(self, drawn: Arrays) -> Arrays:
-        x = torch.from_numpy(drawn["x"]).permute(0, 1, 4, 2, 3).contiguous()
+        x = torch.from_numpy(drawn["x"]).permute(0, 1, 4, 2, 3).contiguous().to(self.device)
+        log_prob = torch.from_numpy(drawn["log_prob"]).to(self.device)
         with torch.inference_mode():
             v = self.velocity(x[0], 0, self.text(0)).permute(0, 2, 3, 1)
             images = self.images(x[0])
-        self.backward(x, torch.from_numpy(drawn["log_prob"]), 0)
+        self.backward(x, log_prob, 0)
         gradients = {
-            lora_name(name): p.grad.numpy()
+            lora_name(name): p.grad.cpu().numpy()
             for name, p in self.transformer.named_parameters()
             if p.grad is not None
         }
         self.optimiser.zero_grad()
-        return {"velocity": v.numpy(), "images": images.numpy(), **gradients}
+        return {"velocity": v.cpu().numpy(), "images": images.cpu().numpy(), **gradients}
 
     @torch.inference_mode()
     def sample(self) -> None:
-        self.rollouts = []
+        self.rollouts, images = [], []
         for m in range(len(self.rows)):
             self.rollouts.append(self.rollout(m))
-            self.images(self.rollouts[-1][0])
+            images.append(self.images(self.rollouts[-1][0]))
+        for levels in images:  # once all is asked for: the device need not wait for the host
+            levels.cpu()
 
     @torch.inference_mode()
     def decode(self) -> None:
-        for latents, _, _ in self.rollouts:
-            self.images(latents)
+        for levels in [self.images(latents) for latents, _, _ in self.rollouts]:
+            levels.cpu()
 
     def update(self) -> None:
         for m, (_, stored, log_probs) in enumerate(self.rollouts):
@@ -153,6 +170,11 @@ class TorchEngine:
         with torch.no_grad():
             for average, p in zip(self.ema, self.lora):
                 average.lerp_(p, 1 - self.train["ema_decay"])
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def device_peak(self) -> float:
+        return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0.0
 
 
 def log_prob(x: Tensor, mean: Tensor, std: float) -> Tensor:
@@ -161,18 +183,20 @@ def log_prob(x: Tensor, mean: Tensor, std: float) -> Tensor:
     return squared / (-2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
-def load_transformer(directory: Path, lora: dict[str, Any], inputs: Arrays) -> nn.Module:
-    """The frozen transformer with the shared adapter on it."""
-    model = SD3Transformer2DModel.from_pretrained(directory).requires_grad_(False)
+def load_transformer(
+    directory: Path, lora: dict[str, Any], inputs: Arrays, dtype: torch.dtype
+) -> nn.Module:
+    """The frozen transformer with the shared adapter on it, which is float32."""
+    model = SD3Transformer2DModel.from_pretrained(directory, torch_dtype=dtype)
+    model.requires_grad_(False)
     targets = list(lora["targets"])
     model.add_adapter(LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=targets))
     trained = {lora_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     shared = {name for name in inputs if name.startswith("lora.")}
     if trained.keys() != shared:
         raise ValueError(f"the adapters differ in {sorted(trained.keys() ^ shared)}")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(torch.from_numpy(inputs[name]))
+    for name, parameter in trained.items():
+        parameter.data = torch.from_numpy(inputs[name]).clone()
     return model
 
 

@@ -1,13 +1,16 @@
-"""The same training epoch in JAX and in PyTorch, on the same CPU.
+"""The same training epoch in JAX and in PyTorch, on the same CPU or the same NVIDIA GPU.
 
     python -m benchmarks.epoch --model shapes --repeats 3 [--out FILE.json] \\
         [--engines jax,torch,torch-compile] [--groups 12 --steps 10 --window 5 ...]
+    python -m benchmarks.epoch --device gpu --dtype bfloat16 --model random:sd3.5-medium \\
+        --size 512 --groups 2 --group_size 8 --micro_batch 4 --steps 10 --window 3 --attention cudnn
 
 An epoch is sampling (CPS noise and log-probs within the window), decoding to uint8 on the host, and
 one policy update over the window: LoRA on the joint attention, clipped ratio loss, gradient clip,
-AdamW, EMA. It is configs/shapes.py, in float32, with the flags on top. Text is encoded once per
-prompt outside the timing; advantages are random in place of a reward, which costs both the same.
-The PyTorch side is diffusers and peft, see engine_torch.py.
+AdamW, EMA. It is configs/shapes.py with the flags on top. Text is encoded once per prompt outside
+the timing; advantages are random in place of a reward, which costs both the same. The PyTorch side
+is diffusers and peft, see engine_torch.py. `random:` is a published transformer and VAE with random
+weights (random_model.py): speed does not depend on them, and they need no download.
 
 How it measures:
   * every engine is a process of its own, so that its peak memory (resident set) is its own;
@@ -18,8 +21,9 @@ How it measures:
   * all get the same environment, with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in it (Linux: large
     temporaries in huge pages, which spares most page faults); --no-hugepages leaves that out.
 
-JAX recomputes activations in the backward pass, as the recipes do, unless --no-remat; PyTorch keeps
-them, which is its faster way.
+Both keep all activations for the backward pass; with --remat JAX recomputes them, block by block,
+as the recipes of large models do. On a GPU both may use TF32 for float32 products, peak memory is
+the device's, and the engines share it: JAX takes what it needs instead of most of it at the start.
 """
 
 from __future__ import annotations
@@ -50,7 +54,11 @@ ENGINES = {
 }
 TIMES = ("sample", "decode", "update", "epoch")  # seconds; sampling includes decoding
 # Largest relative difference to the first engine; of images, largest difference in grey levels.
-TOLERANCES = {"velocity": 1e-4, "gradient": 1e-3, "images": 1.0}
+# On a GPU products are in TF32 or bfloat16, and so are the differences.
+TOLERANCES = {
+    "cpu": {"velocity": 1e-4, "gradient": 1e-3, "images": 1.0},
+    "gpu": {"velocity": 5e-2, "gradient": 2e-1, "images": 16.0},
+}
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "peft", "numpy")
 HUGEPAGES = "glibc.malloc.hugetlb=1"
 ROOT = Path(__file__).parent.parent
@@ -85,6 +93,10 @@ class Engine(Protocol):
         """One policy update on the epoch's trajectories."""
         ...
 
+    def device_peak(self) -> float:
+        """Most GiB of an accelerator's memory in use so far; 0 on the CPU."""
+        ...
+
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Write config.json and inputs.npz: all that engines share, so that none favours itself.
@@ -93,13 +105,15 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     """
     import jax
 
+    from benchmarks import random_model
     from configs import shapes
     from flowgrpo_jax import prompts, sde
     from flowgrpo_jax.models import lora, sd3
 
     config = shapes.get_config()
-    config.model.path = str(sd3.resolve(args.model))
-    config.model.remat = args.remat
+    config.model.path = str(random_model.find(args.model, folder) or sd3.resolve(args.model))
+    for knob in ("remat", "dtype", "attention"):
+        config.model[knob] = getattr(args, knob)
     config.model.t5_length = args.t5_length or config.model.t5_length
     for knob in ("groups", "group_size", "micro_batch", "steps", "window"):
         config.sample[knob] = getattr(args, knob) or config.sample[knob]
@@ -107,7 +121,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     config.prompts.test = ""  # nothing is evaluated
 
     spec = lora.LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-    model = sd3.load(config.model.path, lora_spec=spec, t5_length=config.model.t5_length)
+    length = config.model.t5_length
+    model = sd3.load(config.model.path, lora_spec=spec, t5_length=length, texts_alone=True)
     size = args.size or model.default_size
     config.model.height = config.model.width = size
 
@@ -165,9 +180,14 @@ def one_epoch(engine: Engine) -> dict[str, float]:
         phase()
         figures[phase.__name__] = time.perf_counter() - begun
     figures["epoch"] = figures["sample"] + figures["update"]
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
-    figures["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    figures["peak_gib"] = engine.device_peak() or resident_peak()
     return figures
+
+
+def resident_peak() -> float:
+    """Most GiB of the host's memory that this process has had."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ------------------------------------------------------------------------------- driver's side
@@ -211,9 +231,10 @@ class Worker:
         self._process.wait()
 
 
-def environment(hugepages: bool) -> dict[str, str]:
+def environment(device: str, hugepages: bool) -> dict[str, str]:
     """What every engine runs in."""
-    result = dict(os.environ, JAX_PLATFORMS="cpu")
+    platform = {"cpu": "cpu", "gpu": "cuda"}[device]
+    result = dict(os.environ, JAX_PLATFORMS=platform, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     if hugepages:
         tunables = [result.get("GLIBC_TUNABLES", ""), HUGEPAGES]
         result["GLIBC_TUNABLES"] = ":".join(filter(None, tunables))
@@ -243,7 +264,7 @@ def _difference(a: Arrays, b: Arrays) -> dict[str, float]:
     }
 
 
-def check(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
+def check(folder: Path, names: list[str], device: str) -> dict[str, dict[str, float]]:
     """Print how far engines differ on one rollout. Raises RuntimeError when it is too far."""
     found = differences(folder, names)
     for name, values in found.items():
@@ -253,10 +274,10 @@ def check(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
             f" at most {values['images']:.0f} of 255 levels"
         )
         for what, value in values.items():
-            if not value <= TOLERANCES[what]:
+            if not value <= TOLERANCES[device][what]:
                 raise RuntimeError(
                     f"{name} and {names[0]} do not compute the same {what}: {value:.2g} is above"
-                    f" {TOLERANCES[what]:g}, so a comparison of their times means nothing"
+                    f" {TOLERANCES[device][what]:g}, so a comparison of their times means nothing"
                 )
     return found
 
@@ -301,7 +322,7 @@ def summarise(epochs: list[dict[str, float]], images: int) -> dict[str, float]:
     }
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """Versions and hardware."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -309,6 +330,7 @@ def machine() -> dict[str, Any]:
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
+        "gpu": gpu() if device == "gpu" else None,
         "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
@@ -317,6 +339,12 @@ def machine() -> dict[str, Any]:
         "commit": commit,
         **{name: version(name) for name in PACKAGES},
     }
+
+
+def gpu() -> str:
+    """Name, memory and driver."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def version(name: str) -> str | None:
@@ -361,12 +389,13 @@ def describe(config: dict[str, Any], hardware: dict[str, Any], env: dict[str, st
     versions = ", ".join(f"{name} {hardware[name]}" for name in PACKAGES)
     return "\n".join(
         [
-            f"{model['path']}, {model['height']} px, float32, LoRA rank {config['lora']['rank']}",
+            f"{model['path']}, {model['height']} px, {model['dtype']}, LoRA rank"
+            f" {config['lora']['rank']}",
             f"{s['groups']} groups x {s['group_size']} images in micro-batches of"
             f" {s['micro_batch']}; {s['steps']} steps, {s['window']} of them stochastic and"
             f" trained; remat in JAX: {model['remat']}",
-            f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']:.0f} GiB,"
-            f" GLIBC_TUNABLES={env.get('GLIBC_TUNABLES', '')!r}",
+            f"{hardware['gpu'] or 'no GPU'}; {hardware['cpu']}, {hardware['cores']} cores,"
+            f" {hardware['memory_gib']:.0f} GiB, GLIBC_TUNABLES={env.get('GLIBC_TUNABLES', '')!r}",
             f"Python {hardware['python']}, {versions}, commit {hardware['commit']}",
         ]
     )
@@ -378,7 +407,12 @@ def parse() -> argparse.Namespace:
         description="The same training epoch in JAX and in PyTorch.",
         epilog="A size that is not given is that of configs/shapes.py.",
     )
-    parser.add_argument("--model", default="shapes", help="directory, hub id or shapes")
+    parser.add_argument("--model", default="shapes",
+                        help="directory, hub id, shapes, or random:NAME")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of the transformer; VAE and adapter stay float32")  # fmt: skip
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of JAX")
     parser.add_argument("--size", type=int, help="of the images, in pixels; the model's own")
     parser.add_argument("--t5_length", type=int, help="T5 tokens of a prompt")
     parser.add_argument("--groups", type=int, help="prompts an epoch")
@@ -389,7 +423,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="epochs measured of each engine")
     parser.add_argument("--warmup", type=int, default=2, help="epochs before them")
     parser.add_argument("--engines", default=",".join(ENGINES), help="the first is the reference")
-    parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True,
+    parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=False,
                         help="JAX recomputes activations in the backward pass")  # fmt: skip
     parser.add_argument("--hugepages", action=argparse.BooleanOptionalAction, default=True,
                         help=f"run every engine with GLIBC_TUNABLES={HUGEPAGES}")  # fmt: skip
@@ -404,7 +438,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    env, hardware = environment(args.hugepages), machine()
+    env, hardware = environment(args.device, args.hugepages), machine(args.device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = multiprocessing.get_context("spawn").Process(target=prepare, args=(args, folder))
@@ -419,7 +453,7 @@ def main() -> int:
         if not workers:
             return 1
         try:
-            differ = check(folder, list(workers))
+            differ = check(folder, list(workers), args.device)
             epochs = measure(workers, args.repeats)
         finally:
             for worker in workers.values():

@@ -23,12 +23,15 @@ def get_config() -> ConfigDict:
     c.model.t5 = True  # load the largest text encoder; without it zeros stand for its states
     c.model.t5_length = 128  # T5 tokens of a prompt
     c.model.text_cache = ""  # directory that keeps encoded prompts (1.7 MB each); empty: none
+    c.model.attention = "xla"  # of the transformer; or cudnn: fused, on NVIDIA's GPUs in bfloat16
     c.model.remat = True  # recompute activations in the backward pass, block by block
 
     c.mesh = ConfigDict()  # how the devices are laid out; -1: what the other two leave
     c.mesh.data = -1  # copies of the weights, each with its share of the batch
     c.mesh.fsdp = 1  # parts of the frozen weights, each with its share of the batch
     c.mesh.tensor = 1  # parts of every linear, which work on the same images
+    c.cpu_devices = 1  # without accelerator: devices that the CPU counts as, each with its copy of
+    # the weights; 0: one a core, as far as they divide the micro-batches
 
     c.lora = ConfigDict()
     c.lora.rank = 32  # rank of the adapter; 0: none, all of the transformer's weights are trained

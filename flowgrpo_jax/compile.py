@@ -92,6 +92,7 @@ def describe(config: ConfigDict, mesh: Mesh) -> tuple[sd3.SD3, Architecture]:
         dtype=jnp.dtype(config.model.dtype),
         t5_length=config.model.t5_length,
         remat=config.model.remat,
+        attention=config.model.attention,
         gather=sharding.gather(mesh),
     )
     return recipe.release(config, model), parts

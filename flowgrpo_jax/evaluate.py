@@ -24,7 +24,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import checkpoint, cli, logs, prompts, recipe, sampler, sharding
+from flowgrpo_jax import checkpoint, cli, logs, prompts, recipe, sampler, settings, sharding
 from flowgrpo_jax.models.sd3 import TEXTS
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.rewards import graph, host
@@ -171,6 +171,7 @@ def record(config: ConfigDict, source: str, result: dict[str, Any]) -> dict[str,
 def main(_: list[str]) -> None:
     cli.connect()
     config = cli.config()
+    settings.split_cpu(config)
     run = recipe.build(config, training=False)
     lora = checkpoint.load_lora(flags.FLAGS.checkpoint, run.model, run.mesh)
     lora = sharding.put_state(run.mesh, lora)

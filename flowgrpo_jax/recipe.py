@@ -125,6 +125,7 @@ def load_model(
         remat=config.model.remat,
         place=sharding.place(mesh),
         texts_alone=texts_alone,
+        attention=config.model.attention,
         gather=sharding.gather(mesh),
     )
 

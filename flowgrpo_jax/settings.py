@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,25 @@ def choice(config: ConfigDict, section: str, key: str, options: Any) -> None:
     value = config[section][key]
     names = ", ".join(map(repr, options))
     require(value in tuple(options), f"{section}.{key}={value!r}: choose from {names}")
+
+
+def split_cpu(config: ConfigDict) -> None:
+    """Let the CPU count as `config.cpu_devices` devices. To be called before JAX looks for any."""
+    several = jax.distributed.is_initialized()  # processes: nothing is known of the others' cores
+    devices = config.cpu_devices or (1 if several else _cores(config))
+    if devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _cores(config: ConfigDict) -> int:
+    """As many as there are, or fewer where they would not cut the micro-batches evenly."""
+    linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    s, updates = config.sample, max(config.train.updates_per_epoch, 1)
+    together = math.gcd(
+        s.micro_batch or s.groups * s.group_size // updates, config.eval.micro_batch
+    )
+    return max(n for n in range(1, cores + 1) if n == 1 or together % n == 0)
 
 
 def make_plan(config: ConfigDict, devices: int) -> Plan:
@@ -141,6 +161,11 @@ def check(config: ConfigDict) -> None:
         " overflows; use 'bfloat16', or 'float32'",
     )
     choice(config, "model", "dtype", ("float32", "bfloat16"))
+    choice(config, "model", "attention", ("xla", "cudnn"))
+    require(
+        config.model.attention == "xla" or config.model.dtype == "bfloat16",
+        f"model.attention={config.model.attention!r} needs model.dtype='bfloat16'; use 'xla'",
+    )
     require(
         not files.in_bucket(config.model.text_cache),
         f"model.text_cache={config.model.text_cache!r}: must be a directory on this machine or of a"
@@ -156,6 +181,7 @@ def check(config: ConfigDict) -> None:
 
 LEAST = {  # setting: the least that it may be
     "seed": 0,
+    "cpu_devices": 0,
     "epochs": 0,
     "model.height": 1,
     "model.width": 1,

@@ -394,6 +394,7 @@ def main(_: list[str]) -> None:
     with host.leaving_hung_calls(), cli.restarting():
         cli.connect()
         config = cli.config()
+        settings.split_cpu(config)
         workdir = flags.FLAGS.workdir or f"runs/{config.name}"
         train(config, workdir, resume=flags.FLAGS.resume)
 

@@ -216,6 +216,12 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
         ({"checkpoint.keep": 0}, r"checkpoint\.keep=0: .*at least 1"),
         ({"eval.images": 0}, r"eval\.images=0: .*at least 1"),
         ({"seed": -1}, r"seed=-1: .*at least 0"),
+        ({"cpu_devices": -2}, r"cpu_devices=-2: .*at least 0"),
+        ({"model.attention": "flash"}, r"attention='flash': choose from 'xla', 'cudnn'"),
+        (
+            {"model.attention": "cudnn", "model.dtype": "float32"},
+            r"model\.attention='cudnn' needs model\.dtype='bfloat16'",
+        ),
         ({"model.text_cache": "gs://b/texts"}, r"text_cache='gs://b/texts': .*on this machine"),
         ({"model.height": 0}, r"model\.height=0: .*at least 1"),
         ({"train.kl_beta": -0.1}, r"train\.kl_beta=-0\.1: .*at least 0"),
@@ -239,6 +245,34 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
 def test_a_value_that_makes_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         settings.check(load("base", changes))
+
+
+@pytest.mark.parametrize(
+    "changes, cores, devices",
+    [
+        ({}, 2, 2),
+        ({}, 10, 9),  # 144 images at once are not cut in ten
+        ({"sample.micro_batch": 0}, 7, 6),  # a micro-batch to be derived: of 288 images
+        ({"eval.micro_batch": 14}, 8, 2),
+        ({"cpu_devices": 1}, 8, 1),
+        ({"cpu_devices": 3}, 8, 3),
+    ],
+)
+def test_a_cpu_is_split_as_the_batch_can_be(changes, cores, devices, monkeypatch):
+    chosen = {}
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(settings.jax.config, "update", chosen.__setitem__)
+    settings.split_cpu(config := load("shapes", changes))
+    assert chosen.get("jax_num_cpu_devices", 1) == devices
+    if not config.cpu_devices:
+        settings.make_plan(config, devices)  # and it divides all
+
+
+def test_who_has_split_the_cpu_keeps_it(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setattr(settings.jax.config, "update", lambda *_: pytest.fail("split again"))
+    settings.split_cpu(load("shapes", {}))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from scipy import stats
 
 from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.architecture import PUBLISHED
-from flowgrpo_jax.models.layers import functional
+from flowgrpo_jax.models.layers import Linear, LoRAParam, functional
 from flowgrpo_jax.models.lora import JOINT_ATTENTION, LoRASpec
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
 
@@ -117,6 +117,42 @@ def test_targets_are_the_modules_that_peft_picks(checkpoint, targets):
     model = sd3.load(checkpoint, lora_spec=spec)
     ours = lora.to_torch(random_factors(model.lora_shapes))
     assert {k: v.shape for k, v in ours.items()} == {k: tuple(v.shape) for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("padded", [4, 16])
+def test_a_merged_adapter_acts_as_one_beside_its_kernel(padded):
+    """Rank 1 stays beside these kernels; the same filled up with zeros to more is merged."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 3, 12)), jnp.float32)
+    kernel, bias, a, b = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((12, 20), (20,), (12, 1), (1, 20))
+    )
+
+    def linear(rank, a, b, dtype=jnp.float32):
+        module = nnx.eval_shape(lambda: Linear(12, 20, dtype=dtype, rngs=nnx.Rngs(0)))
+        module.kernel, module.bias = nnx.Param(kernel), nnx.Param(bias)
+        fill = rank - a.shape[1]
+        module.lora_a = LoRAParam(jnp.pad(a, ((0, 0), (0, fill))))
+        module.lora_b = LoRAParam(jnp.pad(b, ((0, fill), (0, 0))))
+        module.lora_scale = 0.7
+        return module
+
+    assert not linear(1, a, b).merges() and linear(padded, a, b).merges()
+    wanted = np.asarray(x) @ (np.asarray(kernel) + 0.7 * np.asarray(a) @ np.asarray(b)) + bias
+    for rank in (1, padded):
+        np.testing.assert_allclose(linear(rank, a, b)(x), wanted, rtol=1e-5, atol=1e-5)
+    gradients = [
+        jax.grad(lambda f, r=rank: jnp.sin(linear(r, *f)(x)).sum())((a, b)) for rank in (1, padded)
+    ]
+    for one, other in zip(*gradients):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    # In half precision 1 + 0.0007 is 1: what is learned must not be added to the kernel.
+    first = jnp.zeros((12, 1)).at[0].set(1.0)
+    module = linear(padded, first, jnp.full((1, 20), 1e-3), jnp.bfloat16)
+    module.kernel, module.bias = nnx.Param(jnp.ones((12, 20))), nnx.Param(jnp.zeros(20))
+    learned = module((first - first[::-1]).T)  # rows of the kernel cancel, those of the adapter not
+    np.testing.assert_allclose(learned.astype(jnp.float32), 0.7e-3, rtol=0.01)
 
 
 def test_impossible_targets_are_refused():

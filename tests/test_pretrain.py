@@ -35,7 +35,7 @@ def run(workdir, step=walk):
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    monkeypatch.setattr(pretrain, "SAVE_AFTER", 0.0)
 
     def dies(state, x, key):
         if int(state["step"]) == 5:

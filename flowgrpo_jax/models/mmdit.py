@@ -71,8 +71,8 @@ class MMDiTConfig:
 class Maker:
     """Layers with the model's width and dtype filled in, so that the blocks read short."""
 
-    def __init__(self, config: MMDiTConfig, dtype: Any, rngs: nnx.Rngs):
-        self.config, self.dtype, self.rngs = config, dtype, rngs
+    def __init__(self, config: MMDiTConfig, dtype: Any, attention: str, rngs: nnx.Rngs):
+        self.config, self.dtype, self.attention, self.rngs = config, dtype, attention, rngs
 
     def linear(self, n_in: int, n_out: int) -> Linear:
         return Linear(n_in, n_out, dtype=self.dtype, rngs=self.rngs)
@@ -153,7 +153,7 @@ class Attention(nnx.Module):
 
     def __init__(self, context: str | None, make: Maker):
         width, qk_norm = make.config.width, make.config.qk_norm
-        self.heads = make.config.num_attention_heads
+        self.heads, self.implementation = make.config.num_attention_heads, make.attention
         self.to_q, self.to_k, self.to_v = (make.linear(width, width) for _ in range(3))
         self.to_out = nnx.List([make.linear(width, width)])
         if qk_norm:
@@ -180,7 +180,8 @@ class Attention(nnx.Module):
             if hasattr(self, "norm_added_q"):
                 cq, ck = self.norm_added_q(cq), self.norm_added_k(ck)
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q, cq), (k, ck), (v, cv)))
-        y = rearrange(jax.nn.dot_product_attention(q, k, v), "b s n d -> b s (n d)")
+        y = layers.attention(q, k, v, self.implementation)
+        y = rearrange(y, "b s n d -> b s (n d)")
         y, y_c = y[:, :tokens], y[:, tokens:]
         return self.to_out[0](y), self.to_add_out(y_c) if hasattr(self, "to_add_out") else None
 
@@ -259,18 +260,22 @@ class MMDiT(nnx.Module):
         dtype: Any = jnp.float32,
         remat: bool = False,
         unroll: bool = False,
+        attention: str = "xla",
         gather: layers.Gather | None = None,
         rngs: nnx.Rngs,
     ):
+        """`attention`: see layers.attention."""
         self.config, self.remat, self.unroll, self.gather = config, remat, unroll, gather
-        make = Maker(config, dtype, rngs)
+        make = Maker(config, dtype, attention, rngs)
         self.pos_embed = PatchEmbed(make)
         self.time_text_embed = TimeTextEmbed(make)
         self.context_embedder = make.linear(config.joint_attention_dim, config.width)
         blocks: dict[str, Any] = {
             f"{start}:{end}": layers.stack(
                 end - start,
-                lambda r, d=dual, e=last: Block(d, e, Maker(config, dtype, r)),  # type: ignore[misc]
+                lambda r, d=dual, e=last: Block(  # type: ignore[misc]
+                    d, e, Maker(config, dtype, attention, r)
+                ),
                 rngs,
             )
             for start, end, dual, last in config.segments()

@@ -34,6 +34,7 @@ PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
 T5_PARTS = "tokenizer_3", "text_encoder_3"
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
 KNOB = "config.model.path (of generate: --model)"  # what errors say to set
+FEW_BLOCKS = 8  # so many are compiled one by one: then none copies its weights out of a stack
 TEXTS = 64  # prompts that are encoded at once
 TEXT: dict[str, Any] = {
     "text_encoder": CLIPText,
@@ -261,6 +262,7 @@ def describe(
     dtype: Any = jnp.float32,
     t5_length: int = 256,
     remat: bool = False,
+    attention: str = "xla",
     gather: layers.Gather | None = None,
 ) -> SD3:
     """The functions of a model, and the shapes of what they take; nothing is allocated.
@@ -270,10 +272,11 @@ def describe(
       dtype: compute and storage dtype of transformer and text encoders; the VAE stays f32.
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
+      attention: the implementation of the transformer's, see layers.attention.
       gather: done to the transformer's parameters right before they are used (sharding.gather).
     """
     spec = lora_spec or LoRASpec(rank=1, alpha=1.0, targets=("attn.to_q",))
-    velocity, base, trained = _transformer(parts, spec, dtype, remat, gather)
+    velocity, base, trained = _transformer(parts, spec, dtype, remat, attention, gather)
     vae, vae_shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
     encode_text, text_shapes = _encoders(parts, dtype, t5_length)
     return SD3(
@@ -307,13 +310,23 @@ def _transformer(
     spec: LoRASpec,
     dtype: Any,
     remat: bool,
+    attention: str,
     gather: layers.Gather | None,
 ) -> tuple[Callable[..., jax.Array], Params, Params]:
     """The velocity, and the shapes of the frozen and of the trained weights."""
 
     def adapted(rngs: nnx.Rngs) -> MMDiT:
         config = parts.transformer
-        module = MMDiT(config, dtype=dtype, remat=remat, gather=gather, rngs=rngs)
+        module = MMDiT(
+            config,
+            dtype=dtype,
+            remat=remat,
+            # Laid out, XLA finds the recomputed beside what was kept, and saves nothing.
+            unroll=config.num_layers <= FEW_BLOCKS and not remat,
+            attention=attention,
+            gather=gather,
+            rngs=rngs,
+        )
         if spec.rank:
             lora.add(module, spec)
         return module

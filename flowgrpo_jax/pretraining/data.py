@@ -49,8 +49,14 @@ def check(pictures: int) -> None:
         raise ValueError(f"--pictures={pictures}: must be a multiple of {CHUNK}, made at once")
 
 
-def make(world: World, n: int, seed: int, cache: Path | None = None, workers: int = 2) -> Dataset:
-    """n pictures (a multiple of 1000) and their captions; the same for the same seed."""
+def make(
+    world: World, n: int, seed: int, cache: Path | None = None, workers: int | None = None
+) -> Dataset:
+    """n pictures (a multiple of 1000) and their captions; the same for the same seed.
+
+    Args:
+      workers: processes that draw; one for each core where it is not given.
+    """
     check(n)
     file = cache / f"pictures-{seed}-{n}.npz" if cache else None
     if file is not None and file.exists():

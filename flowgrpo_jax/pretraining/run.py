@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import signal
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -31,7 +32,7 @@ from flowgrpo_jax.pretraining import data, flow, package, vae
 from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
 from flowgrpo_jax.pretraining.world import World
 
-SAVE_EVERY = 500
+SAVE_AFTER = 120.0  # seconds: whether a step takes long or not
 
 
 def loop(
@@ -54,6 +55,7 @@ def loop(
     key = jax.random.key(seed)
     start = int(state["step"])
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
+    saved = time.monotonic()
     with cli.Stop() as stop, closing(checkpoints):
         for i in bar:
             rng = np.random.default_rng([seed, i])
@@ -61,8 +63,9 @@ def loop(
             if i % 20 == 0:
                 bar.set_postfix_str(" ".join(f"{float(m):.4g}" for m in metrics))
             told = stop.requested
-            if (i + 1) % SAVE_EVERY == 0 or i + 1 == steps or told:
+            if time.monotonic() - saved > SAVE_AFTER or i + 1 == steps or told:
                 checkpoints.write(i + 1, {"state": state}, {"step": i + 1})
+                saved = time.monotonic()
             if told:
                 raise cli.Stopped(told)
     return state
