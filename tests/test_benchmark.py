@@ -1,11 +1,22 @@
 """The benchmark runs, and its engines compute the same before they are timed."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import random_model
+from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models.architecture import PUBLISHED
+from flowgrpo_jax.models.mmdit import MMDiTConfig
+from flowgrpo_jax.models.vae import VAEConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,3 +36,26 @@ def test_a_small_epoch(tmp_path):
     assert set(engines) <= set(found["medians"])
     for name in engines:
         assert 0 < found["medians"][name]["sample"] < found["medians"][name]["epoch"]
+
+
+def test_a_published_model_with_random_weights_loads_and_keeps_its_scale(tmp_path, monkeypatch):
+    """A smaller one under the same name: the published ones take gigabytes."""
+    name = "stabilityai/stable-diffusion-3.5-medium"
+    transformer = MMDiTConfig(
+        num_layers=3, num_attention_heads=4, attention_head_dim=16, caption_projection_dim=64,
+        joint_attention_dim=256, pos_embed_max_size=8, sample_size=8,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    vae = VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    small = dataclasses.replace(PUBLISHED[name], transformer=transformer, vae=vae)
+    monkeypatch.setitem(random_model.PUBLISHED, name, small)
+    model = sd3.load(random_model.find("random:sd3.5-medium", tmp_path), t5_length=16)
+    cond = model.encode(["a red circle"])
+    assert cond.tokens.shape == (1, 77 + 16, 256) and cond.pooled.shape == (1, 768 + 1280)
+    x, sigma = jax.random.normal(jax.random.key(0), (1, 8, 8, 16)), jnp.full(1, 0.5)
+    adapter = model.init_lora(jax.random.key(1))
+    velocity = model.velocity(adapter, model.base, x, sigma, cond.tokens, cond.pooled)
+    assert 0.1 < float(velocity.std()) < 10
+    assert random_model.find("shapes", tmp_path) is None
+    with pytest.raises(ValueError, match=r"random:sd4.*choose random: and one of .*sd3\.5-medium"):
+        random_model.find("random:sd4", tmp_path)

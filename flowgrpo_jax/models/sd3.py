@@ -321,8 +321,8 @@ def _transformer(
             config,
             dtype=dtype,
             remat=remat,
-            # Laid out, XLA finds the recomputed beside what was kept, and saves nothing.
-            unroll=config.num_layers <= FEW_BLOCKS and not remat,
+            # Laid out, XLA would keep what is to be recomputed, and the weights that are fetched.
+            unroll=config.num_layers <= FEW_BLOCKS and not remat and gather is None,
             attention=attention,
             gather=gather,
             rngs=rngs,
