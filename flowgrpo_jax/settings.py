@@ -70,14 +70,19 @@ def split_cpu(config: ConfigDict) -> None:
 
 
 def _cores(config: ConfigDict) -> int:
-    """As many as there are, or fewer where they would not cut the micro-batches evenly."""
+    """As many as there are, or fewer where they would not cut the micro-batches evenly; a mesh that
+    is given in full says it itself."""
+    given = [size for size in config.mesh.values() if size != -1]
+    if len(given) == len(config.mesh):
+        return math.prod(given)
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     s, updates = config.sample, max(config.train.updates_per_epoch, 1)
     together = math.gcd(
         s.micro_batch or s.groups * s.group_size // updates, config.eval.micro_batch
     )
-    return max(n for n in range(1, cores + 1) if n == 1 or together % n == 0)
+    fixed = max(math.prod(given), 1)
+    return max(n for n in range(1, cores + 1) if n == 1 or n % fixed == together % n == 0)
 
 
 def make_plan(config: ConfigDict, devices: int) -> Plan:

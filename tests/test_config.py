@@ -256,6 +256,9 @@ def test_a_value_that_makes_no_sense(changes, message):
         ({"eval.micro_batch": 14}, 8, 2),
         ({"cpu_devices": 1}, 8, 1),
         ({"cpu_devices": 3}, 8, 3),
+        ({"mesh.data": 1}, 8, 1),  # a mesh that is given in full says how many
+        ({"mesh.data": 2, "mesh.tensor": 2}, 2, 4),
+        ({"mesh.fsdp": 2}, 9, 8),
     ],
 )
 def test_a_cpu_is_split_as_the_batch_can_be(changes, cores, devices, monkeypatch):

@@ -49,20 +49,15 @@ def check(pictures: int) -> None:
         raise ValueError(f"--pictures={pictures}: must be a multiple of {CHUNK}, made at once")
 
 
-def make(
-    world: World, n: int, seed: int, cache: Path | None = None, workers: int | None = None
-) -> Dataset:
-    """n pictures (a multiple of 1000) and their captions; the same for the same seed.
-
-    Args:
-      workers: processes that draw; one for each core where it is not given.
-    """
+def make(world: World, n: int, seed: int, cache: Path | None = None) -> Dataset:
+    """n pictures (a multiple of 1000) and their captions, drawn on all cores; the same for the same
+    seed."""
     check(n)
     file = cache / f"pictures-{seed}-{n}.npz" if cache else None
     if file is not None and file.exists():
         with np.load(file) as stored:
             return Dataset(stored["images"], stored["captions"])
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         parts = list(pool.map(chunk, repeat(world), repeat(seed), range(n // CHUNK)))
     data = Dataset(*(np.concatenate(part) for part in zip(*parts)))
     if file is not None:
