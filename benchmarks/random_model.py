@@ -17,9 +17,9 @@ import numpy as np
 
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.architecture import PUBLISHED, Architecture
-from flowgrpo_jax.pretraining import flow, package
-from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
-from flowgrpo_jax.shapes.world import WORLD
+from flowgrpo_jax.worlds.pretraining import flow, package
+from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.worlds.shapes.world import WORLD
 
 PREFIX = "random:"
 CLIP_TOKENS = 77

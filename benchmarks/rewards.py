@@ -27,10 +27,10 @@ from PIL import Image
 
 from flowgrpo_jax import cost, rewards
 from flowgrpo_jax.rewards import described
-from flowgrpo_jax.shapes import grammar as shapes
-from flowgrpo_jax.shapes.render import render as render_scene
-from flowgrpo_jax.signs import grammar as signs
-from flowgrpo_jax.signs.render import render as render_sign
+from flowgrpo_jax.worlds.shapes import grammar as shapes
+from flowgrpo_jax.worlds.shapes.render import render as render_scene
+from flowgrpo_jax.worlds.signs import grammar as signs
+from flowgrpo_jax.worlds.signs.render import render as render_sign
 
 BATCH, REPEATS = 8, 5
 OBJECT = {"tag": "single_object", "include": [{"class": "person", "count": 1}]}

@@ -34,8 +34,9 @@ from flowgrpo_jax import cli, cost, recipe, settings, sharding, update
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.architecture import Architecture
 from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.rewards import described, graph
+from flowgrpo_jax.rewards import described
 from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.scoring import graph
 from flowgrpo_jax.settings import Plan
 from flowgrpo_jax.types import Trajectory
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from flowgrpo_jax import checkpoint, cli, logs, prompts, recipe, sampler, settings, sharding
 from flowgrpo_jax.models.sd3 import TEXTS
 from flowgrpo_jax.recipe import Recipe
-from flowgrpo_jax.rewards import graph, host
+from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.types import Conditioning, Params, PromptBatch
 
 

@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import programs, prompts, rewards, sde, sharding, update
-from flowgrpo_jax.models import sd3, text_cache
+from flowgrpo_jax import programs, prompts, rewards, sde, sharding, text_cache, update
+from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
-from flowgrpo_jax.rewards import graph, host
-from flowgrpo_jax.rewards.mix import Mix
 from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.scoring import graph, host
+from flowgrpo_jax.scoring.mix import Mix
 from flowgrpo_jax.settings import Plan, check, make_plan, require, window, window_range
 from flowgrpo_jax.types import (
     Conditioning,

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from flowgrpo_jax import checkpoint, cli, grpo, logs, recipe, sampler, settings, sharding, update
 from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.recipe import Recipe
-from flowgrpo_jax.rewards import graph, host
+from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.types import Conditioning, PromptBatch, Scores, TrainState, Trajectory
 
 log = logging.getLogger(__name__)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from flowgrpo_jax.rewards import wire
+from flowgrpo_jax.transport import http_client
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Nobody waits for servers that a test has not started."""
-    monkeypatch.setattr(wire, "PATIENCE", 0.0)
+    monkeypatch.setattr(http_client, "PATIENCE", 0.0)
 
 
 @pytest.fixture(scope="session")

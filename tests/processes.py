@@ -21,11 +21,11 @@ from flowgrpo_jax.models import layers
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.models.vae import VAE, VAEConfig
-from flowgrpo_jax.pretraining import flow, package
-from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
-from flowgrpo_jax.rewards import host
-from flowgrpo_jax.shapes import grammar
+from flowgrpo_jax.scoring import host
 from flowgrpo_jax.train import first_state, train
+from flowgrpo_jax.worlds.pretraining import flow, package
+from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.worlds.shapes import grammar
 
 HERE = Path(__file__).parent
 MMDIT = MMDiTConfig(

@@ -16,9 +16,9 @@ from torch_towers import (
 )
 
 from flowgrpo_jax.models import convert
-from flowgrpo_jax.models.blip import BLIPConfig, ImageReward
-from flowgrpo_jax.models.head import Head
-from flowgrpo_jax.models.tensors import open_file
+from flowgrpo_jax.models.towers.aesthetic_head import Head
+from flowgrpo_jax.models.towers.blip import BLIPConfig, ImageReward
+from flowgrpo_jax.models.weight_files import open_file
 
 CONFIG = BLIPConfig.read({**BLIP_TEXT, **BLIP_VISION, "fusion": "of no interest"})
 

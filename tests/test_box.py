@@ -12,12 +12,12 @@ from flowgrpo_jax import checkpoint, recipe, rewards, sampler, sde
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.generate import t5_limit
 from flowgrpo_jax.models import sd3
-from flowgrpo_jax.pretraining import vae
-from flowgrpo_jax.shapes import grammar
-from flowgrpo_jax.shapes.render import render
-from flowgrpo_jax.shapes.verify import judge
-from flowgrpo_jax.signs import grammar as signs
-from flowgrpo_jax.signs.world import WORLD
+from flowgrpo_jax.worlds.pretraining import vae
+from flowgrpo_jax.worlds.shapes import grammar
+from flowgrpo_jax.worlds.shapes.render import render
+from flowgrpo_jax.worlds.shapes.verify import judge
+from flowgrpo_jax.worlds.signs import grammar as signs
+from flowgrpo_jax.worlds.signs.world import WORLD
 
 SCENES_PER_TAG, SIGNS = 50, 100
 PROMPTS = {

@@ -10,7 +10,7 @@ from torch_models import TOLERANCE, abstract, channels_last, ported, torch, tran
 from torch_towers import VISION, dual_config, pictures, tensor_pixels, torch_dual, torch_open_clip
 
 from flowgrpo_jax.models import convert
-from flowgrpo_jax.models.clip import (
+from flowgrpo_jax.models.towers.clip import (
     CLIP,
     VIT_H_14,
     VIT_L_14,
@@ -18,7 +18,7 @@ from flowgrpo_jax.models.clip import (
     from_open_clip,
     is_open_clip,
 )
-from flowgrpo_jax.models.tensors import Tensor, open_file
+from flowgrpo_jax.models.weight_files import Tensor, open_file
 
 IDS = np.random.default_rng(0).integers(0, 40, (3, 10))
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from flowgrpo_jax.rewards import colors
-from flowgrpo_jax.rewards.coco import Found
-from flowgrpo_jax.rewards.colors import COLORS, Crop, by_pixels, crop, on_grey
+from flowgrpo_jax.detection import colors
+from flowgrpo_jax.detection.coco import Found
+from flowgrpo_jax.detection.colors import COLORS, Crop, by_pixels, crop, on_grey
 
 RNG = np.random.default_rng(0)
 
@@ -116,7 +116,7 @@ def clip(tmp_path_factory):
     torch = pytest.importorskip("torch")
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-    from flowgrpo_jax.pretraining.tokenizers import write_tokenizers
+    from flowgrpo_jax.worlds.pretraining.tokenizers import write_tokenizers
 
     root = tmp_path_factory.mktemp("clip")
     write_tokenizers(root, WORDS, length=10)
@@ -170,7 +170,7 @@ def by_transformers(model, tokenizer, crop):
 
 
 def test_clip_compares_as_transformers_does(clip):
-    from flowgrpo_jax.rewards import clip_colors
+    from flowgrpo_jax.detection import clip_colors
 
     _, model, tokenizer = clip
     ours = clip_colors.similarities(model, tokenizer)(CROPS)
@@ -183,7 +183,7 @@ def test_clip_compares_as_transformers_does(clip):
 
 
 def test_clip_loads_from_a_directory(clip):
-    from flowgrpo_jax.rewards import clip_colors
+    from flowgrpo_jax.detection import clip_colors
 
     folder, model, tokenizer = clip
     loaded = clip_colors.load(str(folder), "cpu")
@@ -192,7 +192,7 @@ def test_clip_loads_from_a_directory(clip):
 
 def test_absent_clip_weights_are_an_error(tmp_path):
     pytest.importorskip("torch")
-    from flowgrpo_jax.rewards import clip_colors
+    from flowgrpo_jax.detection import clip_colors
 
     with pytest.raises(FileNotFoundError, match=r"geneval\.clip_path to a local copy"):
         clip_colors.load(str(tmp_path / "nowhere"), "cpu")

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from flowgrpo_jax.rewards import coco, darknet, yolo
-from flowgrpo_jax.rewards.coco import Found
+from flowgrpo_jax.detection import coco, darknet, yolo
+from flowgrpo_jax.detection.coco import Found
 
 RNG = np.random.default_rng(0)
 
@@ -341,7 +341,7 @@ def test_mask2former_is_read_as_transformers_reads_it(mask2former):
         Mask2FormerImageProcessorPil,
     )
 
-    from flowgrpo_jax.rewards import mask2former as ours
+    from flowgrpo_jax.detection import mask2former as ours
 
     with torch.inference_mode():
         out = mask2former(pixel_values=ours.inputs(torch.tensor(PICTURES)))
@@ -364,7 +364,7 @@ def test_mask2former_is_read_as_transformers_reads_it(mask2former):
 
 
 def test_mask2former_s_floor_leaves_out_the_unsure_alone(mask2former):
-    from flowgrpo_jax.rewards import mask2former as ours
+    from flowgrpo_jax.detection import mask2former as ours
 
     everything = sorted_by_score(ours.detector(mask2former, 0.0)(PICTURES[:1])[0])
     floor = everything[len(everything) // 2].score
@@ -375,7 +375,7 @@ def test_mask2former_s_floor_leaves_out_the_unsure_alone(mask2former):
 
 
 def test_masks_come_back_in_the_picture_s_size(mask2former):
-    from flowgrpo_jax.rewards import mask2former as ours
+    from flowgrpo_jax.detection import mask2former as ours
 
     [found] = ours.detector(mask2former, 0.0)(PICTURES[:1, :64, :96])
     assert found and all(f.mask.shape == (64, 96) for f in found)
@@ -388,7 +388,7 @@ def test_mask2former_s_input_is_transformers_(shape):
         Mask2FormerImageProcessorPil,
     )
 
-    from flowgrpo_jax.rewards import mask2former as ours
+    from flowgrpo_jax.detection import mask2former as ours
 
     picture = RNG.integers(0, 256, (*shape, 3), np.uint8)
     theirs = Mask2FormerImageProcessorPil()(picture, return_tensors="np")["pixel_values"]
@@ -398,7 +398,7 @@ def test_mask2former_s_input_is_transformers_(shape):
 
 
 def test_mask2former_loads_from_a_directory(mask2former, tmp_path):
-    from flowgrpo_jax.rewards import mask2former as ours
+    from flowgrpo_jax.detection import mask2former as ours
 
     mask2former.save_pretrained(tmp_path)
     [found] = coco.load("mask2former", str(tmp_path), 0.0, "cpu")(PICTURES[:1, :32, :32])

@@ -30,11 +30,11 @@ from flowgrpo_jax.export import export
 from flowgrpo_jax.generate import generate, t5_limit
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.rewards import graph, host
-from flowgrpo_jax.rewards.mix import Mix
-from flowgrpo_jax.shapes import grammar
+from flowgrpo_jax.scoring import graph, host
+from flowgrpo_jax.scoring.mix import Mix
 from flowgrpo_jax.train import evaluate_into, first_state, one_epoch, train, warn_of_gap
 from flowgrpo_jax.types import GraphReward
+from flowgrpo_jax.worlds.shapes import grammar
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -465,7 +465,7 @@ def test_the_warning_comes_before_the_update(folder, monkeypatch):
 HANGING = """
 import threading, concurrent.futures as futures, pathlib, runpy, sys
 from flowgrpo_jax import rewards
-from flowgrpo_jax.rewards import host
+from flowgrpo_jax.scoring import host
 from flowgrpo_jax.train import train
 
 pool = futures.ThreadPoolExecutor(1)  # whose thread Python joins before it ends
@@ -500,7 +500,7 @@ def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(folder):
 SLEEPING = """
 import pathlib, runpy, sys, time
 from flowgrpo_jax import cli, rewards
-from flowgrpo_jax.rewards import host
+from flowgrpo_jax.scoring import host
 from flowgrpo_jax.train import train
 
 limit, seconds, calls = float(sys.argv[1]), float(sys.argv[2]), []

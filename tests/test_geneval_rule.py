@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowgrpo_jax.rewards.geneval import Detection, relations, score
+from flowgrpo_jax.detection.rule import Detection, relations, score
 
 # Boxes of 10 x 10 px in a row (A, B, C from left to right) and one under A.
 A, B, C, UNDER = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10), (0, 20, 10, 30)

@@ -7,7 +7,7 @@ from PIL import Image
 from processes import MMDIT, PAIR, outcome, start
 
 from flowgrpo_jax.models.mmdit import MMDiT
-from flowgrpo_jax.pretraining import package
+from flowgrpo_jax.worlds.pretraining import package
 
 folder, table = processes.folder, processes.table
 nothing_goes_on = processes.nothing_goes_on

@@ -16,11 +16,11 @@ from flowgrpo_jax import cli
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models import architecture, sd3
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
-from flowgrpo_jax.pretraining import data, flow, package, vae
-from flowgrpo_jax.pretraining import run as pretrain
-from flowgrpo_jax.shapes import verify
-from flowgrpo_jax.shapes.world import WORLD
-from flowgrpo_jax.signs import world as signs
+from flowgrpo_jax.worlds.pretraining import data, flow, package, vae
+from flowgrpo_jax.worlds.pretraining import run as pretrain
+from flowgrpo_jax.worlds.shapes import verify
+from flowgrpo_jax.worlds.shapes.world import WORLD
+from flowgrpo_jax.worlds.signs import world as signs
 
 
 def walk(state, x, key):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from flowgrpo_jax import prompts
+from flowgrpo_jax.detection.rule import Detection, score
 from flowgrpo_jax.prompts import geneval
-from flowgrpo_jax.rewards.geneval import Detection, score
 
 ROOT = Path(__file__).parent.parent
 RELATION = re.compile(r"a photo of an? (.+) (left of|right of|above|below) an? (.+)")

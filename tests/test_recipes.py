@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
 from flowgrpo_jax import recipe, rewards, settings
-from flowgrpo_jax.rewards import photos
+from flowgrpo_jax.rewards import geneval
 from flowgrpo_jax.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -119,7 +119,7 @@ def options_of(name):
     """{option: default} of a reward, by its code."""
     module, _, function = rewards.TABLE[name].partition(":")
     make = getattr(importlib.import_module(module), function.removesuffix("()"))
-    make = photos.make if make is photos.graded else make
+    make = geneval.make if make is geneval.graded else make
     return {k: p.default for k, p in inspect.signature(make).parameters.items()}
 
 

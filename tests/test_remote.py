@@ -19,8 +19,8 @@ import pytest
 from http_stub import Stub, free_port, nobody
 from PIL import Image
 
-from flowgrpo_jax import rewards
-from flowgrpo_jax.rewards import message, serve, wire, worker
+from flowgrpo_jax import rewards, serve
+from flowgrpo_jax.transport import http_client, wire_format, worker
 from flowgrpo_jax.types import GraphReward
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def make(label=0, loading=0.0):
 SERVER = """
 import sys
 from flowgrpo_jax import rewards
-from flowgrpo_jax.rewards import serve
+from flowgrpo_jax import serve
 rewards.TABLE["obedient"] = "obedient:make()"
 serve.main(sys.argv[1:])
 """
@@ -85,9 +85,9 @@ class Server:
             if self.process.poll() is not None:
                 pytest.fail(f"the server ended: {self.process.stdout.read()}")
             try:
-                wire.request(self.url + path, timeout=5)
+                http_client.request(self.url + path, timeout=5)
                 return before
-            except wire.Failed as error:
+            except http_client.Failed as error:
                 before.append(type(error))
                 time.sleep(0.05)
         pytest.fail(f"no server: {before[-1]}")
@@ -110,7 +110,9 @@ def servers(tmp_path_factory):
         server.start()
     for server in both:
         server.wait("/health")
-    assert wire.Unavailable in both[1].wait("/ready")  # alive, and answers that it is not ready yet
+    assert http_client.Unavailable in both[1].wait(
+        "/ready"
+    )  # alive, and answers that it is not ready yet
     both[0].wait("/ready")
     yield both
     for server in both:
@@ -212,7 +214,7 @@ def test_a_slow_reward_is_given_up_in_time(remote):
 
 
 def test_a_server_dies_in_the_middle_of_a_request_and_comes_back(remote, servers, monkeypatch):
-    monkeypatch.setattr(wire, "RESTS", 0.0)
+    monkeypatch.setattr(http_client, "RESTS", 0.0)
     one, two = servers
     reward = remote(one.url, two.url, rest=0.3)
     with ThreadPoolExecutor(1) as pool:
@@ -249,11 +251,11 @@ def test_a_reward_that_cannot_be_loaded_ends_the_server(tmp_path):
 
 def post(url, body, secret=SECRET):
     headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-    return wire.request(url + "/score", body, headers, timeout=10)
+    return http_client.request(url + "/score", body, headers, timeout=10)
 
 
 def request(n=1, **changes):
-    body = json.loads(message.encode(pictures(n), ["label"] * n, [{}] * n))
+    body = json.loads(wire_format.encode(pictures(n), ["label"] * n, [{}] * n))
     return json.dumps(body | changes).encode()
 
 
@@ -262,7 +264,7 @@ def test_without_the_secret_there_is_no_score(servers, secret):
     url = servers[0].url
     if secret == "öpen sesame":
         secret = secret.encode().decode("latin-1")
-    with pytest.raises(wire.Refused, match=r"401.*the secret is missing or wrong"):
+    with pytest.raises(http_client.Refused, match=r"401.*the secret is missing or wrong"):
         post(url, request(), secret)
     assert json.loads(post(url, request()))["valid"] == [True]
 
@@ -311,9 +313,11 @@ def test_options_that_cannot_be(options, words):
 
 def test_a_request_that_is_too_large_is_refused_and_read_no_further(servers):
     url = servers[0].url
-    with pytest.raises(wire.Refused, match=r"413.*1000000 bytes"):
+    with pytest.raises(http_client.Refused, match=r"413.*1000000 bytes"):
         post(url, b"x" * 1_000_001)
-    with pytest.raises(wire.Failed):  # 413, or the connection is cut while this is still being sent
+    with pytest.raises(
+        http_client.Failed
+    ):  # 413, or the connection is cut while this is still being sent
         post(url, b"x" * 20_000_000)
     assert json.loads(post(url, request()))["valid"] == [True]
 
@@ -388,7 +392,7 @@ MALFORMED = {
     "negative": (ONE | {"images": {"npy": coded(promising((1, -8, -8, 3)))}}, "-8 x -8"),
     "too short": (ONE | {"images": {"npy": coded(promising((1, 8, 8, 3)))}}, "10 bytes"),
 }
-LIMITS = message.Limits(images=32, side=2048, bytes=1_000_000)
+LIMITS = wire_format.Limits(images=32, side=2048, bytes=1_000_000)
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -396,7 +400,7 @@ def test_what_is_no_request_is_refused_with_a_reason(name):
     body, words = MALFORMED[name]
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(ValueError, match=words):
-        message.decode(body, LIMITS)
+        wire_format.decode(body, LIMITS)
     assert not Path("/tmp/a-pickle-was-read").exists()
 
 
@@ -404,16 +408,16 @@ def test_the_server_says_what_is_wrong_and_goes_on(servers):
     for name in ("no JSON", "an object", "half a PNG", "metadata", "depth"):
         body, words = MALFORMED[name]
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        with pytest.raises(wire.Refused, match=f"answered 400.*{words}"):
+        with pytest.raises(http_client.Refused, match=f"answered 400.*{words}"):
             post(servers[0].url, body)
     assert json.loads(post(servers[0].url, request()))["scores"] == [1]
-    with pytest.raises(wire.Refused, match="405"):
-        wire.request(servers[0].url + "/score", timeout=5)
+    with pytest.raises(http_client.Refused, match="405"):
+        http_client.request(servers[0].url + "/score", timeout=5)
 
 
 def test_pictures_of_other_modes_are_read_as_rgb():
     body = json.dumps(ONE | {"images": {"png": [coded(file(mode="RGBA"))]}}).encode()
-    assert message.decode(body, LIMITS)[0].shape == (1, 8, 8, 3)
+    assert wire_format.decode(body, LIMITS)[0].shape == (1, 8, 8, 3)
 
 
 @pytest.mark.parametrize(
@@ -494,7 +498,7 @@ def test_a_request_whose_client_has_gone_is_dropped():
             return submitted[-1]
 
     async def body():
-        yield message.encode(pictures(1), ["a"], [{}])
+        yield wire_format.encode(pictures(1), ["a"], [{}])
 
     async def gone():
         return True
@@ -509,6 +513,6 @@ def test_integers_for_scores_and_for_booleans_are_served_as_they_are_trained_on(
 
     thread = worker.Worker(lambda: reward, batch=1, waiting=2)
     thread.start()
-    answer = message.encode_scores(*thread.submit(pictures(1), ["a"], [{}]).result(5))
-    scores, valid = message.decode_scores(answer, 1)
+    answer = wire_format.encode_scores(*thread.submit(pictures(1), ["a"], [{}]).result(5))
+    scores, valid = wire_format.decode_scores(answer, 1)
     assert scores.tolist() == [1.0] and valid.tolist() == [True]

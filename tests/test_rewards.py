@@ -18,12 +18,13 @@ from PIL import Image
 from configs import ocr as ocr_recipe
 from configs import shapes
 from flowgrpo_jax import grpo, recipe, rewards, sharding
-from flowgrpo_jax.rewards import graph, host, imagereward, ocr, remote
+from flowgrpo_jax.rewards import imagereward, ocr, remote
 from flowgrpo_jax.rewards import shapes as shapes_rewards
-from flowgrpo_jax.rewards.mix import Mix
-from flowgrpo_jax.shapes import grammar
-from flowgrpo_jax.shapes.render import Thing, render
+from flowgrpo_jax.scoring import graph, host
+from flowgrpo_jax.scoring.mix import Mix
 from flowgrpo_jax.types import GraphReward
+from flowgrpo_jax.worlds.shapes import grammar
+from flowgrpo_jax.worlds.shapes.render import Thing, render
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, size=(16, 8, 8, 3), dtype=np.uint8)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from flowgrpo_jax.shapes import grammar
-from flowgrpo_jax.shapes.render import (
+from flowgrpo_jax.worlds.shapes import grammar
+from flowgrpo_jax.worlds.shapes.render import (
     BACKGROUND,
     COLORS,
     OUTLINES,
@@ -17,8 +17,8 @@ from flowgrpo_jax.shapes.render import (
     coverage,
     render,
 )
-from flowgrpo_jax.shapes.verify import UNKNOWN, detect, judge
-from flowgrpo_jax.shapes.world import WORLD
+from flowgrpo_jax.worlds.shapes.verify import UNKNOWN, detect, judge
+from flowgrpo_jax.worlds.shapes.world import WORLD
 
 SCENES_PER_TAG = 100
 

@@ -10,11 +10,11 @@ from configs import signs
 from flowgrpo_jax import prompts, rewards
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.tokenizers import Tokenizers
-from flowgrpo_jax.pretraining.tokenizers import clip_merges, sizes, write_tokenizers
 from flowgrpo_jax.rewards import ocr
-from flowgrpo_jax.signs import grammar
-from flowgrpo_jax.signs.render import BOARDS, WALLS, Sign, render
-from flowgrpo_jax.signs.world import WORLD
+from flowgrpo_jax.worlds.pretraining.tokenizers import clip_merges, sizes, write_tokenizers
+from flowgrpo_jax.worlds.signs import grammar
+from flowgrpo_jax.worlds.signs.render import BOARDS, WALLS, Sign, render
+from flowgrpo_jax.worlds.signs.world import WORLD
 
 TEXTS = ("CAT", "WMW", "QJG", "II", "X", "MWQM")  # of every length that a garbled caption can have
 
@@ -178,5 +178,7 @@ def test_the_recipes_prompts_fit_the_model():
 
 def test_a_model_that_has_not_been_made_says_how(monkeypatch):
     monkeypatch.setattr(sd3, "BUNDLED", ("shapes", "planets"))
-    with pytest.raises(FileNotFoundError, match=r"'planets'.*flowgrpo_jax\.planets\.pretrain"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'planets'.*flowgrpo_jax\.worlds\.planets\.pretrain"
+    ):
         sd3.resolve("planets")

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax.models import text_cache
-from flowgrpo_jax.models.text_cache import encode_cached, fingerprint
+from flowgrpo_jax import text_cache
+from flowgrpo_jax.text_cache import encode_cached, fingerprint
 from flowgrpo_jax.types import Conditioning
 
 

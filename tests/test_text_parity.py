@@ -34,8 +34,8 @@ from flowgrpo_jax.models.text import (
     relative_buckets,
 )
 from flowgrpo_jax.models.tokenizers import Tokenizers
-from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
-from flowgrpo_jax.shapes.grammar import LENGTH
+from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.worlds.shapes.grammar import LENGTH
 
 CLIP_CASES = {
     "L, legacy end": dict(hidden_act="quick_gelu", eos_token_id=2, num_hidden_layers=3),

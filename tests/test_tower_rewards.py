@@ -26,10 +26,10 @@ from torch_towers import (
 )
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.pretraining.tokenizers import END, clip_merges, write_clip, write_json
-from flowgrpo_jax.rewards.preprocess import MEAN, STD, as_pil, as_tensor
-from flowgrpo_jax.shapes.grammar import LENGTH
+from flowgrpo_jax.models.towers.preprocess import MEAN, STD, as_pil, as_tensor
 from flowgrpo_jax.types import GraphReward
+from flowgrpo_jax.worlds.pretraining.tokenizers import END, clip_merges, write_clip, write_json
+from flowgrpo_jax.worlds.shapes.grammar import LENGTH
 
 IMAGES = pictures(3)
 SIZE = VISION["image_size"]

@@ -14,8 +14,8 @@ from flax import nnx
 
 from flowgrpo_jax.models import convert
 from flowgrpo_jax.models.layers import functional
-from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
-from flowgrpo_jax.shapes.grammar import LENGTH
+from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.worlds.shapes.grammar import LENGTH
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

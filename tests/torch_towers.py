@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 from torch_models import WORDS, torch, transformers, varied
 
-from flowgrpo_jax.pretraining.tokenizers import sizes
-from flowgrpo_jax.rewards.preprocess import MEAN, STD
-from flowgrpo_jax.shapes.grammar import LENGTH
+from flowgrpo_jax.models.towers.preprocess import MEAN, STD
+from flowgrpo_jax.worlds.pretraining.tokenizers import sizes
+from flowgrpo_jax.worlds.shapes.grammar import LENGTH
 
 TEXT = dict(
     vocab_size=sizes(WORDS)[0],

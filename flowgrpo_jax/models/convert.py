@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models.layers import Params
-from flowgrpo_jax.models.tensors import Tensor, Tensors, from_safetensors
+from flowgrpo_jax.models.weight_files import Tensor, Tensors, from_safetensors
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 Place = Callable[[str, jax.ShapeDtypeStruct], Any]  # path, shape -> sharding or device

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models.convert import torch_names
 from flowgrpo_jax.models.layers import Linear, LoRAParam, Params, name
-from flowgrpo_jax.models.tensors import open_safetensors
+from flowgrpo_jax.models.weight_files import open_safetensors
 
 JOINT_ATTENTION = tuple(
     f"attn.{m}"

@@ -137,12 +137,12 @@ def find_architecture(model: str | Path, *, t5: bool = True) -> Architecture:
 
 
 def _bundled(name: str) -> Path:
-    directory = Path(__file__).parent.parent / name / "model"
+    directory = Path(__file__).parent.parent / "worlds" / name / "model"
     if not (directory / "model_index.json").is_file():
         raise FileNotFoundError(
             f"the model {name!r} is not in this copy of the package: make it with"
-            f" `python -m flowgrpo_jax.{name}.pretrain --workdir DIR --out {directory}`, or set"
-            f" {KNOB} to a directory that it has written"
+            f" `python -m flowgrpo_jax.worlds.{name}.pretrain --workdir DIR --out {directory}`,"
+            f" or set {KNOB} to a directory that it has written"
         )
     return directory
 

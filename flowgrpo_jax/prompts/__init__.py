@@ -5,14 +5,14 @@ Sources by name:
   a path ending in .jsonl         one record a line, with at least "prompt"
   geneval:train  :test  :seen  :unseen   generated (geneval.py)
   ocr:train  :test                       generated (ocr.py)
-  shapes:train  :test                    the bundled world (shapes/grammar.py)
-  signs:train  :test                     the world of short words (signs/grammar.py)
+  shapes:train  :test                    the bundled world (worlds/shapes/grammar.py)
+  signs:train  :test                     the world of short words (worlds/signs/grammar.py)
 
 The files of yifan123/flow_grpo (`dataset/*/{train,test}.txt`, `{train,test}_metadata.jsonl`) are
 read as they are. A record is what rewards get as metadata. Keys with a meaning here:
   "prompt"   the text
   "tag"      prompts.tag_weights and the evaluation's table go by it
-  "task"     which of several sources it is from (tasks.py); rewards/mix.py goes by it
+  "task"     which of several sources it is from (tasks.py); scoring/mix.py goes by it
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from flowgrpo_jax.prompts import geneval, ocr
-from flowgrpo_jax.shapes import grammar as shapes
-from flowgrpo_jax.signs import grammar as signs
 from flowgrpo_jax.types import Metadata, PromptBatch
+from flowgrpo_jax.worlds.shapes import grammar as shapes
+from flowgrpo_jax.worlds.signs import grammar as signs
 
 # name -> prompts(split, records that must not come up in training)
 GENERATORS: dict[str, Callable[[str, Iterable[Metadata]], list[Metadata]]] = {

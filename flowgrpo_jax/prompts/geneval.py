@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_jax.rewards.coco import CLASSES
-from flowgrpo_jax.rewards.colors import COLORS
+from flowgrpo_jax.detection.coco import CLASSES
+from flowgrpo_jax.detection.colors import COLORS
 from flowgrpo_jax.types import Metadata
 
 UNSEEN = CLASSES[3::4]  # every fourth, so that each of COCO's supercategories keeps most of its own

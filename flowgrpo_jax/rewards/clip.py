@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from flowgrpo_jax.models.clip import VIT_H_14
 from flowgrpo_jax.models.tokenizers import padded
+from flowgrpo_jax.models.towers.clip import VIT_H_14
+from flowgrpo_jax.models.towers.preprocess import as_pil, as_tensor
 from flowgrpo_jax.rewards import towers
-from flowgrpo_jax.rewards.preprocess import as_pil, as_tensor
 from flowgrpo_jax.rewards.towers import CLIP_H, CLIP_L, HEAD_FILES, HPS_FILES, Tower
 from flowgrpo_jax.types import GraphReward, Metadata
 

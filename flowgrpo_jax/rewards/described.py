@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.models.blip import BLIPConfig, ImageReward
-from flowgrpo_jax.models.clip import CLIP, VIT_H_14, VIT_L_14, DualConfig
-from flowgrpo_jax.models.head import Head
+from flowgrpo_jax.models.towers.aesthetic_head import Head
+from flowgrpo_jax.models.towers.blip import BLIPConfig, ImageReward
+from flowgrpo_jax.models.towers.clip import CLIP, VIT_H_14, VIT_L_14, DualConfig
 from flowgrpo_jax.rewards import clip, imagereward, row_of, towers
 from flowgrpo_jax.types import GraphReward
 

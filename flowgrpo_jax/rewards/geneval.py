@@ -1,175 +1,231 @@
-"""The GenEval rule: score a picture's detections against a prompt's metadata.
+"""GenEval on pictures of real things: a detector, a colour classifier, and the rule of `geneval`.
 
-Nothing here looks at pixels. A detector (Mask2Former for GenEval proper, a template matcher
-for the shapes world) hands over `Detection`s that passed its own confidence threshold; the
-metadata say what should be there:
+The rows `geneval` (graded, for training), `geneval_strict` and `geneval_official` are made by
+`graded`, `strict` and `official`, with the options of `make`. Rows of equal options share one
+detector, and look at a batch once between them; in a recipe all take those of `geneval`.
 
-    {"tag", "prompt", "include": [{"class", "count", "color"?, "position"?: [relation, index]}],
-     "exclude"?: [{"class", "count"}]}
+Sources: djghosh13/geneval `evaluate_images.py` and yifan123/reward-server `gen_eval.py` for the
+thresholds, the cap of 16 and what is classified. Deviations beside those of `geneval`:
 
-`position` relates the clause's objects to those of the include clause number `index`.
-
-Sources: djghosh13/geneval `evaluation/evaluate_images.py` (relation, `correct`) and
-yifan123/reward-server `gen_eval.py` (`graded`, `strict`). Deviations, each with a switch back
-or no effect on GenEval's own prompts:
-
-1. A wrong relation earns its clause 0. Upstream appends a 1 after that 0, so that a picture
-   with both objects in the wrong places gets 3/4 instead of 2/3 (`upstream_position_bug`).
-2. A count's reward is clamped at 0: five dogs for one asked earn 0, not -3 (`clamp_counts`).
-3. `closed_world` (off): things of a class that the prompt does not name make the picture not
-   strict and scale `graded` by asked / (asked + unasked). A factor, not a clause: a clause
-   would pay for leaving the picture empty, or for adding clutter to a bad one.
-4. An include clause without a count, or without any clause at all, is an error.
+1. Pictures are scored as they are, not from JPEGs of quality 75.
+2. The detector sees red, green and blue in their places. The reward server hands RGB arrays to
+   mmdetection, which takes an array for BGR; the benchmark itself reads files and does not.
+3. Official, strict and graded scores come from one look, each colour classified once.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-RELATIONS = ("left of", "right of", "above", "below")
-OFFSET_SLACK = 0.1  # share of the two boxes' summed sizes that an offset must exceed to count
-DIRECTION = 0.5  # least component of the slackened offset, in lengths of the full offset
+from flowgrpo_jax.detection import coco, rule
+from flowgrpo_jax.detection.coco import Detector, Found
+from flowgrpo_jax.detection.colors import COLORS, Classifier, by_pixels, crop
+from flowgrpo_jax.detection.rule import Detection, Score
+from flowgrpo_jax.rewards.batch_cache import BatchCache
+from flowgrpo_jax.types import Metadata, Reward
+
+log = logging.getLogger(__name__)
+
+MOST = 16  # objects of a class that are looked at, the surest
+COUNTS = range(1, MOST + 2)  # that a clause may name; `exclude` names one more than is asked for
+ROWS: dict[str, Callable[[Score], float]] = {
+    "geneval": lambda score: score.graded,
+    "geneval_strict": lambda score: float(score.strict),
+    "geneval_official": lambda score: float(score.correct),
+}
 
 
-class Detection(NamedTuple):
-    """One detected object: class name, confidence, box (x0, y0, x1, y1) in px with y down,
-    and colour name (None if not classified)."""
-
-    cls: str
-    score: float
-    box: tuple[float, float, float, float]
-    color: str | None = None
-
-
-class Score(NamedTuple):
-    """`graded`: mean clause reward, the training reward, at most 1. `strict`: every clause
-    holds exactly, `exclude` ignored. `correct`: GenEval's official verdict, at least the
-    counts asked for among the most confident boxes, `exclude` respected."""
-
-    graded: float
-    strict: bool
-    correct: bool
-
-
-def relations(a: Detection, b: Detection) -> set[str]:
-    """Where `a` is relative to `b`: up to two of "left of", "right of", "above", "below"."""
-    box_a, box_b = (np.reshape(d.box, (2, 2)) for d in (a, b))
-    offset = box_a.mean(0) - box_b.mean(0)
-    slack = OFFSET_SLACK * (np.abs(box_a[1] - box_a[0]) + np.abs(box_b[1] - box_b[0]))
-    clear = np.sign(offset) * np.maximum(np.abs(offset) - slack, 0.0)
-    if np.all(np.abs(clear) < 1e-3):
-        return set()
-    dx, dy = clear / np.linalg.norm(offset)
-    sides = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}
-    return {name for name, component in sides.items() if component > DIRECTION}
-
-
-def score(
-    detections: Sequence[Detection],
-    metadata: dict,
+def make(
+    detector: str | Detector = "mask2former",
+    colors: str | Classifier | None = None,
     *,
-    closed_world: bool = False,
+    threshold: float = 0.3,
+    counting_threshold: float = 0.9,
+    detector_path: str | None = None,
+    clip_path: str | None = None,
+    device: str | None = None,
+    position_bug: bool = False,
     clamp_counts: bool = True,
-    upstream_position_bug: bool = False,
-) -> Score:
-    """Score one picture. The switches are explained at the top of the module.
+) -> dict[str, Reward]:
+    """The three rows over one detector; equal options, given or left out, share it.
 
-    Raises ValueError if the metadata ask for nothing.
+    Args:
+      detector: "mask2former" (needs torch), "small" (needs the extra `geneval`), or a detector.
+      colors: "clip" (needs torch), "pixels", or a classifier; None is "pixels" for the small
+        detector, which is there for when there is no torch, and else "clip".
+      threshold, counting_threshold: confidence that an object must exceed, the second for
+        pictures of tag "counting". GenEval's values, which are Mask2Former's; the small
+        detector is less sure of what it sees.
+      detector_path, clip_path: where their weights are, if not the usual ones.
+      device: a torch device; None is CUDA where present, else the CPU.
+      position_bug: pay for a wrong relation, as upstream does, to compare with it.
+      clamp_counts: no negative rewards for far too many objects; upstream has them.
+
+    Raises:
+      ValueError: an unknown name, or a threshold that is none.
+      ImportError, FileNotFoundError: a package or weights are missing; says what to install.
     """
-    include = metadata["include"]
-    if not include or any(clause["count"] < 1 for clause in include):
-        raise ValueError(f"each include clause must ask for at least one object, got {include!r}")
-    found: dict[str, list[Detection]] = {}
-    for detection in sorted(detections, key=lambda d: -d.score):
-        found.setdefault(detection.cls, []).append(detection)
-
-    graded, strict = _graded(found, include, clamp_counts, upstream_position_bug)
-    if closed_world:
-        asked = {clause["class"] for clause in include}
-        unasked = sum(len(things) for cls, things in found.items() if cls not in asked)
-        wanted = sum(clause["count"] for clause in include)
-        graded *= wanted / (wanted + unasked)
-        strict = strict and unasked == 0
-    return Score(graded, strict, _correct(found, metadata))
-
-
-def _graded(found, include, clamp_counts, position_bug) -> tuple[float, bool]:
-    """Mean clause reward, and whether every clause holds."""
-
-    def share(asked, got):
-        reward = 1.0 - abs(asked - got) / asked
-        return max(reward, 0.0) if clamp_counts else reward
-
-    rewards: list[float] = []
-    matched: list[list[Detection] | None] = []
-    for clause in include:
-        asked, things = clause["count"], found.get(clause["class"], [])
-        rewards.append(share(asked, len(things)))
-        holds = len(things) == asked
-        if not holds and ("color" in clause or "position" in clause):
-            rewards.append(0.0)
-        if holds and "color" in clause:
-            painted = sum(thing.color == clause["color"] for thing in things)
-            rewards.append(share(asked, painted))
-            holds = painted == asked
-        if holds and "position" in clause:
-            holds = _placed(things, clause["position"], matched)
-            rewards.append(float(holds))
-            if position_bug and not holds and matched[clause["position"][1]] is not None:
-                rewards.append(1.0)
-        matched.append(things if holds else None)
-    return float(np.mean(rewards)), None not in matched
-
-
-def _correct(found, metadata) -> bool:
-    """GenEval's own verdict: looks only at the `count` most confident boxes of each class."""
-    matched: list[list[Detection] | None] = []
-    for clause in metadata["include"]:
-        things = found.get(clause["class"], [])[: clause["count"]]
-        holds = len(things) == clause["count"]
-        if holds and "color" in clause:
-            holds = all(thing.color == clause["color"] for thing in things)
-        if holds and "position" in clause:
-            holds = _placed(things, clause["position"], matched)
-        matched.append(things if holds else None)
-    excluded = any(
-        len(found.get(clause["class"], [])) >= clause["count"]
-        for clause in metadata.get("exclude", [])
+    for name, value in (("threshold", threshold), ("counting_threshold", counting_threshold)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value}: a confidence to exceed, so from 0 to less than 1")
+    if colors is None:
+        colors = "pixels" if detector == "small" else "clip"
+    shared = judge(
+        detector,  # type: ignore[arg-type]  # a callable: it can be hashed
+        colors,
+        threshold,
+        counting_threshold,
+        detector_path,
+        clip_path,
+        device,
+        position_bug,
+        clamp_counts,
     )
-    return None not in matched and not excluded
+    return {name: _row(shared, pick) for name, pick in ROWS.items()}
 
 
-def _placed(things, position, matched) -> bool:
-    """Whether every thing stands in the relation to every object of the (matched) target."""
-    relation, target = position
-    if matched[target] is None:
-        return False
-    return all(relation in relations(thing, other) for thing in things for other in matched[target])
+@functools.cache
+def judge(
+    detector: str | Detector,
+    colors: str | Classifier,
+    threshold: float,
+    counting_threshold: float,
+    detector_path: str | None,
+    clip_path: str | None,
+    device: str | None,
+    position_bug: bool,
+    clamp_counts: bool,
+) -> Judge:
+    """The judge of these options, every one of them given: two calls alike are one judge."""
+    if isinstance(detector, str):
+        floor = min(threshold, counting_threshold)
+        detector = coco.load(detector, detector_path, floor, device)
+    if isinstance(colors, str):
+        colors = _classifier(colors, clip_path, device)
+    return Judge(
+        detector,
+        colors,
+        lambda tag: counting_threshold if tag == "counting" else threshold,
+        functools.partial(
+            rule.score, clamp_counts=clamp_counts, upstream_position_bug=position_bug
+        ),
+    )
 
 
-def check(
-    metadata: Mapping[str, Any],
-    *,
-    classes: Collection[str],
-    counts: Collection[int],
-    colors: Collection[str],
-) -> None:
-    """Raises ValueError, naming the value, for metadata that `score` cannot judge, or that name
-    what a detector with these classes, counts and colours never sees."""
-    if not metadata.get("include"):
+def graded(**options: Any) -> Reward:
+    """The row `geneval`: GenEval's graded score, 0 to 1 (below 0 without `clamp_counts`)."""
+    return make(**options)["geneval"]
+
+
+def strict(**options: Any) -> Reward:
+    """The row `geneval_strict`: 1 where every clause holds exactly."""
+    return make(**options)["geneval_strict"]
+
+
+def official(**options: Any) -> Reward:
+    """The row `geneval_official`: the benchmark's own verdict, which forgives surplus objects."""
+    return make(**options)["geneval_official"]
+
+
+def _classifier(name: str, clip_path: str | None, device: str | None) -> Classifier:
+    if name == "pixels":
+        return by_pixels
+    if name != "clip":
         raise ValueError(
-            f"metadata {metadata!r} are not GenEval's: they need `include` with at least one"
-            " {class, count}. Take prompts from a GenEval metadata file (.jsonl)"
+            f"colors={name!r} is unknown: choose clip or pixels, or hand in a function"
         )
-    choices: dict[str, Collection[Any]] = {"class": classes, "count": counts, "color": colors}
-    for place, clause in enumerate([*metadata["include"], *metadata.get("exclude", [])]):
-        for key, allowed in choices.items():
-            if (key != "color" or key in clause) and clause.get(key) not in allowed:
-                raise ValueError(f"GenEval clause {clause!r}: {key} must be one of {allowed}")
-        relation, target = clause.get("position", (RELATIONS[0], 0))
-        if relation not in RELATIONS or ("position" in clause and target not in range(place)):
-            raise ValueError(
-                f"GenEval clause {clause!r}: position must be one of {RELATIONS} and the number of"
-                " an earlier include clause"
-            )
+    from flowgrpo_jax.detection import clip_colors
+
+    return clip_colors.load(clip_path, device)
+
+
+def _row(judge: Judge, pick: Callable[[Score], float]) -> Reward:
+    def reward(
+        images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        results = judge(images, metadata)
+        scores = [0.0 if result is None else pick(result) for result in results]
+        return np.asarray(scores, np.float32), np.array([r is not None for r in results], bool)
+
+    reward.check = check  # type: ignore[attr-defined]  # of every prompt, before training
+    return reward
+
+
+class Judge:
+    """Scores of a batch, kept for the rows that ask for the same batch after it.
+
+    One thread at a time looks: a detector need not be safe for several.
+    """
+
+    def __init__(
+        self,
+        detect: Detector,
+        classify: Classifier,
+        threshold: Callable[[str], float],
+        rule: Callable[[Sequence[Detection], dict], Score],
+    ) -> None:
+        self.detect, self.classify = detect, classify
+        self.threshold, self.rule = threshold, rule
+        self.kept: BatchCache[list[Score | None]] = BatchCache()
+
+    def __call__(self, images: np.ndarray, metadata: Sequence[Metadata]) -> list[Score | None]:
+        """uint8 [B, H, W, 3], B records -> B scores, None where detection failed.
+
+        Raises ValueError for records that GenEval cannot read.
+        """
+        for record in metadata:
+            check(record)
+        asked = [[m["tag"], m["include"], m.get("exclude")] for m in metadata]
+
+        def look() -> list[Score | None]:
+            found = self._detect(images)
+            return [self._score(*x) for x in zip(images, found, metadata)]
+
+        return self.kept(images, json.dumps(asked, sort_keys=True), look)
+
+    def _detect(self, images: np.ndarray) -> list[Sequence[Found] | None]:
+        """Of each picture, None where it failed."""
+        try:
+            found = self.detect(images)
+            if len(found) != len(images):
+                raise ValueError(f"the detector answered {len(found)} times to {len(images)}")
+            return list(found)
+        except Exception:
+            if len(images) == 1:
+                log.warning("the detector failed on an image; it gets weight 0", exc_info=True)
+                return [None]
+            log.warning("the detector failed on %d images; trying one by one", len(images))
+            return [self._detect(image[None])[0] for image in images]
+
+    def _score(
+        self, image: np.ndarray, found: Sequence[Found] | None, record: Metadata
+    ) -> Score | None:
+        if found is None:
+            return None
+        sure = coco.confident(found, self.threshold(record["tag"]), MOST)
+        colored = {clause["class"] for clause in record["include"] if "color" in clause}
+        looked_at = [thing for thing in sure if thing.cls in colored]
+        try:
+            names = self.classify([crop(image, thing) for thing in looked_at])
+            seen = [Detection(*t[:3], name) for t, name in zip(looked_at, names, strict=True)]
+        except Exception:
+            log.warning("the colours of an image failed; it gets weight 0", exc_info=True)
+            return None
+        seen += [Detection(*t[:3]) for t in sure if t.cls not in colored]
+        return self.rule(seen, record)
+
+
+def check(record: Metadata) -> None:
+    """Raises ValueError, naming the value, for metadata that are not GenEval's."""
+    if "tag" not in record:
+        raise ValueError(
+            f"metadata {record!r} are not GenEval's: they need `tag`. Take prompts from a GenEval"
+            " metadata file (.jsonl)"
+        )
+    rule.check(record, classes=coco.CLASSES, counts=COUNTS, colors=COLORS)

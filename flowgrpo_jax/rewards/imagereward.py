@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from flowgrpo_jax.models.towers.preprocess import as_pil
 from flowgrpo_jax.rewards import towers
-from flowgrpo_jax.rewards.preprocess import as_pil
 from flowgrpo_jax.rewards.towers import IMAGE_REWARD_FILES
 from flowgrpo_jax.types import GraphReward, Metadata
 

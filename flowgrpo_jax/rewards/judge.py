@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_jax.rewards.chat import Chat
+from flowgrpo_jax.transport.chat import Chat
 from flowgrpo_jax.types import Metadata
 
 UNIFIEDREWARD = """You see a picture that was generated from a text caption. Judge two things.

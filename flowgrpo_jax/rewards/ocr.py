@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flowgrpo_jax.rewards.kept import Kept
+from flowgrpo_jax.rewards.batch_cache import BatchCache
 from flowgrpo_jax.types import Metadata, Reward
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def reader(
     recogniser(confidence, upscale, detector_side)  # says at once what is missing
     local = threading.local()  # engines keep state between their stages: one for each thread
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
-    kept: Kept[list[str | None]] = Kept()
+    kept: BatchCache[list[str | None]] = BatchCache()
 
     def one(image: np.ndarray) -> str | None:
         if not hasattr(local, "read"):

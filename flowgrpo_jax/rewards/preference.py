@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_jax.rewards.chat import Chat
+from flowgrpo_jax.transport.chat import Chat
 from flowgrpo_jax.types import Metadata
 
 TEMPLATE = """You see two pictures that were generated from the same text caption: the first is

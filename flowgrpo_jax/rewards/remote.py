@@ -1,4 +1,4 @@
-"""A reward that a server of `rewards/serve.py` computes, on one or more machines.
+"""A reward that a server of `serve.py` computes, on one or more machines.
 
 Images whose request failed for good are invalid, and so get weight 0; the run goes on, and stops
 when more than `reward.max_failed` of an epoch is lost.
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from flowgrpo_jax.rewards import message, wire
+from flowgrpo_jax.transport import http_client, wire_format
 from flowgrpo_jax.types import Metadata
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Remote:
     """A reward that asks `replicas`, `batch` images at a time."""
 
-    replicas: wire.Replicas
+    replicas: http_client.Replicas
     batch: int
     form: str
 
@@ -33,16 +33,22 @@ class Remote:
 
         def probe(url: str) -> None:
             url += "/ready"
-            answer = wire.request(url, None, self.replicas.headers, timeout=self.replicas.timeout)
+            answer = http_client.request(
+                url, None, self.replicas.headers, timeout=self.replicas.timeout
+            )
             try:
                 state = json.loads(answer)
                 authorised, most = state["authorised"], state["limits"]["images"]
             except (ValueError, KeyError, TypeError) as error:
-                raise wire.Failed(f"{url} is no flowgrpo_jax reward server") from error
+                raise http_client.Failed(f"{url} is no flowgrpo_jax reward server") from error
             if not authorised:
-                raise wire.Failed(f"{url} wants another secret: check secret_env on both sides")
+                raise http_client.Failed(
+                    f"{url} wants another secret: check secret_env on both sides"
+                )
             if self.batch > most:
-                raise wire.Failed(f"{url} takes {most} images a request, but batch={self.batch}")
+                raise http_client.Failed(
+                    f"{url} takes {most} images a request, but batch={self.batch}"
+                )
 
         self.replicas.check("remote reward", probe)
 
@@ -55,10 +61,10 @@ class Remote:
         def ask(start: int) -> tuple[np.ndarray, np.ndarray]:
             rows = slice(start, start + self.batch)
             n = len(images[rows])
-            body = message.encode(images[rows], prompts[rows], metadata[rows], self.form)
+            body = wire_format.encode(images[rows], prompts[rows], metadata[rows], self.form)
             try:
-                return message.decode_scores(self.replicas.post("/score", body), n)
-            except (wire.Failed, ValueError) as error:
+                return wire_format.decode_scores(self.replicas.post("/score", body), n)
+            except (http_client.Failed, ValueError) as error:
                 log.warning("the remote reward failed on %d images: %s", n, error)
                 return np.zeros(n, np.float32), np.zeros(n, bool)
 
@@ -87,14 +93,14 @@ def make(
       batch: images of a request at most; the servers get two requests each at a time. A reward
         that compares images with each other needs whole groups: a multiple of the group size.
       form: "png" or, quicker on a fast network, "npy".
-      timeout, retries, backoff, rest: as in `wire.Replicas`.
+      timeout, retries, backoff, rest: as in `http_client.Replicas`.
     """
-    if form not in message.FORMS:
-        raise ValueError(f"form={form!r} must be one of {', '.join(message.FORMS)}")
+    if form not in wire_format.FORMS:
+        raise ValueError(f"form={form!r} must be one of {', '.join(wire_format.FORMS)}")
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
-    headers = wire.bearer("secret_env", secret_env)
-    replicas = wire.Replicas(
+    headers = http_client.bearer("secret_env", secret_env)
+    replicas = http_client.Replicas(
         urls, timeout=timeout, retries=retries, backoff=backoff, rest=rest, headers=headers
     )
     return Remote(replicas, batch, form)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flowgrpo_jax.rewards import geneval
-from flowgrpo_jax.shapes import grammar, verify
-from flowgrpo_jax.shapes.render import COLORS, SHAPES
+from flowgrpo_jax.detection import rule
 from flowgrpo_jax.types import Metadata
+from flowgrpo_jax.worlds.shapes import grammar, verify
+from flowgrpo_jax.worlds.shapes.render import COLORS, SHAPES
 
 Scores = tuple[np.ndarray, np.ndarray]
 
@@ -33,7 +33,7 @@ def unknown(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metad
 def check(record: Metadata) -> None:
     """Raises ValueError, naming the value, for metadata that no prompt of this world has."""
     counts = range(1, max(grammar.COUNTS) + 2)  # `exclude` names one more than is asked for
-    geneval.check(record, classes=SHAPES, counts=counts, colors=COLORS)
+    rule.check(record, classes=SHAPES, counts=counts, colors=COLORS)
 
 
 # Of every prompt, before training.

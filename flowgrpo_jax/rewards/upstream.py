@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flowgrpo_jax.rewards import wire
+from flowgrpo_jax.transport import http_client
 from flowgrpo_jax.types import Metadata
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def numbers(value: Any, n: int) -> np.ndarray:
 class Upstream:
     """A reward that asks `replicas`, 64 images at a time."""
 
-    replicas: wire.Replicas
+    replicas: http_client.Replicas
     request: Callable[[list[bytes], Sequence[Metadata]], dict[str, Any]]
     field: str  # of the answer
     scale: float  # score = number in the answer / scale
@@ -143,8 +143,8 @@ class Upstream:
 
         def probe(url: str) -> None:
             try:
-                wire.request(url + "/", timeout=self.replicas.timeout)
-            except wire.Refused:
+                http_client.request(url + "/", timeout=self.replicas.timeout)
+            except http_client.Refused:
                 log.debug("%s answers, if only that it takes no GET", url)
 
         self.replicas.check("upstream reward server", probe)
@@ -163,7 +163,7 @@ class Upstream:
                 if not isinstance(answer, dict) or self.field not in answer:
                     raise ValueError(f"the answer has no {self.field!r}")
                 return numbers(answer[self.field], len(pictures)) / np.float32(self.scale)
-            except (wire.Failed, ValueError) as error:
+            except (http_client.Failed, ValueError) as error:
                 log.warning("the upstream reward failed on %d images: %s", len(pictures), error)
                 return np.full(len(pictures), np.nan, np.float32)
 
@@ -191,7 +191,7 @@ def geneval(
     Args:
       field: "scores", the graded training reward, whose position clause has upstream's bug and
         which can be negative; "strict_rewards"; or "rewards", GenEval's official verdict.
-      timeout, options: those of `wire.Replicas`.
+      timeout, options: those of `http_client.Replicas`.
     """
     if field not in GENEVAL_FIELDS:
         raise ValueError(f"field={field!r} must be one of {', '.join(GENEVAL_FIELDS)}")
@@ -204,7 +204,7 @@ def geneval(
             "only_strict": field != "rewards",
         }
 
-    return Upstream(wire.Replicas(urls, timeout=timeout, **options), request, field, 1.0)
+    return Upstream(http_client.Replicas(urls, timeout=timeout, **options), request, field, 1.0)
 
 
 def deqa(
@@ -215,4 +215,4 @@ def deqa(
     def request(pictures: list[bytes], metadata: Sequence[Metadata]) -> dict[str, Any]:
         return {"images": pictures}
 
-    return Upstream(wire.Replicas(urls, timeout=timeout, **options), request, "outputs", 5.0)
+    return Upstream(http_client.Replicas(urls, timeout=timeout, **options), request, "outputs", 5.0)

@@ -20,8 +20,8 @@ import numpy as np
 from flax import nnx
 
 from flowgrpo_jax.models.layers import Linear, scan, stack
-from flowgrpo_jax.models.tensors import Tensor, Tensors
 from flowgrpo_jax.models.text import CLIPConfig, CLIPLayer, CLIPLayers, CLIPText, clip_norm
+from flowgrpo_jax.models.weight_files import Tensor, Tensors
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ _NAMES = """
 CLASSES = tuple(" ".join(_NAMES.split()).split(", "))
 
 DETECTORS = {
-    "mask2former": "flowgrpo_jax.rewards.mask2former:load",
-    "small": "flowgrpo_jax.rewards.yolo:load",
+    "mask2former": "flowgrpo_jax.detection.mask2former:load",
+    "small": "flowgrpo_jax.detection.yolo:load",
 }
 
 

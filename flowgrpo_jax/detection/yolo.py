@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from scipy.special import expit
 
-from flowgrpo_jax.rewards import coco, darknet
-from flowgrpo_jax.rewards.coco import Found
+from flowgrpo_jax.detection import coco, darknet
+from flowgrpo_jax.detection.coco import Found
 
 OVERLAP = 0.45  # of two boxes of one class, as intersection over union, above which one goes
 EXTRA = "`pip install 'flowgrpo_jax[geneval]'`"

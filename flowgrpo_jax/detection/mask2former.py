@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_jax.rewards import coco
-from flowgrpo_jax.rewards.coco import Found
+from flowgrpo_jax.detection import coco
+from flowgrpo_jax.detection.coco import Found
 
 WEIGHTS = "facebook/mask2former-swin-small-coco-instance"
 SHORT, LONG, STEP = 800, 1333, 32  # px: sides of the input, and what they are multiples of

@@ -1,12 +1,13 @@
 """A reward as a server, for rewards that need another machine, another environment, or a GPU.
 
-    python -m flowgrpo_jax.rewards.serve --reward ocr --port 18090 --secret_env REWARD_SECRET
+    python -m flowgrpo_jax.serve --reward ocr --port 18090 --secret_env REWARD_SECRET
 
-`rewards/remote.py` is the client and `rewards/message.py` the format; docs/extending.md shows both.
+`rewards/remote.py` is the client and `transport/wire_format.py` the format; docs/extending.md
+shows both.
 
     GET  /health   200 while the process lives
     GET  /ready    200 with {"reward", "authorised", "limits"} once the reward is loaded, else 503
-    POST /score    a request of `message`; 400 malformed, 401 wrong secret, 413 too large,
+    POST /score    in the wire format; 400 malformed, 401 wrong secret, 413 too large,
                    500 the reward failed, 503 loading or too many waiting
 
 The reward runs in one thread. Requests that come in meanwhile wait, and are scored together as the
@@ -24,13 +25,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.rewards import message, wire
-from flowgrpo_jax.rewards.worker import Worker
+from flowgrpo_jax.transport import http_client, wire_format
+from flowgrpo_jax.transport.worker import Worker
 
 LOADING = "the reward is being loaded"
 
 
-def app(name: str, worker: Worker, secret: str | None, limits: message.Limits) -> Any:
+def app(name: str, worker: Worker, secret: str | None, limits: wire_format.Limits) -> Any:
     """The web application: a Starlette object."""
     from starlette.applications import Starlette
     from starlette.requests import Request
@@ -73,7 +74,7 @@ def _no(status: int, why: str) -> tuple[int, bytes]:
 async def _score(
     stream: AsyncIterator[bytes],
     worker: Worker,
-    limits: message.Limits,
+    limits: wire_format.Limits,
     gone: Callable[[], Awaitable[bool]],
 ) -> tuple[int, bytes]:
     """Status and body of the answer to a request, unless its client has `gone`."""
@@ -83,7 +84,7 @@ async def _score(
     if body is None:
         return _no(413, f"a request may have {limits.bytes} bytes")
     try:
-        job = await asyncio.to_thread(message.decode, body, limits)
+        job = await asyncio.to_thread(wire_format.decode, body, limits)
     except ValueError as error:
         return _no(400, str(error))
     future = worker.submit(*job)
@@ -95,7 +96,7 @@ async def _score(
             future.cancel()
             return _no(503, "the client has gone")
     try:
-        return 200, message.encode_scores(*scores.result())
+        return 200, wire_format.encode_scores(*scores.result())
     except Exception as error:
         return _no(500, f"the reward failed: {error!r}")
 
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from error
     args = parse(arguments)
     try:
-        secret = wire.secret("--secret_env", args.secret_env) if args.secret_env else None
+        secret = http_client.secret("--secret_env", args.secret_env) if args.secret_env else None
     except ValueError as error:
         raise SystemExit(str(error)) from error
     if not secret and args.host not in ("127.0.0.1", "::1", "localhost"):
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     worker = Worker(
         lambda: rewards.load([args.reward], options)[args.reward], args.batch, args.waiting
     )
-    limits = message.Limits(args.max_images, args.max_side, args.max_bytes)
+    limits = wire_format.Limits(args.max_images, args.max_side, args.max_bytes)
     config = uvicorn.Config(
         app(args.reward, worker, secret, limits),
         host=args.host,
@@ -159,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("flowgrpo_jax.rewards.serve", description="Serve a reward.")
-    add, limits = parser.add_argument, message.Limits()
+    parser = argparse.ArgumentParser("flowgrpo_jax.serve", description="Serve a reward.")
+    add, limits = parser.add_argument, wire_format.Limits()
     add("--reward", required=True, choices=sorted(rewards.TABLE), metavar="NAME")
     add("--options", type=json.loads, default={}, help="JSON object, as reward.options.NAME")
     add("--host", default="127.0.0.1", help="0.0.0.0 for all; needs --secret_env")

@@ -5,7 +5,7 @@ import time
 import pytest
 from http_stub import Stub, nobody
 
-from flowgrpo_jax.rewards import wire
+from flowgrpo_jax.transport import http_client
 
 
 def always(status, body=b""):
@@ -23,7 +23,7 @@ def slow(seconds, body=b"late"):
 def took(f, *arguments, **options):
     """Seconds until f raised Failed, and what it raised."""
     start = time.monotonic()
-    with pytest.raises(wire.Failed) as caught:
+    with pytest.raises(http_client.Failed) as caught:
         f(*arguments, **options)
     return time.monotonic() - start, caught.value
 
@@ -33,8 +33,8 @@ def took(f, *arguments, **options):
 
 def test_a_request_and_its_answer():
     with Stub(lambda request, body: (200, body[::-1])) as stub:
-        assert wire.request(stub.url + "/a", b"abc", {"X-Secret": "s"}, timeout=5) == b"cba"
-        assert wire.request(stub.url + "/b", timeout=5) == b""
+        assert http_client.request(stub.url + "/a", b"abc", {"X-Secret": "s"}, timeout=5) == b"cba"
+        assert http_client.request(stub.url + "/b", timeout=5) == b""
     (method, path, headers, body), (method2, path2, _, _) = stub.seen
     assert (method, path, body, headers["X-Secret"]) == ("POST", "/a", b"abc", "s")
     assert (method2, path2) == ("GET", "/b")
@@ -43,25 +43,25 @@ def test_a_request_and_its_answer():
 @pytest.mark.parametrize(
     "status, kind",
     [
-        *((status, wire.Refused) for status in (400, 401, 404, 413)),
-        *((status, wire.Unavailable) for status in (408, 429, 500, 503)),
+        *((status, http_client.Refused) for status in (400, 401, 404, 413)),
+        *((status, http_client.Unavailable) for status in (408, 429, 500, 503)),
     ],
 )
 def test_an_error_is_worth_another_try_or_not(status, kind):
     with Stub(always(status, b"the reason")) as stub:
-        _, error = took(wire.request, stub.url, timeout=5)
+        _, error = took(http_client.request, stub.url, timeout=5)
     assert type(error) is kind and f"{stub.url} answered {status}: the reason" in str(error)
 
 
 def test_nobody_there():
-    seconds, error = took(wire.request, nobody(), timeout=5)
-    assert type(error) is wire.Unreachable and seconds < 1
+    seconds, error = took(http_client.request, nobody(), timeout=5)
+    assert type(error) is http_client.Unreachable and seconds < 1
 
 
 def test_a_server_that_does_not_answer_in_time():
     with Stub(slow(2.0)) as stub:
-        seconds, error = took(wire.request, stub.url, timeout=0.2)
-    assert type(error) is wire.Unreachable and 0.2 <= seconds < 1.5
+        seconds, error = took(http_client.request, stub.url, timeout=0.2)
+    assert type(error) is http_client.Unreachable and 0.2 <= seconds < 1.5
 
 
 def test_an_answer_that_trickles_does_not_get_round_the_time_limit():
@@ -74,8 +74,8 @@ def test_an_answer_that_trickles_does_not_get_round_the_time_limit():
             time.sleep(0.03)
 
     with Stub(answer) as stub:
-        seconds, error = took(wire.request, stub.url, timeout=0.3)
-    assert type(error) is wire.Unreachable and 0.3 <= seconds < 2.0
+        seconds, error = took(http_client.request, stub.url, timeout=0.3)
+    assert type(error) is http_client.Unreachable and 0.3 <= seconds < 2.0
 
 
 def test_an_answer_that_breaks_off():
@@ -87,23 +87,25 @@ def test_an_answer_that_breaks_off():
         request.close_connection = True
 
     with Stub(answer) as stub:
-        _, error = took(wire.request, stub.url, timeout=5)
-    assert type(error) is wire.Unreachable and "broke off" in str(error)
+        _, error = took(http_client.request, stub.url, timeout=5)
+    assert type(error) is http_client.Unreachable and "broke off" in str(error)
 
 
 def test_an_answer_that_is_too_long():
     with Stub(always(200, b"x" * 101)) as stub:
-        assert len(wire.request(stub.url, timeout=5, limit=101)) == 101
-        _, error = took(wire.request, stub.url, timeout=5, limit=100)
-    assert type(error) is wire.Refused
+        assert len(http_client.request(stub.url, timeout=5, limit=101)) == 101
+        _, error = took(http_client.request, stub.url, timeout=5, limit=100)
+    assert type(error) is http_client.Refused
 
 
 def test_a_redirect_does_not_carry_the_secret_away():
     with Stub(always(200, b"thanks")) as thief:
         redirect = lambda request, _: request.reply(302, Location=thief.url)  # noqa: E731
         with Stub(redirect) as stub:
-            _, error = took(wire.request, stub.url, headers={"Authorization": "s"}, timeout=5)
-    assert type(error) is wire.Refused and not thief.seen
+            _, error = took(
+                http_client.request, stub.url, headers={"Authorization": "s"}, timeout=5
+            )
+    assert type(error) is http_client.Refused and not thief.seen
 
 
 # ---------------------------------------------------------------------------------- replicas
@@ -117,15 +119,15 @@ def failing(times, status=500):
 
 def test_a_passing_failure_is_tried_again():
     with Stub(failing(2)) as stub:
-        assert wire.Replicas(stub.url, retries=2, backoff=0).post("/", b"") == b"good"
+        assert http_client.Replicas(stub.url, retries=2, backoff=0).post("/", b"") == b"good"
         assert len(stub.seen) == 3
 
 
 def test_tries_are_bounded_and_the_waits_double(monkeypatch):
     waits = []
-    monkeypatch.setattr(wire.time, "sleep", waits.append)
+    monkeypatch.setattr(http_client.time, "sleep", waits.append)
     with Stub(always(500, b"broken")) as stub:
-        replicas = wire.Replicas(stub.url, retries=3, backoff=0.5)
+        replicas = http_client.Replicas(stub.url, retries=3, backoff=0.5)
         _, error = took(replicas.post, "/", b"")
         assert len(stub.seen) == 4 and waits == [0.5, 1.0, 2.0]
         assert "after 4 tries" in str(error) and "broken" in str(error)
@@ -135,23 +137,23 @@ def test_tries_are_bounded_and_the_waits_double(monkeypatch):
 
 def test_a_refusal_is_final():
     with Stub(always(401)) as one, Stub(always(200)) as other:
-        replicas = wire.Replicas([one.url, other.url], backoff=0)
+        replicas = http_client.Replicas([one.url, other.url], backoff=0)
         _, error = took(replicas.post, "/", b"")
-    assert type(error) is wire.Refused and len(one.seen) == 1 and not other.seen
+    assert type(error) is http_client.Refused and len(one.seen) == 1 and not other.seen
 
 
 def test_replicas_share_the_work():
     with Stub(always(200, b"1")) as one, Stub(always(200, b"2")) as two:
-        replicas = wire.Replicas([one.url + "/", two.url])
+        replicas = http_client.Replicas([one.url + "/", two.url])
         assert b"".join(replicas.post("/x", b"") for _ in range(6)) == b"121212"
         assert {path for _, path, _, _ in one.seen} == {"/x"}
 
 
 def test_another_replica_takes_over_and_the_hung_one_rests_until_it_is_back(monkeypatch):
-    monkeypatch.setattr(wire, "RESTS", 1.0)
+    monkeypatch.setattr(http_client, "RESTS", 1.0)
     hung = slow(1.5)
     with Stub(hung) as one, Stub(always(200, b"2")) as two:
-        replicas = wire.Replicas([one.url, two.url], timeout=0.4, retries=0, rest=0.6)
+        replicas = http_client.Replicas([one.url, two.url], timeout=0.4, retries=0, rest=0.6)
         assert b"".join(replicas.post("/", b"") for _ in range(4)) == b"2222"
         assert len(one.seen) == 1 and len(two.seen) == 4
         one.answer = always(200, b"1")
@@ -162,7 +164,7 @@ def test_another_replica_takes_over_and_the_hung_one_rests_until_it_is_back(monk
 def test_a_replica_that_hangs_costs_a_tenth_of_the_time_at_most(caplog):
     """Not its whole time limit every few requests, for ever; and it does not go unsaid."""
     with Stub(slow(1.5)) as hung, Stub(always(200, b"2")) as good:
-        replicas = wire.Replicas([hung.url, good.url], timeout=0.2, retries=0, rest=0.1)
+        replicas = http_client.Replicas([hung.url, good.url], timeout=0.2, retries=0, rest=0.1)
         for pause in (0.0, 0.5):
             time.sleep(pause)
             assert [replicas.post("/", b"") for _ in range(2)] == [b"2"] * 2
@@ -175,7 +177,7 @@ def test_a_replica_that_hangs_costs_a_tenth_of_the_time_at_most(caplog):
 
 def test_when_nobody_is_there_the_next_requests_fail_at_once_and_later_ones_try_again():
     with Stub(slow(1.5)) as stub:
-        replicas = wire.Replicas(stub.url, timeout=0.2, retries=1, backoff=0, rest=0.5)
+        replicas = http_client.Replicas(stub.url, timeout=0.2, retries=1, backoff=0, rest=0.5)
         seconds, _ = took(replicas.post, "/", b"")
         assert seconds >= 0.4 and len(stub.seen) == 2
         seconds, error = took(replicas.post, "/", b"")
@@ -187,14 +189,14 @@ def test_when_nobody_is_there_the_next_requests_fail_at_once_and_later_ones_try_
 
 def test_a_check_needs_one_good_replica_and_names_the_bad_ones(caplog):
     def probe(url):
-        wire.request(url, timeout=5)
+        http_client.request(url, timeout=5)
 
     with Stub(always(200)) as good, Stub(always(503, b"loading")) as bad:
-        wire.Replicas([good.url, bad.url]).check("the reward", probe)
+        http_client.Replicas([good.url, bad.url]).check("the reward", probe)
         assert f"{bad.url} answered 503: loading" in caplog.text
         gone = nobody()
         with pytest.raises(RuntimeError, match="the reward: no server is ready") as error:
-            wire.Replicas([gone, bad.url]).check("the reward", probe)
+            http_client.Replicas([gone, bad.url]).check("the reward", probe)
     assert gone in str(error.value) and "loading" in str(error.value)
 
 
@@ -202,15 +204,15 @@ def test_a_check_waits_for_a_server_that_is_loading_and_for_no_other(monkeypatch
     """Trainer and server may have been started together."""
 
     def probe(url):
-        wire.request(url, timeout=5)
+        http_client.request(url, timeout=5)
 
-    monkeypatch.setattr(wire, "PATIENCE", 0.5)
+    monkeypatch.setattr(http_client, "PATIENCE", 0.5)
     with Stub(failing(1, 503)) as loading:
-        wire.Replicas(loading.url).check("the reward", probe)
+        http_client.Replicas(loading.url).check("the reward", probe)
         assert len(loading.seen) == 2
-    monkeypatch.setattr(wire, "PATIENCE", 60.0)
+    monkeypatch.setattr(http_client, "PATIENCE", 60.0)
     with Stub(always(401, b"a wrong secret")) as stub, pytest.raises(RuntimeError, match="a wrong"):
-        wire.Replicas(stub.url).check("the reward", probe)
+        http_client.Replicas(stub.url).check("the reward", probe)
     assert len(stub.seen) == 1
 
 
@@ -226,21 +228,21 @@ def test_a_check_waits_for_a_server_that_is_loading_and_for_no_other(monkeypatch
 )
 def test_options_that_cannot_be(urls, options, words):
     with pytest.raises(ValueError, match=words):
-        wire.Replicas(urls, **options)
+        http_client.Replicas(urls, **options)
 
 
 def test_the_secret_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("REWARD_SECRET", "s3cret")
-    assert wire.bearer("secret_env", "REWARD_SECRET") == {"Authorization": "Bearer s3cret"}
-    assert wire.bearer("secret_env", None) == {}
+    assert http_client.bearer("secret_env", "REWARD_SECRET") == {"Authorization": "Bearer s3cret"}
+    assert http_client.bearer("secret_env", None) == {}
     monkeypatch.delenv("REWARD_SECRET")
     with pytest.raises(ValueError, match=r"secret_env='REWARD_SECRET'.*is empty"):
-        wire.bearer("secret_env", "REWARD_SECRET")
+        http_client.bearer("secret_env", "REWARD_SECRET")
 
 
 @pytest.mark.parametrize("value", ["s3cret\n", " s3cret", "s3\ncret", "s\u00e9cret"])
 def test_a_secret_that_no_header_can_carry_is_an_error_that_does_not_show_it(monkeypatch, value):
     monkeypatch.setenv("REWARD_SECRET", value)
     with pytest.raises(ValueError, match="REWARD_SECRET has white space at an end") as error:
-        wire.bearer("secret_env", "REWARD_SECRET")
+        http_client.bearer("secret_env", "REWARD_SECRET")
     assert "cret" not in str(error.value).replace("secret_env", "")

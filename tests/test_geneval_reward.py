@@ -9,8 +9,10 @@ from PIL import Image
 
 from configs import geneval as recipe
 from flowgrpo_jax import rewards
-from flowgrpo_jax.rewards import clip_colors, coco, host, photos, yolo
-from flowgrpo_jax.rewards.coco import Found
+from flowgrpo_jax.detection import clip_colors, coco, yolo
+from flowgrpo_jax.detection.coco import Found
+from flowgrpo_jax.rewards import geneval
+from flowgrpo_jax.scoring import host
 
 LEFT, RIGHT, BELOW = (0, 0, 10, 10), (20, 0, 30, 10), (0, 20, 10, 30)
 RED, BLUE, GREY = (220, 20, 20), (20, 40, 200), (128, 128, 128)
@@ -154,7 +156,7 @@ def test_thresholds_are_options():
     scores, _ = run(told, [picture(0), picture(1)], [single(), counting(2)], **options)
     np.testing.assert_array_equal(scores["geneval"], [1, 1])
     with pytest.raises(ValueError, match="counting_threshold=1"):
-        photos.make(told, "pixels", counting_threshold=1.0)
+        geneval.make(told, "pixels", counting_threshold=1.0)
 
 
 def test_sixteen_of_a_class_are_looked_at_the_surest():
@@ -233,9 +235,9 @@ def loaded(monkeypatch):
         monkeypatch.setitem(coco.DETECTORS, name, f"{__name__}:load_detector")
     monkeypatch.setattr(clip_colors, "load", load_colors)
     LOADED.clear()
-    photos.judge.cache_clear()
+    geneval.judge.cache_clear()
     yield LOADED
-    photos.judge.cache_clear()
+    geneval.judge.cache_clear()
 
 
 def test_the_recipe_evaluates_all_rows_with_one_detector(loaded):
@@ -287,7 +289,7 @@ def test_one_thread_at_a_time_asks_the_detector():
         inside.pop()
         return [[dog] for _ in images]
 
-    graded = photos.make(slow, "pixels")["geneval"]
+    graded = geneval.make(slow, "pixels")["geneval"]
     batches = [np.stack([picture(n % 3)]) for n in range(9)]
     results = [None] * 9
 
@@ -353,7 +355,7 @@ def test_an_image_whose_colours_fail_fails_alone(caplog):
 )
 def test_metadata_that_are_not_geneval_s_are_an_error(record, message):
     told = Told([dog])
-    for make in (photos.graded, photos.strict, photos.official):
+    for make in (geneval.graded, geneval.strict, geneval.official):
         with pytest.raises(ValueError, match=message):
             make(detector=told, colors="pixels")(np.stack([picture(0)]), [""], [record])
     assert told.calls == []
@@ -361,9 +363,9 @@ def test_metadata_that_are_not_geneval_s_are_an_error(record, message):
 
 def test_unknown_names_are_errors():
     with pytest.raises(ValueError, match="'rainbow' is unknown: choose clip or pixels"):
-        photos.make(Told(), "rainbow")
+        geneval.make(Told(), "rainbow")
     with pytest.raises(ValueError, match="'eagle' is unknown: choose from mask2former, small"):
-        photos.make("eagle", "pixels")
+        geneval.make("eagle", "pixels")
 
 
 # ------------------------------------------------------------------- composed pictures, for real
@@ -449,6 +451,6 @@ def test_the_default_detector_says_what_it_needs(monkeypatch):
     with pytest.raises(ImportError, match=r"flowgrpo_jax\[torch\].*geneval\.detector=small"):
         coco.load("mask2former", None, 0.3, None)
     with pytest.raises(ImportError, match=r"flowgrpo_jax\[torch\].*geneval\.colors=pixels"):
-        photos.make(Told(), "clip")
+        geneval.make(Told(), "clip")
     with pytest.raises(ImportError, match=r"flowgrpo_jax\[geneval\]"):
         coco.load("small", None, 0.3, None)

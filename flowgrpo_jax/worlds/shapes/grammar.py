@@ -23,7 +23,7 @@ from itertools import permutations, product
 
 import numpy as np
 
-from flowgrpo_jax.shapes.render import COLORS, SHAPES, Scene, Thing
+from flowgrpo_jax.worlds.shapes.render import COLORS, SHAPES, Scene, Thing
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COUNTS = {2: "two", 3: "three", 4: "four"}

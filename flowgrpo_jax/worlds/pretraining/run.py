@@ -28,9 +28,9 @@ from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.tokenizers import Tokenizers
 from flowgrpo_jax.models.vae import VAEConfig
-from flowgrpo_jax.pretraining import data, flow, package, vae
-from flowgrpo_jax.pretraining.tokenizers import sizes, write_tokenizers
-from flowgrpo_jax.pretraining.world import World
+from flowgrpo_jax.worlds.pretraining import data, flow, package, vae
+from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
+from flowgrpo_jax.worlds.pretraining.world import World
 
 SAVE_AFTER = 120.0  # seconds: whether a step takes long or not
 

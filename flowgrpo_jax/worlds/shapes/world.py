@@ -6,9 +6,9 @@ and yet follows prompts imperfectly, which is the state in which online RL meets
 
 import numpy as np
 
-from flowgrpo_jax.pretraining.world import World
-from flowgrpo_jax.shapes import grammar
-from flowgrpo_jax.shapes.render import render
+from flowgrpo_jax.worlds.pretraining.world import World
+from flowgrpo_jax.worlds.shapes import grammar
+from flowgrpo_jax.worlds.shapes.render import render
 
 
 def captions() -> list[dict]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flowgrpo_jax.rewards import wire
+from flowgrpo_jax.transport import http_client
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ class Chat:
           extra: further fields of the request, such as {"seed": 0}.
           concurrency: questions on the way at a time.
           cache: answers remembered at most; 0: none.
-          timeout, retries, backoff, rest: as in `wire.Replicas`.
+          timeout, retries, backoff, rest: as in `http_client.Replicas`.
         """
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency} must be at least 1")
-        headers = wire.bearer("key_env", key_env)
+        headers = http_client.bearer("key_env", key_env)
         limits = {"timeout": timeout, "retries": retries, "backoff": backoff, "rest": rest}
-        self.replicas = wire.Replicas(urls, headers=headers, **limits)  # type: ignore[arg-type]
+        self.replicas = http_client.Replicas(urls, headers=headers, **limits)  # type: ignore[arg-type]
         self.model, self.side, self.concurrency, self.size = model, side, concurrency, cache
         self.fields = {"max_tokens": max_tokens, "temperature": temperature, **(extra or {})}
         self._lock = threading.Lock()
@@ -75,7 +75,7 @@ class Chat:
         def ask(question: Question) -> tuple[Any, str]:
             try:
                 return self._ask(question, parse), ""
-            except wire.Failed as error:
+            except http_client.Failed as error:
                 return None, str(error)
 
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -101,7 +101,7 @@ class Chat:
         answer = _content(self.replicas.post("/chat/completions", body))
         found = parse(answer)
         if found is None:
-            raise wire.Failed(f"no verdict in the answer {answer[-200:]!r}")
+            raise http_client.Failed(f"no verdict in the answer {answer[-200:]!r}")
         with self._lock:
             self._known[key] = found
             while len(self._known) > self.size:
@@ -123,14 +123,16 @@ class Chat:
 
         def probe(url: str) -> None:
             try:
-                answer = wire.request(
+                answer = http_client.request(
                     url + "/models", None, self.replicas.headers, timeout=self.replicas.timeout
                 )
                 served = [model["id"] for model in json.loads(answer)["data"]]
             except (ValueError, KeyError, TypeError) as error:
-                raise wire.Failed(f"{url}/models is not what OpenAI's interface says") from error
+                raise http_client.Failed(
+                    f"{url}/models is not what OpenAI's interface says"
+                ) from error
             if self.model not in served:
-                raise wire.Failed(f"{url} serves {served}, not model={self.model!r}")
+                raise http_client.Failed(f"{url} serves {served}, not model={self.model!r}")
 
         self.replicas.check(f"model {self.model!r}", probe)
 
@@ -139,9 +141,9 @@ def _content(answer: bytes) -> str:
     try:
         content = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise wire.Failed(f"no chat completion: {answer[:200]!r}") from error
+        raise http_client.Failed(f"no chat completion: {answer[:200]!r}") from error
     if not isinstance(content, str):
-        raise wire.Failed(f"the answer's content is {content!r}, not text")
+        raise http_client.Failed(f"the answer's content is {content!r}, not text")
     return content
 
 

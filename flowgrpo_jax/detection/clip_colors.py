@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flowgrpo_jax.rewards.colors import COLORS, Classifier, Crop, on_grey
-from flowgrpo_jax.rewards.preprocess import MEAN, STD
+from flowgrpo_jax.detection.colors import COLORS, Classifier, Crop, on_grey
+from flowgrpo_jax.models.towers.preprocess import MEAN, STD
 
 WEIGHTS = "openai/clip-vit-large-patch14"
 SENTENCES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")

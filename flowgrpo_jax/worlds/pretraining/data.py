@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from flowgrpo_jax.pretraining.world import World
+from flowgrpo_jax.worlds.pretraining.world import World
 
 CHUNK = 1000  # pictures per seed: the data does not depend on the number of workers
 

@@ -12,9 +12,9 @@ millisecond a picture.
 import numpy as np
 from scipy import ndimage
 
-from flowgrpo_jax.rewards import geneval
-from flowgrpo_jax.rewards.geneval import Detection, Score
-from flowgrpo_jax.shapes.render import BACKGROUND, COLORS, OUTLINES, PALETTE, SHAPES
+from flowgrpo_jax.detection import rule
+from flowgrpo_jax.detection.rule import Detection, Score
+from flowgrpo_jax.worlds.shapes.render import BACKGROUND, COLORS, OUTLINES, PALETTE, SHAPES
 
 UNKNOWN = "unknown"
 MIN_AREA = 20  # px; smaller specks are ignored (the smallest star the grammar draws has 79)
@@ -73,7 +73,7 @@ _TEMPLATES = np.stack([_template(OUTLINES[s], stage * WEAR[s]) for stage in STAG
 
 def judge(image: np.ndarray, metadata: dict) -> Score:
     """Score one picture, uint8 RGB [H, W, 3], in a closed world: clutter is an error."""
-    return geneval.score(detect(image), metadata, closed_world=True)
+    return rule.score(detect(image), metadata, closed_world=True)
 
 
 def detect(image: np.ndarray) -> list[Detection]:

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 BATCHES = 8  # that are kept
 
 
-class Kept(Generic[Result]):
+class BatchCache(Generic[Result]):
     """What `look` makes of a batch, once for all who ask; one thread at a time looks."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flowgrpo_jax.rewards.coco import Found
+from flowgrpo_jax.detection.coco import Found
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 BACKGROUND = 0x99  # of each channel: the grey that GenEval puts around a masked object

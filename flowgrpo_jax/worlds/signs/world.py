@@ -7,9 +7,9 @@ prompts then ask for what the model has seen, in the frequencies of English lett
 
 import numpy as np
 
-from flowgrpo_jax.pretraining.world import World
-from flowgrpo_jax.signs import grammar
-from flowgrpo_jax.signs.render import render
+from flowgrpo_jax.worlds.pretraining.world import World
+from flowgrpo_jax.worlds.signs import grammar
+from flowgrpo_jax.worlds.signs.render import render
 
 
 def picture(record: dict, rng: np.random.Generator) -> np.ndarray:

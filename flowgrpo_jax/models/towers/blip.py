@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flowgrpo_jax.models.head import Head
 from flowgrpo_jax.models.layers import Linear, scan, stack
-from flowgrpo_jax.models.tensors import Tensors
 from flowgrpo_jax.models.text import split_heads
+from flowgrpo_jax.models.towers.aesthetic_head import Head
+from flowgrpo_jax.models.weight_files import Tensors
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score, published with the weights
 

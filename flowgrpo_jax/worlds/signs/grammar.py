@@ -14,7 +14,7 @@ from string import ascii_uppercase as LETTERS
 
 import numpy as np
 
-from flowgrpo_jax.signs.render import BOARDS, WALLS, Sign
+from flowgrpo_jax.worlds.signs.render import BOARDS, WALLS, Sign
 
 LENGTH = 11  # tokens of a prompt, start and end included
 PROMPT = 'a sign that says "{}"'

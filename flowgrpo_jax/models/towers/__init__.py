@@ -1,0 +1,1 @@
+"""Networks of reward models: CLIP, BLIP and the aesthetic head."""

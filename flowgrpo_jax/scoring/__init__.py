@@ -1,0 +1,1 @@
+"""Which rewards score a prompt, and where they run: on the host or in the graph."""

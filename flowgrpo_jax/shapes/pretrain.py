@@ -1,9 +1,0 @@
-"""Make the model of the shapes world: `python -m flowgrpo_jax.shapes.pretrain --workdir DIR`."""
-
-from flowgrpo_jax import cli
-from flowgrpo_jax.pretraining import run
-from flowgrpo_jax.shapes.world import WORLD
-
-if __name__ == "__main__":
-    cli.restart_with_huge_pages()
-    run.main(WORLD)

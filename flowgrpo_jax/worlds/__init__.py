@@ -1,0 +1,1 @@
+"""Toy worlds: a grammar of prompts, a renderer, a verifier, and a small model trained on them."""

@@ -1,0 +1,12 @@
+"""Make the model of the shapes world.
+
+python -m flowgrpo_jax.worlds.shapes.pretrain --workdir DIR
+"""
+
+from flowgrpo_jax import cli
+from flowgrpo_jax.worlds.pretraining import run
+from flowgrpo_jax.worlds.shapes.world import WORLD
+
+if __name__ == "__main__":
+    cli.restart_with_huge_pages()
+    run.main(WORLD)
