@@ -24,145 +24,26 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from flowgrpo_jax import checkpoint, cli, grpo, logs, recipe, sampler, settings, sharding, update
+from flowgrpo_jax import (
+    checkpoint,
+    cli,
+    grpo,
+    lifecycle,
+    logs,
+    recipe,
+    sampler,
+    settings,
+    sharding,
+    update,
+)
 from flowgrpo_jax.evaluate import evaluate, mean, save_grid
+from flowgrpo_jax.lifecycle import RunFailed
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.types import Conditioning, PromptBatch, Scores, TrainState, Trajectory
 
 log = logging.getLogger(__name__)
-
-
-def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) -> TrainState:
-    """Train until `config.epochs`. Ctrl-C saves the last whole epoch and returns; SIGTERM saves and
-    exits with `cli.RESTART`, on which the launchers start again."""
-    workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
-    cli.prepare(workdir, resume)
-    run = recipe.build(config)
-    if first_process := jax.process_index() == 0:
-        print(recipe.describe(run))
-    state = first_state(run)
-    run = dataclasses.replace(run, model=recipe.release(config, run.model))
-    null = run.encode([""])
-    kept = checkpoint.Kept(
-        workdir, config.to_dict(), keep=config.checkpoint.keep, best=config.checkpoint.best
-    )
-    state, epoch = kept.resume(state) if resume else (state, 0)
-    if epoch > config.epochs:
-        log.warning("%s has %d epochs, more than epochs=%d", workdir, epoch, config.epochs)
-    cli.record(workdir, config)
-    metrics = logs.Metrics(
-        workdir, epoch, config=config.to_dict(), active=first_process, **config.log
-    )
-    bar = tqdm(
-        total=config.epochs,
-        initial=epoch,
-        desc=config.name,
-        unit="epoch",
-        smoothing=0.1,
-        disable=not first_process,
-    )
-    first, asked = epoch, 0
-    last: dict[str, float] = {}  # the last evaluation's figures
-    with cli.Stop() as stop:
-        try:
-            while epoch < config.epochs:
-                stop.check()
-                report: dict[str, float] = {}
-                if run.test_prompts and config.eval.every and epoch % config.eval.every == 0:
-                    report = evaluate_into(workdir, run, state, null, epoch, kept, stop)
-                begun = time.perf_counter()
-                trained, figures = one_epoch(run, state, null, epoch, stop)
-                kept.lost = count_lost(kept.lost, figures["skipped"], config.train.max_skipped)
-                state, epoch = trained, epoch + 1
-                figures["seconds"] = time.perf_counter() - begun
-                figures["images_per_second"] = run.plan.images / figures["seconds"]
-                metrics.write(epoch - 1, figures | report)
-                show(bar, figures, report)
-                if epoch % config.checkpoint.every == 0:
-                    kept.save(epoch, state)
-            kept.finish(epoch, state)
-            if run.test_prompts and config.eval.every and epoch == config.epochs:
-                last = evaluate_into(workdir, run, state, null, epoch, kept, stop)
-                metrics.write(epoch, last)
-        except cli.Stopped as stopped:  # the epoch that it interrupts never happened
-            asked = stopped.args[0]
-            if epoch > first:
-                finish(kept, epoch, state)
-        except Exception as error:
-            keep_after(error, kept, epoch, state, began=first)
-            raise
-    bar.close()
-    kept.close()
-    metrics.close()
-    if last and first_process:
-        print(json.dumps({k: round(v, 4) for k, v in last.items() if np.isfinite(v)}))
-    if epoch < config.epochs and first_process:
-        print(f"stopped after epoch {epoch}; go on with --resume")
-    if asked == signal.SIGTERM:
-        raise SystemExit(cli.RESTART)
-    return state
-
-
-def finish(kept: checkpoint.Kept, epoch: int, state: TrainState) -> None:
-    """Save and wait. Raises OSError where that fails; of several processes, which find room when
-    they start again or do not, the exit status for that."""
-    try:
-        kept.finish(epoch, state)
-    except OSError as error:
-        if jax.process_count() == 1:
-            raise
-        log.error("to be started again after this error", exc_info=error)
-        raise SystemExit(cli.RESTART) from error
-
-
-def keep_after(
-    error: Exception, kept: checkpoint.Kept, epoch: int, state: TrainState, *, began: int
-) -> None:
-    """Save what was trained since the start, at epoch `began`, before an error, which goes on; what
-    cannot be saved becomes its note.
-
-    Saving takes all processes: not if one of several failed alone. Then it becomes the exit status
-    on which the launchers start again: a lost peer, or a disk that did not answer, while the same
-    error once more, at once, would end it.
-    """
-    if epoch == began:
-        return
-    if isinstance(error, Hopeless) or jax.process_count() == 1:
-        try:
-            kept.finish(epoch, state)
-        except OSError as unsaved:
-            error.add_note(str(unsaved))
-    else:
-        log.error("to be started again after this error", exc_info=error)
-        raise SystemExit(cli.RESTART) from error
-
-
-def first_state(run: Recipe) -> TrainState:
-    """The state before the first update, on the devices."""
-    key = jax.random.key(run.config.seed)
-    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
-    state = update.init(sharding.put_state(run.mesh, run.model.init_lora(key)), run.optimiser, key)
-    return sharding.put_state(run.mesh, state)
-
-
-class Hopeless(RuntimeError):
-    """The run cannot go on; all processes find so alike, in the same epoch."""
-
-
-def count_lost(lost: int, skipped: float, most: int) -> int:
-    """Epochs in a row without a single finite gradient, after one that skipped this share of its
-    updates. Raises Hopeless where they are more than `most`."""
-    lost = lost + 1 if skipped > 1 - 1e-6 else 0
-    if lost > most:
-        raise Hopeless(
-            f"no update of the last {lost} epochs had a finite gradient, more than"
-            f" train.max_skipped={most}: resume with a lower train.learning_rate or in float32, if"
-            " need be from an earlier checkpoint, by deleting the newest ones in checkpoints/"
-        )
-    return lost
 
 
 def one_epoch(
@@ -192,7 +73,7 @@ def one_epoch(
     total, valid = map(np.asarray, grpo.weighted(jnp.asarray(scores), jnp.asarray(weights)))
     failed = 1.0 - float(np.mean(valid))
     if failed > config.reward.max_failed:
-        raise Hopeless(
+        raise RunFailed(
             f"the reward failed on {failed:.0%} of epoch {epoch}'s images, more than"
             f" reward.max_failed={config.reward.max_failed:.0%}: see the warnings above"
         )
@@ -377,17 +258,84 @@ def evaluate_into(
     return report
 
 
-def show(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None:
-    """An epoch in the progress bar, and what was evaluated before it in a line of its own."""
-    scores = {k.removeprefix("eval/"): v for k, v in report.items() if k.count("/") == 1}
-    if scores and not bar.disable:
-        bar.write(
-            f"epoch {bar.n}: held out  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
-        )
-    bar.set_postfix_str(
-        f"reward {figures['reward']:.3f}, {figures['images_per_second']:.0f} img/s", refresh=False
+def first_state(run: Recipe) -> TrainState:
+    """The state before the first update, on the devices."""
+    key = jax.random.key(run.config.seed)
+    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
+    state = update.init(sharding.put_state(run.mesh, run.model.init_lora(key)), run.optimiser, key)
+    return sharding.put_state(run.mesh, state)
+
+
+def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) -> TrainState:
+    """Train until `config.epochs`. Ctrl-C saves the last whole epoch and returns; SIGTERM saves and
+    exits with `cli.RESTART`, on which the launchers start again."""
+    workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
+    cli.prepare(workdir, resume)
+    run = recipe.build(config)
+    if first_process := jax.process_index() == 0:
+        print(recipe.describe(run))
+    state = first_state(run)
+    run = dataclasses.replace(run, model=recipe.release(config, run.model))
+    null = run.encode([""])
+    kept = checkpoint.Kept(
+        workdir, config.to_dict(), keep=config.checkpoint.keep, best=config.checkpoint.best
     )
-    bar.update()
+    state, epoch = kept.resume(state) if resume else (state, 0)
+    if epoch > config.epochs:
+        log.warning("%s has %d epochs, more than epochs=%d", workdir, epoch, config.epochs)
+    cli.record(workdir, config)
+    metrics = logs.Metrics(
+        workdir, epoch, config=config.to_dict(), active=first_process, **config.log
+    )
+    bar = lifecycle.progress_bar(config.name, epoch, config.epochs, active=first_process)
+    first, asked = epoch, 0
+    last: dict[str, float] = {}  # the last evaluation's figures
+    with cli.Stop() as stop:
+        try:
+            while epoch < config.epochs:
+                stop.check()
+                report: dict[str, float] = {}
+                if evaluation_is_due(run, epoch):
+                    report = evaluate_into(workdir, run, state, null, epoch, kept, stop)
+                begun = time.perf_counter()
+                trained, figures = one_epoch(run, state, null, epoch, stop)
+                kept.lost = lifecycle.count_lost(
+                    kept.lost, figures["skipped"], config.train.max_skipped
+                )
+                state, epoch = trained, epoch + 1
+                figures["seconds"] = time.perf_counter() - begun
+                figures["images_per_second"] = run.plan.images / figures["seconds"]
+                metrics.write(epoch - 1, figures | report)
+                lifecycle.show_epoch(bar, figures, report)
+                if epoch % config.checkpoint.every == 0:
+                    kept.save(epoch, state)
+            kept.finish(epoch, state)
+            if run.test_prompts and config.eval.every and epoch == config.epochs:
+                last = evaluate_into(workdir, run, state, null, epoch, kept, stop)
+                metrics.write(epoch, last)
+        except cli.Stopped as stopped:  # the epoch that it interrupts never happened
+            asked = stopped.args[0]
+            if epoch > first:
+                lifecycle.save_at_stop(kept, epoch, state)
+        except Exception as error:
+            lifecycle.save_at_error(error, kept, epoch, state, began=first)
+            raise
+    bar.close()
+    kept.close()
+    metrics.close()
+    if last and first_process:
+        print(json.dumps({k: round(v, 4) for k, v in last.items() if np.isfinite(v)}))
+    if epoch < config.epochs and first_process:
+        print(f"stopped after epoch {epoch}; go on with --resume")
+    if asked == signal.SIGTERM:
+        raise SystemExit(cli.RESTART)
+    return state
+
+
+def evaluation_is_due(run: Recipe, epoch: int) -> bool:
+    """Whether the state after `epoch` epochs is to be evaluated before it is trained further."""
+    every = run.config.eval.every
+    return bool(run.test_prompts and every and epoch % every == 0)
 
 
 def main(_: list[str]) -> None:

@@ -76,7 +76,7 @@ def test_imports_have_a_direction():
         {"worlds"},
         {"rewards"},
         {"prompts"},
-        {"programs", "settings"},
+        {"programs", "settings", "lifecycle"},
         {"recipe"},
         ENTRY_POINTS,
     ]

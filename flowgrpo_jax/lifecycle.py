@@ -1,0 +1,94 @@
+"""The life cycle of a training run: its progress on the terminal, and saving when it ends early."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+from tqdm import tqdm
+
+from flowgrpo_jax import checkpoint, cli
+from flowgrpo_jax.types import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on. All processes of a run find this alike, in the same epoch."""
+
+
+def count_lost(lost: int, skipped: float, most: int) -> int:
+    """Count the epochs in a row that had no finite gradient at all.
+
+    Args:
+      lost: the count before this epoch.
+      skipped: the share of this epoch's updates that were skipped, 0 to 1.
+      most: the highest count with which a run goes on.
+
+    Raises RunFailed when the new count is higher than `most`.
+    """
+    lost = lost + 1 if skipped > 1 - 1e-6 else 0
+    if lost > most:
+        raise RunFailed(
+            f"no update of the last {lost} epochs had a finite gradient, more than"
+            f" train.max_skipped={most}: resume with a lower train.learning_rate or in float32, if"
+            " need be from an earlier checkpoint, by deleting the newest ones in checkpoints/"
+        )
+    return lost
+
+
+def save_at_stop(kept: checkpoint.Kept, epoch: int, state: TrainState) -> None:
+    """Save the state and wait until it is written.
+
+    Raises OSError when that fails. A run of several processes ends with the exit status for a
+    restart instead: whether there is room shows when they start again.
+    """
+    try:
+        kept.finish(epoch, state)
+    except OSError as error:
+        if jax.process_count() == 1:
+            raise
+        log.error("to be started again after this error", exc_info=error)
+        raise SystemExit(cli.RESTART) from error
+
+
+def save_at_error(
+    error: Exception, kept: checkpoint.Kept, epoch: int, state: TrainState, *, began: int
+) -> None:
+    """Save what was trained since the start, at epoch `began`; the caller raises the error again.
+
+    If the state cannot be saved, the reason becomes a note of the error. Saving takes all
+    processes, so that it is not tried when one of several has failed alone. Then the run ends with
+    the exit status on which the launchers start it again: the cause may have been a lost peer or a
+    disk that did not answer. (A run that fails again in its first epoch ends with the error.)
+    """
+    if epoch == began:
+        return
+    if isinstance(error, RunFailed) or jax.process_count() == 1:
+        try:
+            kept.finish(epoch, state)
+        except OSError as unsaved:
+            error.add_note(str(unsaved))
+    else:
+        log.error("to be started again after this error", exc_info=error)
+        raise SystemExit(cli.RESTART) from error
+
+
+def progress_bar(name: str, epoch: int, epochs: int, *, active: bool) -> tqdm:
+    """A bar of all epochs, `epoch` of which are done; nothing is shown unless `active`."""
+    return tqdm(
+        total=epochs, initial=epoch, desc=name, unit="epoch", smoothing=0.1, disable=not active
+    )
+
+
+def show_epoch(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None:
+    """Advance the bar by an epoch, and write the evaluation before it in a line of its own."""
+    scores = {k.removeprefix("eval/"): v for k, v in report.items() if k.count("/") == 1}
+    if scores and not bar.disable:
+        bar.write(
+            f"epoch {bar.n}: held out  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
+        )
+    bar.set_postfix_str(
+        f"reward {figures['reward']:.3f}, {figures['images_per_second']:.0f} img/s", refresh=False
+    )
+    bar.update()
