@@ -1,14 +1,34 @@
-"""What tests share: a tiny torch pipeline, without which the parity tests are skipped."""
+"""What tests share: the cache of compiled programs, the choice of files, a tiny torch pipeline."""
 
+import compile_cache
+import partition
 import pytest
 
-from flowgrpo_jax.transport import http_client
+
+def pytest_addoption(parser):
+    parser.addoption("--environment", choices=partition.ENVIRONMENTS, help=partition.__doc__)
+
+
+def pytest_configure(config):
+    compile_cache.switch_on()  # before anything imports jax
+
+
+def pytest_ignore_collect(collection_path, config):
+    chosen = config.getoption("--environment")
+    if chosen and partition.is_test(collection_path):
+        return not partition.runs(collection_path, chosen) or None
+    return None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if chosen := config.getoption("--environment"):
+        terminalreporter.write_line(partition.left_out(chosen))
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Nobody waits for servers that a test has not started."""
-    monkeypatch.setattr(http_client, "PATIENCE", 0.0)
+    monkeypatch.setattr("flowgrpo_jax.transport.http_client.PATIENCE", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -80,10 +80,6 @@ def write_model(folder):
     package.write(folder, params, MMDIT, vae, *clips, t5, dtype=np.float32)
 
 
-CACHE_ALL = (
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
-)
 calls: list[int] = []
 
 
@@ -195,8 +191,6 @@ def spawn(
                 "FLOWGRPO_PROCESSES": str(processes),
                 "FLOWGRPO_PROCESS": str(i),
             }
-        # Runs of one layout share compiled programs.
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
         env |= dict(each)
         if i == processes - 1:
             env |= dict(last)

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -66,11 +65,10 @@ def load(folder, **changes):
 
 def start(folder, module, *arguments):
     """An entry point as a process of its own, from the command line."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
     return subprocess.Popen(
         [sys.executable, "-m", f"flowgrpo_jax.{module}", *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **cache},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -84,27 +82,12 @@ def call(folder, module, *arguments):
     return out
 
 
-CACHE_ALL = (
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
-)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the runs are. Their processes share compiled programs."""
+    """Where the runs are."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "tiny.py").write_text(RECIPE)
-    options = {"jax_compilation_cache_dir": str(folder / "cache")}
-    options |= {name.lower(): 0 for name in CACHE_ALL}
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -483,11 +466,10 @@ with host.leaving_hung_calls():
 
 
 def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(folder):
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
     done = subprocess.run(
         [sys.executable, "-c", HANGING],
         cwd=folder,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **cache},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -531,12 +513,11 @@ with host.leaving_hung_calls(), cli.restarting():
     ],
 )
 def test_a_stop_saves_and_does_not_wait_for_a_reward(folder, number, limit, seconds, status):
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **dict.fromkeys(CACHE_ALL, "0")}
     shutil.rmtree(folder / "slept", ignore_errors=True)
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPING, str(limit), str(seconds)],
         cwd=folder,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **cache},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -12,10 +12,8 @@ import math
 import re
 from pathlib import Path
 
-import jax
 import pytest
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict, config_flags
 
 from flowgrpo_jax import recipe, rewards, settings
@@ -179,26 +177,6 @@ def test_its_prompts_are_many_and_apart(name):
 
 
 # ------------------------------------------------------------------------------ end to end
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """The runs differ in little: what one has compiled, the others read from disk."""
-    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    options |= dict.fromkeys(
-        (
-            "jax_persistent_cache_min_compile_time_secs",
-            "jax_persistent_cache_min_entry_size_bytes",
-        ),
-        0,
-    )
-    before = {name: getattr(jax.config, name) for name in options}
-    for chosen in (options, before):
-        for name, value in chosen.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if chosen is options:
-            yield
 
 
 def runs_here(name):

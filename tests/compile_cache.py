@@ -1,0 +1,66 @@
+"""Where tests keep compiled programs: one directory for all tests and the processes they start."""
+
+import atexit
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+SECONDS_KEPT = 30 * 24 * 3600
+DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
+KEEP_ALL = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def switch_on(env=os.environ):
+    """Name the directory in the environment. JAX reads it there when it is imported.
+
+    A directory that the environment names already is kept.
+    """
+    for name, value in KEEP_ALL.items():
+        env.setdefault(name, value)
+    if DIRECTORY not in env:
+        env[DIRECTORY] = str(directory(env))
+
+
+def directory(env):
+    """A directory of the user's cache, or a temporary one where nothing can be written there."""
+    root = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowgrpo_jax" / "tests"
+    chosen = root / f"jax-{version('jax')}-{processor()}"
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=chosen).close()
+    except OSError:
+        temporary = tempfile.mkdtemp(prefix="flowgrpo-tests-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return Path(temporary)
+    remove_old(root)
+    return chosen
+
+
+def processor():
+    """A short name of the processor's kind. Programs are compiled for its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    kinds = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    text = "\n".join(sorted(kinds)) or platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def remove_old(root, now=None):
+    """Delete what was compiled more than SECONDS_KEPT ago, also by other versions of JAX."""
+    oldest = (now or time.time()) - SECONDS_KEPT
+    for file in root.rglob("*-cache"):
+        try:
+            if file.stat().st_mtime < oldest:
+                file.unlink()
+        except FileNotFoundError:  # another process deletes as well
+            continue
