@@ -3,7 +3,7 @@
 `unifiedreward` asks as UnifiedReward (Wang et al. 2025, arXiv 2503.05236) was trained to be asked:
 agreement with the caption and quality, 1 to 5 after "Final Score:". `vlm_judge` takes the question
 from the recipe. The score is mark / best mark, so 0.2 to 1 for marks 1 to 5, as in
-yifan123/flow_grpo; unlike there, an answer without a mark is invalid, not 0.
+yifan123/flow_grpo; unlike there, an answer without a clear mark is invalid, not 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_jax.transport.chat import Chat
+from flowgrpo_jax.rewards import answers
+from flowgrpo_jax.transport.chat import Chat, Question, blank
 from flowgrpo_jax.types import Metadata
 
 UNIFIEDREWARD = """You see a picture that was generated from a text caption. Judge two things.
@@ -25,8 +26,6 @@ Weigh both and give one score from 1 (worst) to 5 (best), which may have decimal
 "Final Score:".
 
 Text Caption: {prompt}"""
-# "Final Score: 4", "**Score:** 3.5", "<score>4</score>"; not the range in "score (1-5)"
-MARK = r"score\W{0,4}[:>=][^\w-]{0,4}(-?\d+(?:\.\d+)?)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,34 +34,30 @@ class Judge:
 
     chat: Chat
     template: str
-    pattern: re.Pattern[str]
+    pattern: re.Pattern[str] | None
     low: float
     high: float
 
     def ready(self) -> None:
-        """Raises RuntimeError unless the endpoint is there and has the model."""
-        self.chat.ready()
+        """Ask a question. Raises RuntimeError unless an endpoint has the model and answers it."""
+        self.chat.ready(self.question("a grey square", blank()), self.mark)
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, np.ndarray]:
         """mark / high, f32 [B]; valid where a mark was found."""
-        questions = [
-            (self.template.replace("{prompt}", prompt), [image])
-            for image, prompt in zip(images, prompts)
-        ]
+        questions = [self.question(prompt, image) for image, prompt in zip(images, prompts)]
         marks = self.chat.ask_all(questions, self.mark)
         valid = np.array([mark is not None for mark in marks], bool)
         return np.array([mark or 0.0 for mark in marks], np.float32) / self.high, valid
 
-    def mark(self, answer: str) -> float | None:
-        """The last mark in an answer: a model that thinks aloud comes to its verdict at the end."""
-        found = self.pattern.findall(answer)
-        try:
-            mark = float(found[-1]) if found else np.nan
-        except ValueError:  # a pattern of one's own may find other things than numbers
-            return None
-        return mark if self.low <= mark <= self.high else None
+    def question(self, prompt: str, image: np.ndarray) -> Question:
+        """What is asked about an image uint8 [H, W, 3] of this prompt."""
+        return self.template.replace("{prompt}", prompt), [image]
+
+    def mark(self, answer: str) -> float:
+        """The mark that an answer gives, as `answers.mark` reads it. Raises ValueError without."""
+        return answers.mark(answer, self.pattern, self.low, self.high)
 
 
 def make(
@@ -70,7 +65,7 @@ def make(
     model: str,
     template: str,
     *,
-    pattern: str = MARK,
+    pattern: str | None = None,
     low: float = 1.0,
     high: float = 5.0,
     **endpoint: Any,
@@ -80,12 +75,13 @@ def make(
     Args:
       url: address of the endpoint, such as http://127.0.0.1:8000/v1, or several of them.
       template: the question; {prompt} in it becomes the image's prompt.
-      pattern: a regular expression whose one group is the mark; its last match counts.
+      pattern: a regular expression whose one group is the mark; its last match counts. None: what
+        follows "Final Score:" or "Score:", as `answers.mark` says.
       low, high: the marks that the question allows; others make the image invalid.
       endpoint: the options of `chat.Chat`: key_env, side, max_tokens, concurrency, timeout, ...
     """
-    compiled = re.compile(pattern, re.IGNORECASE)
-    if compiled.groups != 1:
+    compiled = None if pattern is None else re.compile(pattern, re.IGNORECASE)
+    if compiled and compiled.groups != 1:
         raise ValueError(f"pattern={pattern!r} must have one group, the mark")
     if not low < high or high <= 0:
         raise ValueError(f"low={low} must be below high={high}, and high above 0")

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_jax.transport.chat import Chat
+from flowgrpo_jax.rewards import answers
+from flowgrpo_jax.transport.chat import Chat, Question, blank
 from flowgrpo_jax.types import Metadata
 
 TEMPLATE = """You see two pictures that were generated from the same text caption: the first is
@@ -32,7 +33,14 @@ Reason briefly, and end with your verdict in exactly one of these forms:
 <answer>Tie</answer>
 
 Text Caption: {prompt}"""
-VERDICT = r"<answer>\s*(?:image\s*)?(1|2|tie)\b"
+# This matches the last <answer> if it says no more than which picture is better, or that it is a
+# tie. The picture that is named first does not win in "Image 1 is worse".
+VERDICT = (
+    r"<answer>\W*(?:(?:the\s+)?(?:image|picture)\s*|(?:it\s+is|it's)?\s*(?:a\s+)?)(1|2|tie)"
+    r"(?:\W+wins|\W+is\s+(?:(?:clearly|slightly|much|far|the)\s+)*better"
+    r"(?:\s+(?:one|image|picture))?(?:\s+than\s+(?:the\s+other|(?:image\s*|picture\s*)?[12]))?)?"
+    r"\W*</answer>(?!(?s:.*)<answer>)"
+)
 WINS = {"1": 1.0, "2": 0.0, "tie": 0.5}  # of the image that is shown first
 
 
@@ -46,8 +54,8 @@ class Preference:
     opponents: int | None
 
     def ready(self) -> None:
-        """Raises RuntimeError unless the endpoint is there and has the model."""
-        self.chat.ready()
+        """Ask a question. Raises RuntimeError unless an endpoint has the model and answers it."""
+        self.chat.ready(self.question("a grey square", blank(), blank()), self.verdict)
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
@@ -55,8 +63,7 @@ class Preference:
         """Win rates f32 [B]; valid where at least one comparison succeeded."""
         pairs = list(duels(prompts, self.opponents))
         questions = [
-            (self.template.replace("{prompt}", prompts[first]), [images[first], images[second]])
-            for first, second in pairs
+            self.question(prompts[first], images[first], images[second]) for first, second in pairs
         ]
         wins, fought = np.zeros(len(images)), np.zeros(len(images))
         for (first, second), won in zip(pairs, self.chat.ask_all(questions, self.verdict)):
@@ -65,10 +72,19 @@ class Preference:
                 fought[[first, second]] += 1
         return (wins / np.maximum(fought, 1)).astype(np.float32), fought > 0
 
-    def verdict(self, answer: str) -> float | None:
-        """What the image shown first won: 1, 0, or 0.5 for a tie."""
-        found = self.pattern.findall(answer)
-        return WINS.get(found[-1].lower()) if found else None
+    def question(self, prompt: str, first: np.ndarray, second: np.ndarray) -> Question:
+        """What is asked about two images uint8 [H, W, 3] of this prompt."""
+        return self.template.replace("{prompt}", prompt), [first, second]
+
+    def verdict(self, answer: str) -> float:
+        """What the image shown first won: 1, 0, or 0.5 for a tie.
+
+        Raises ValueError for an answer that does not clearly say it.
+        """
+        found = answers.verdict(answer, self.pattern).lower()
+        if found not in WINS:
+            raise answers.Unclear(f"the verdict is {found!r}, not one of {', '.join(WINS)}")
+        return WINS[found]
 
 
 def duels(prompts: Sequence[str], opponents: int | None) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +25,9 @@ from flowgrpo_jax.transport import http_client
 log = logging.getLogger(__name__)
 
 Question = tuple[str, Sequence[np.ndarray]]  # text, pictures uint8 [H, W, 3]
+# Values of `finish_reason` with which an answer is whole: those of OpenAI and vLLM, of TGI and of
+# gateways to other interfaces; None where a server does not say it.
+WHOLE = (None, "", "stop", "eos", "eos_token", "stop_sequence", "end_turn")
 
 
 class Chat:
@@ -37,8 +40,8 @@ class Chat:
         *,
         key_env: str | None = None,
         side: int | None = 512,
-        max_tokens: int = 512,
-        temperature: float = 0.0,
+        max_tokens: int | None = 512,
+        temperature: float | None = 0.0,
         extra: Mapping[str, Any] | None = None,
         concurrency: int = 16,
         cache: int = 65536,
@@ -53,8 +56,11 @@ class Chat:
           model: the name under which the servers know it.
           key_env: the environment variable that holds the key, if they want one.
           side: pictures are resized to side x side px; None: sent as they are.
-          max_tokens: length limit of an answer.
-          extra: further fields of the request, such as {"seed": 0}.
+          max_tokens: length limit of an answer, its reasoning included; an answer that reaches it
+            is no verdict. None: the field is not sent.
+          temperature: of the sampling; None: the field is not sent.
+          extra: further fields of the request, such as {"seed": 0}, or in place of those that a
+            server does not take, {"max_completion_tokens": 2048}.
           concurrency: questions on the way at a time.
           cache: answers remembered at most; 0: none.
           timeout, retries, backoff, rest: as in `http_client.Replicas`.
@@ -65,12 +71,18 @@ class Chat:
         limits = {"timeout": timeout, "retries": retries, "backoff": backoff, "rest": rest}
         self.replicas = http_client.Replicas(urls, headers=headers, **limits)  # type: ignore[arg-type]
         self.model, self.side, self.concurrency, self.size = model, side, concurrency, cache
-        self.fields = {"max_tokens": max_tokens, "temperature": temperature, **(extra or {})}
+        limit = {"max_tokens": max_tokens, "temperature": temperature}
+        sent = {name: value for name, value in limit.items() if value is not None}
+        self.fields = {**sent, **(extra or {})}
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, Any] = OrderedDict()
 
     def ask_all(self, questions: Sequence[Question], parse: Callable[[str], Any]) -> list[Any]:
-        """What `parse` reads in each answer; None where it reads nothing, or no answer came."""
+        """What `parse` reads in each answer; None where no answer came or none that is clear.
+
+        Args:
+          parse: raises ValueError, with the reason, for an answer that it cannot read.
+        """
 
         def ask(question: Question) -> tuple[Any, str]:
             try:
@@ -80,14 +92,15 @@ class Chat:
 
         with ThreadPoolExecutor(self.concurrency) as pool:
             results = list(pool.map(ask, questions))
-        failures = [why for found, why in results if found is None]
-        if failures:
+        if failures := Counter(why for found, why in results if found is None):
+            (reason, times), *_ = failures.most_common(1)
             log.warning(
-                "%s: %d of %d questions failed, the first: %s",
+                "%s: %d of %d questions failed, %d of them so: %s",
                 self.model,
-                len(failures),
+                failures.total(),
                 len(results),
-                failures[0],
+                times,
+                reason,
             )
         return [found for found, _ in results]
 
@@ -97,18 +110,39 @@ class Chat:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        body = json.dumps(self._request(question)).encode()
-        answer = _content(self.replicas.post("/chat/completions", body))
-        found = parse(answer)
-        if found is None:
-            raise http_client.Failed(f"no verdict in the answer {answer[-200:]!r}")
+        answer = self._content(self.replicas.post("/chat/completions", self._body(question)))
+        try:
+            found = parse(answer)
+        except ValueError as error:
+            raise http_client.Failed(str(error)) from error
         with self._lock:
             self._known[key] = found
             while len(self._known) > self.size:
                 self._known.popitem(last=False)
         return found
 
-    def _request(self, question: Question) -> dict[str, Any]:
+    def _content(self, answer: bytes) -> str:
+        """The text of a chat completion. Raises Failed for one that is not whole or is no text."""
+        try:
+            choice = json.loads(answer)["choices"][0]
+            message, reason = choice["message"], choice.get("finish_reason")
+            content, refusal = message["content"], message.get("refusal")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise http_client.Failed(f"no chat completion: {answer[:200]!r}") from error
+        if reason == "length":
+            limits = {k: v for k, v in self.fields.items() if "max" in k and "tokens" in k}
+            raise http_client.Failed(
+                f"the answer was cut off (finish_reason 'length'; {limits or 'no max_tokens'}):"
+                " raise max_tokens, or the context length of the server"
+            )
+        if reason not in WHOLE:
+            raise http_client.Failed(f"the answer is not whole: finish_reason is {reason!r}")
+        if not isinstance(content, str):
+            said = f", with the refusal {refusal!r}" if refusal else ""
+            raise http_client.Failed(f"the answer's content is {content!r}, not text{said}")
+        return content
+
+    def _body(self, question: Question) -> bytes:
         text, pictures = question
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": _data_url(picture, self.side)}}
@@ -116,10 +150,16 @@ class Chat:
         ]
         content.append({"type": "text", "text": text})
         messages = [{"role": "user", "content": content}]
-        return {"model": self.model, "messages": messages} | self.fields
+        request = {"model": self.model, "messages": messages} | self.fields
+        return json.dumps(request).encode()
 
-    def ready(self) -> None:
-        """Raises RuntimeError unless a server answers, takes the key and has the model."""
+    def ready(self, question: Question, parse: Callable[[str], Any]) -> None:
+        """Ask every server a question.
+
+        Raises RuntimeError unless one takes the key, has the model and gives a whole answer. An
+        answer that `parse` cannot read is a warning: another picture may get a better one.
+        """
+        body = self._body(question)
 
         def probe(url: str) -> None:
             try:
@@ -133,18 +173,35 @@ class Chat:
                 ) from error
             if self.model not in served:
                 raise http_client.Failed(f"{url} serves {served}, not model={self.model!r}")
+            try:
+                self._try(url, body, parse)
+            except http_client.Refused as error:
+                raise http_client.Refused(
+                    f"{error}. The question was sent with {self.fields}: a field that the server"
+                    " does not take is left out with max_tokens=None or temperature=None, and"
+                    " others are given in extra"
+                ) from error
 
         self.replicas.check(f"model {self.model!r}", probe)
 
+    def _try(self, url: str, body: bytes, parse: Callable[[str], Any]) -> None:
+        headers = self.replicas.headers | {"Content-Type": "application/json"}
+        answer = http_client.request(
+            url + "/chat/completions", body, headers, timeout=self.replicas.timeout
+        )
+        try:
+            content = self._content(answer)
+        except http_client.Failed as error:
+            raise http_client.Failed(f"{url}: {error}") from error
+        try:
+            parse(content)
+        except ValueError as error:
+            log.warning("%s: the answer to a first question is not clear: %s", url, error)
 
-def _content(answer: bytes) -> str:
-    try:
-        content = json.loads(answer)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise http_client.Failed(f"no chat completion: {answer[:200]!r}") from error
-    if not isinstance(content, str):
-        raise http_client.Failed(f"the answer's content is {content!r}, not text")
-    return content
+
+def blank() -> np.ndarray:
+    """A grey picture uint8 [512, 512, 3], to ask a first question about."""
+    return np.full((512, 512, 3), 128, np.uint8)
 
 
 def _data_url(picture: np.ndarray, side: int | None) -> str:

@@ -190,6 +190,7 @@ class Replicas:
         self._turns = itertools.count()
         self._resting: dict[str, float] = {}  # url -> the time when its rest ends
         self._given_up = 0.0  # until then nobody is asked
+        self._why = ""  # the reason why all were given up
 
     def post(self, path: str, body: bytes, content_type: str = "application/json") -> bytes:
         """The first good answer.
@@ -197,7 +198,7 @@ class Replicas:
         Raises Refused at once, and Failed after (retries + 1) tries at every replica.
         """
         if time.monotonic() < self._given_up:
-            raise Unreachable(f"{', '.join(self.urls)}: given up a moment ago")
+            raise Unreachable(f"{', '.join(self.urls)}: given up a moment ago: {self._why}")
         turn = next(self._turns) % len(self.urls)
         last: Unavailable | None = None
         for round_ in range(self.retries + 1):
@@ -210,7 +211,7 @@ class Replicas:
                     last = error
                     log.debug("%s; round %d of %d", error, round_ + 1, self.retries + 1)
         if isinstance(last, Unreachable):
-            self._given_up = time.monotonic() + self.rest
+            self._given_up, self._why = time.monotonic() + self.rest, str(last)
         raise Unavailable(f"given up after {self.retries + 1} tries, the last: {last}") from last
 
     def _order(self, turn: int) -> list[str]:
