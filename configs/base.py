@@ -61,7 +61,9 @@ def get_config() -> ConfigDict:
     c.sample.group_size = 24  # images of each prompt (G)
     c.sample.micro_batch = 0  # images handled at once (M); 0: derived, up to 4 of 512 px a device
     c.sample.steps = 10  # transitions of a rollout (T)
-    c.sample.guidance_scale = 4.5  # classifier-free guidance; 1 means a single forward
+    c.sample.guidance_scale = (
+        4.5  # classifier-free guidance; up to 1 means none, a single forward a step
+    )
     c.sample.kernel = "flow_sde"  # transition kernel: flow_sde or cps
     c.sample.noise_level = 0.7  # strength of the SDE's noise, unitless
     c.sample.window = 0  # stochastic steps, the rest is ODE; 0: all but the last step
@@ -97,7 +99,7 @@ def get_config() -> ConfigDict:
     c.train.decay_steps = 0  # steps after which the rate falls as 1 / sqrt(step); 0: constant
     c.train.b1, c.train.b2, c.train.eps = 0.9, 0.999, 1e-8  # AdamW
     c.train.weight_decay = 1e-4  # AdamW
-    c.train.max_grad_norm = 1.0  # clip of the global gradient norm
+    c.train.max_grad_norm = 1.0  # clip of the global gradient norm; inf: none
     c.train.max_skipped = 5  # epochs in a row without a finite gradient before the run stops
     c.train.loss = "clip"  # a row of grpo.LOSSES
     c.train.clip_range = (
@@ -106,7 +108,7 @@ def get_config() -> ConfigDict:
     c.train.advantage_std = (
         "group"  # divide by the std of the group, of all images (global), or none
     )
-    c.train.advantage_clip = 5.0  # largest advantage
+    c.train.advantage_clip = 5.0  # largest advantage; inf: no limit
     c.train.kl_beta = 0.0  # weight of the KL to the reference policy; 0: no reference forward
     c.train.kl_weighting = "exact"  # exact, or no_dt (upstream: wants a beta ten times larger)
     c.train.steps = 0  # how many of the window's steps to train each epoch; 0: all
@@ -119,14 +121,14 @@ def get_config() -> ConfigDict:
     c.eval.images = 288  # images, spread evenly over the tags of the test prompts
     c.eval.micro_batch = 0  # images at once; 0: sample's
     c.eval.steps = 40  # ODE steps
-    c.eval.guidance_scale = 4.5  # guidance in evaluation
+    c.eval.guidance_scale = 4.5  # guidance in evaluation; up to 1 means none
     c.eval.rewards = ()  # names of rewards to measure; empty: the training rewards
     c.eval.seed = 1234  # of the evaluation's noise, the same every time
     c.eval.grid = 36  # images in the sample grid
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # epochs between checkpoints; the last epoch always gets one
-    c.checkpoint.keep = 5  # checkpoints kept
+    c.checkpoint.keep = 5  # newest checkpoints kept; 0: all of them
     c.checkpoint.best = ""  # evaluated reward whose best checkpoint is kept, in best/; empty: none
 
     c.log = ConfigDict()

@@ -259,7 +259,7 @@ class Kept:
       best: a reward's name, or "": the state with its highest value in evaluation is kept.
     """
 
-    def __init__(self, workdir: epath.Path, config: dict[str, Any], *, keep: int, best: str):
+    def __init__(self, workdir: epath.Path, config: dict[str, Any], *, keep: int | None, best: str):
         self.config = config
         self.last = Checkpoints(workdir / "checkpoints", keep=keep, own=True)
         self.best = Best(workdir / "best", best, config) if best else None

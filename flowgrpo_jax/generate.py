@@ -33,14 +33,18 @@ def generate(
     height: int | None = None,
     width: int | None = None,
 ) -> np.ndarray:
-    """uint8 [n, height, width, 3], one image a prompt, by the deterministic ODE."""
+    """Draw one image a prompt by the deterministic ODE: uint8 [n, height, width, 3].
+
+    A guidance of at most 1 means none. Raises ValueError for a negative one and for NaN.
+    """
+    scale = settings.guidance(guidance, "guidance")
     size = model.default_size
     latent = model.latent_shape(height or size, width or size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = programs.generate(
         model,
         mesh,
-        guidance=guidance,
+        guidance=scale,
         latent=latent,
         sigmas=sde.sigma_schedule(steps, model.shift),
     )
@@ -116,7 +120,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("lora", None, "Exported LoRA: directory or .safetensors file.")
     flags.DEFINE_multi_string("prompt", None, "Text; repeat the flag for several.", required=True)
     flags.DEFINE_integer("steps", 40, "ODE steps.", lower_bound=1)
-    flags.DEFINE_float("guidance", 4.5, "Guidance scale; 1 means a single forward.")
+    flags.DEFINE_float("guidance", 4.5, "Guidance scale; up to 1 means none.")
     flags.DEFINE_integer("seed", 0, "Of the noise, which also depends on a prompt's place.")
     flags.DEFINE_integer("height", None, "Pixels; the model's own size without it.")
     flags.DEFINE_integer("width", None, "Pixels; the model's own size without it.")

@@ -24,7 +24,7 @@ from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.scoring.mix import Mix
-from flowgrpo_jax.settings import Plan, check, make_plan, require, window, window_range
+from flowgrpo_jax.settings import Plan, check, guidance, make_plan, require, window, window_range
 from flowgrpo_jax.types import (
     Conditioning,
     GraphReward,
@@ -327,6 +327,8 @@ def make_programs(
 ) -> Programs:
     """The programs; `model` may be one that is only described."""
     s, t, tensor = config.sample, config.train, sharding.head_shards(mesh)
+    scale = guidance(s.guidance_scale, "sample.guidance_scale")
+    eval_scale = guidance(config.eval.guidance_scale, "eval.guidance_scale")
     require(
         model.heads % tensor == 0,
         f"mesh.tensor={tensor} does not divide the transformer's {model.heads} heads: choose a"
@@ -339,7 +341,7 @@ def make_programs(
             model,
             mesh,
             process,
-            guidance=s.guidance_scale,
+            guidance=scale,
             latent=latent,
             same_noise=s.same_noise,
             score=score,
@@ -348,14 +350,14 @@ def make_programs(
             model,
             process,
             objective,
-            guidance=s.guidance_scale,
+            guidance=scale,
             images=plan.images // plan.updates,
         ),
         apply=programs.apply(optimiser, t.ema_decay),
         generate=programs.generate(
             model,
             mesh,
-            guidance=config.eval.guidance_scale,
+            guidance=eval_scale,
             latent=latent,
             sigmas=sde.sigma_schedule(config.eval.steps, model.shift),
         ),

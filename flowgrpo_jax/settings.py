@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +177,7 @@ def check(config: ConfigDict) -> None:
         f"model.text_cache={config.model.text_cache!r}: must be a directory on this machine or of a"
         " shared file system; copy the files from a bucket",
     )
+    _check_numbers(config)
     _check_ranges(config)
     _check_sampling(config)
     _check_training(config)
@@ -205,17 +207,54 @@ LEAST = {  # setting: the least that it may be
     "eval.seed": 0,
     "eval.grid": 1,
     "checkpoint.every": 1,
-    "checkpoint.keep": 1,
+    "checkpoint.keep": 0,
 }
+UNLIMITED = ("train.clip_range", "train.max_grad_norm", "train.advantage_clip")  # may be inf
 POSITIVE = ("train.clip_range", "train.max_grad_norm", "train.advantage_clip", "train.eps")
 DECAYS = ("train.b1", "train.b2", "train.ema_decay")
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    """Refuse NaN and infinity in every knob, reward option, weight and frequency."""
+    for path, value in leaves("", config.to_dict()):
+        if isinstance(value, float):
+            limit = path in UNLIMITED and value == math.inf
+            require(math.isfinite(value) or limit, f"{path}={value}: must be a finite number")
+    for name, weight in config.reward.weights.items():
+        require(
+            isinstance(weight, float | int), f"reward.weights.{name}={weight!r}: must be a number"
+        )
+
+
+def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every value of a nested dict with its dotted path; items of a list have that of the list."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(f"{path}.{key}" if path else key, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(path, item)
+    else:
+        yield path, value
+
+
+def guidance(scale: float, knob: str) -> float:
+    """The scale that sampling takes: 1, which computes no null branch, for every scale up to 1.
+
+    diffusers' pipelines do the same; model cards of distilled models ask for 0. Raises ValueError
+    that names the knob for a negative scale and for one that is not finite.
+    """
+    require(
+        math.isfinite(scale) and scale >= 0,
+        f"{knob}={scale}: must be a finite number of at least 0; up to 1 means no guidance, above 1"
+        " strengthens the prompt, and 4.5 is usual",
+    )
+    return max(scale, 1.0)
 
 
 def _check_ranges(config: ConfigDict) -> None:
     for path, least in LEAST.items():
         value = operator.attrgetter(path)(config)
-        if value is None and path == "checkpoint.keep":  # all of them
-            continue
         require(value is not None and value >= least, f"{path}={value}: must be at least {least}")
     for path in POSITIVE:
         value = operator.attrgetter(path)(config)
@@ -229,6 +268,8 @@ def _check_ranges(config: ConfigDict) -> None:
 
 def _check_sampling(config: ConfigDict) -> None:
     s = config.sample
+    guidance(s.guidance_scale, "sample.guidance_scale")
+    guidance(config.eval.guidance_scale, "eval.guidance_scale")
     require(
         s.noise_level > 0,
         f"sample.noise_level={s.noise_level}: without noise a rollout has no log-prob to train on;"

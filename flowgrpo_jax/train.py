@@ -278,7 +278,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     run = dataclasses.replace(run, model=recipe.release(config, run.model))
     null = run.encode([""])
     kept = checkpoint.Kept(
-        workdir, config.to_dict(), keep=config.checkpoint.keep, best=config.checkpoint.best
+        workdir, config.to_dict(), keep=config.checkpoint.keep or None, best=config.checkpoint.best
     )
     state, epoch = kept.resume(state) if resume else (state, 0)
     if epoch > config.epochs:

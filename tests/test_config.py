@@ -1,6 +1,7 @@
 """Every recipe loads and is sound; what is not is an error that names the value and the fix."""
 
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -213,7 +214,7 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
         ({"reward.max_failed": -0.1}, r"reward\.max_failed=-0\.1: .*\[0, 1\]"),
         ({"checkpoint.best": "beauty"}, r"checkpoint\.best='beauty' is not evaluated: choose from"),
         ({"checkpoint.every": 0}, r"checkpoint\.every=0: .*at least 1"),
-        ({"checkpoint.keep": 0}, r"checkpoint\.keep=0: .*at least 1"),
+        ({"checkpoint.keep": -1}, r"checkpoint\.keep=-1: .*at least 0"),
         ({"eval.images": 0}, r"eval\.images=0: .*at least 1"),
         ({"seed": -1}, r"seed=-1: .*at least 0"),
         ({"cpu_devices": -2}, r"cpu_devices=-2: .*at least 0"),
@@ -240,11 +241,71 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
             {"reward.weights": ConfigDict({"shapes": 0.0})},
             r"reward\.weights=.*'shapes': 0\.0.*is not 0",
         ),
+        (
+            {"reward.weights": ConfigDict({"shapes": "high"})},
+            r"reward\.weights\.shapes='high': must be a number",
+        ),
+        ({"sample.guidance_scale": -3.0}, r"sample\.guidance_scale=-3\.0: .*at least 0"),
+        ({"eval.guidance_scale": -0.5}, r"eval\.guidance_scale=-0\.5: .*at least 0"),
     ],
 )
 def test_a_value_that_makes_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         settings.check(load("base", changes))
+
+
+REALS = [
+    path for path, value in settings.leaves("", load("base").to_dict()) if type(value) is float
+]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("knob", REALS)
+def test_every_real_knob_is_finite(knob, value):
+    if knob in settings.UNLIMITED and value == math.inf:
+        settings.check(load("base", {knob: value}))
+        return
+    with pytest.raises(ValueError, match=rf"^{knob}={value}: "):
+        settings.check(load("base", {knob: value}))
+
+
+@pytest.mark.parametrize(
+    "changes, knob",
+    [
+        ({"reward.weights": ConfigDict({"shapes": math.nan})}, "reward.weights.shapes"),
+        ({"prompts.tag_weights": ConfigDict({"a": math.nan})}, "prompts.tag_weights.a"),
+        ({"prompts.tasks": tasks(weight=math.inf)}, "prompts.tasks.draw.weight"),
+        ({"reward.options": ConfigDict({"ocr": {"x": math.nan}})}, "reward.options.ocr.x"),
+        ({"reward.options": ConfigDict({"ocr": {"x": (1, math.nan)}})}, "reward.options.ocr.x"),
+    ],
+)
+def test_weights_and_options_are_finite(changes, knob):
+    with pytest.raises(ValueError, match=rf"^{knob}=.*finite"):
+        settings.check(load("base", changes))
+
+
+def test_every_checkpoint_can_be_kept():
+    settings.check(load("base", {"checkpoint.keep": 0}))
+
+
+@pytest.mark.parametrize("scale, taken", [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.5, 1.5)])
+def test_a_guidance_of_at_most_one_is_none(scale, taken):
+    """As in diffusers, whose pipelines guide where the scale is above 1."""
+    assert settings.guidance(scale, "guidance") == taken
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sample.guidance_scale": 0.0, "eval.guidance_scale": 0.5}]
+)
+def test_training_and_evaluation_take_a_guidance_of_zero_for_none(changes, monkeypatch):
+    """Their programs get the same scale as with a guidance of 1, which configs/shapes.py has."""
+    config, scales = load("shapes", changes), []
+    monkeypatch.setattr(recipe.programs.sampler, "guided", lambda _, scale: scales.append(scale))
+    mesh = AbstractMesh((1, 1, 1), sharding.AXES)
+    model, _ = compile.describe(config, mesh)
+    process, plan = recipe.make_process(config, 3.0), settings.make_plan(config, 1)
+    recipe.make_programs(config, model, mesh, plan, process, None)
+    assert scales == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

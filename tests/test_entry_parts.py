@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import shapes
 from flowgrpo_jax import checkpoint, evaluate, generate, logs
+from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec, write
 
 RESULT = {"metrics": {"shapes": 0.5}, "per_tag": {"colors": {"shapes": 0.5}}, "failed": 0.0}
@@ -57,3 +59,27 @@ def test_an_export_in_a_work_directory_is_read(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     write({}, spec, tmp_path / "lora", "model")
     assert generate.read_spec(tmp_path / "lora") == spec
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """A function that draws one prompt of the model in the box in two steps."""
+    model = sd3.load("shapes", lora_spec=LoRASpec(1, 1.0), t5_length=10)
+    adapter = checkpoint.load_lora("base", model)
+    return lambda prompt, guidance: generate.generate(
+        model, adapter, [prompt], steps=2, guidance=guidance, seed=3
+    )
+
+
+def test_a_guidance_of_at_most_one_draws_the_prompt_alone(drawn):
+    """Model cards of distilled models ask for 0, which diffusers takes for no guidance."""
+    red, blue = (drawn(prompt, 1.0) for prompt in ("a red circle", "a blue square"))
+    assert (red != blue).any()
+    np.testing.assert_array_equal(drawn("a red circle", 0.0), red)
+    np.testing.assert_array_equal(drawn("a blue square", 0.5), blue)
+
+
+@pytest.mark.parametrize("scale", [-3.0, float("nan"), float("inf")])
+def test_a_guidance_that_makes_no_sense(scale, drawn):
+    with pytest.raises(ValueError, match=rf"guidance={scale}: .*at least 0"):
+        drawn("a red circle", scale)
