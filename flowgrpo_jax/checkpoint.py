@@ -16,15 +16,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import Mesh
 
 from flowgrpo_jax import files, sharding
-from flowgrpo_jax.models import lora
-from flowgrpo_jax.models.sd3 import SD3
-from flowgrpo_jax.types import Params, TrainState
+from flowgrpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
-BASE = "base"  # the name of the policy before training
 FOLDERS = ("checkpoints", "best")  # of a work directory
 LIBRARIES = ("flowgrpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -337,52 +333,3 @@ def _parts(state: TrainState) -> dict[str, Any]:
     """The EMA is apart: evaluation reads it alone."""
     without: Any = {"ema": None}
     return {"state": dataclasses.replace(state, **without), "ema": state.ema}
-
-
-def _holds_steps(folder: epath.Path) -> bool:
-    return folder.name in FOLDERS and folder.is_dir() and any(folder.glob("[0-9]*"))
-
-
-def load_lora(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> Params:
-    """What a run trained: "base", a run's EMA weights, or an exported LoRA.
-
-    Args:
-      source: "base"; a work directory or its `checkpoints` (newest), `checkpoints/STEP` or `best`;
-        an export directory or .safetensors file.
-      mesh: where a checkpoint's weights go; one device without it.
-    """
-    if str(source) == BASE:
-        return model.reference(model.init_lora(jax.random.key(0)))
-    path = epath.Path(source)
-    step = int(path.name) if path.name.isdigit() and path.parent.name in FOLDERS else None
-    folder = path.parent if step is not None else path
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"checkpoint {source!r} does not exist: give base, a work directory or an exported LoRA"
-        )
-    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if folder.name == "checkpoints" or _holds_steps(folder):
-        mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-        layout = sharding.state_shardings(mesh, model.lora_shapes)
-        shapes = {
-            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout[path])
-            for path, x in model.lora_shapes.items()
-        }
-        like = {"ema": shapes}
-        checkpoints = Checkpoints(folder)
-        if step is not None and step not in checkpoints.steps():
-            raise FileNotFoundError(
-                f"no checkpoint {step} in {folder}: choose from {checkpoints.steps()}"
-            )
-        trees, record = checkpoints.newest(like, None if step is None else [step])
-        checkpoints.close()
-        ours = {"lora": dataclasses.asdict(model.lora_spec)}
-        same_settings(record, ours, ("lora", "alpha"), folder)
-        return trees["ema"]
-    file, spec = lora.read_spec(str(path))
-    if spec.scale != model.lora_spec.scale:
-        raise ValueError(
-            f"{file} has alpha / rank = {spec.scale}, the config {model.lora_spec.scale}: set"
-            f" lora.rank={spec.rank} and lora.alpha={spec.alpha}"
-        )
-    return lora.read(file, model.lora_shapes)

@@ -24,7 +24,17 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import checkpoint, cli, logs, prompts, recipe, sampler, settings, sharding
+from flowgrpo_jax import (
+    checkpoint,
+    cli,
+    logs,
+    policies,
+    prompts,
+    recipe,
+    sampler,
+    settings,
+    sharding,
+)
 from flowgrpo_jax.models.sd3 import TEXTS
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.scoring import graph, host
@@ -173,7 +183,7 @@ def main(_: list[str]) -> None:
     config = cli.config()
     settings.split_cpu(config)
     run = recipe.build(config, training=False)
-    lora = checkpoint.load_lora(flags.FLAGS.checkpoint, run.model, run.mesh)
+    lora = policies.load(flags.FLAGS.checkpoint, run.model, run.mesh)
     lora = sharding.put_state(run.mesh, lora)
     result, images, batch = evaluate(run, lora, run.encode([""]), progress=True)
     if jax.process_index() > 0:

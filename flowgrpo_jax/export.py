@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from flowgrpo_jax import checkpoint, cli
+from flowgrpo_jax import cli, policies
 from flowgrpo_jax.cli import CONFIG_FILE
 from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models import convert, lora, sd3
@@ -49,7 +49,7 @@ def export(
                 f"{workdir} has no best checkpoint: train with checkpoint.best and eval.every set,"
                 " or export without --best"
             )
-    adapter = checkpoint.load_lora(source, model)
+    adapter = policies.load(source, model)
     if not spec.rank:
         return [export_transformer(adapter, sd3.resolve(config["model"]["path"], t5=False), out)]
     files = lora.write(adapter, spec, out, str(config["model"]["path"]))

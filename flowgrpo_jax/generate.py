@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from flowgrpo_jax import checkpoint, cli, programs, sampler, sde, settings, sharding
+from flowgrpo_jax import checkpoint, cli, policies, programs, sampler, sde, settings, sharding
 from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
@@ -96,7 +96,7 @@ def main(_: list[str]) -> None:
     length = args.t5_length or t5_limit(directory)
     dtype = jnp.dtype(args.dtype)
     model = sd3.load(directory, lora_spec=spec, dtype=dtype, t5=args.t5, t5_length=length)
-    adapter = checkpoint.load_lora(args.lora or checkpoint.BASE, model)
+    adapter = policies.load(args.lora or policies.BASE, model)
     images = generate(
         model,
         adapter,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from flowgrpo_jax import cli, files, recipe, rewards
-from flowgrpo_jax.checkpoint import Checkpoints, load_lora
+from flowgrpo_jax import cli, files, policies, recipe, rewards
+from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models import layers
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
@@ -245,7 +245,7 @@ def outcome(folder, name):
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     config = adapted(load(folder, {"data": 1}, "overlap"), name)
     built = recipe.build(config, training=False)
-    return rows, jax.device_get(load_lora(place(folder, name), built.model))
+    return rows, jax.device_get(policies.load(place(folder, name), built.model))
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_imports_have_a_direction():
     layers = [
         {"types", "cost", "files"},
         {"sde", "grpo", "sharding", "logs", "models", "detection", "transport"},
-        {"update", "sampler", "text_cache", "scoring", "checkpoint", "cli"},
+        {"update", "sampler", "text_cache", "scoring", "checkpoint", "policies", "cli"},
         {"worlds"},
         {"rewards"},
         {"prompts"},

@@ -8,7 +8,7 @@ import pytest
 
 from configs import shapes as shapes_recipe
 from configs import signs as signs_recipe
-from flowgrpo_jax import checkpoint, recipe, rewards, sampler, sde
+from flowgrpo_jax import policies, recipe, rewards, sampler, sde
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.generate import t5_limit
 from flowgrpo_jax.models import sd3
@@ -68,7 +68,7 @@ def test_shapes_are_drawn_cleanly_and_follow_their_prompts_imperfectly():
     config = shapes_recipe.get_config()
     config.eval.images, config.eval.steps, config.eval.micro_batch = 144, 20, 72
     run = recipe.build(config, training=False)
-    base = checkpoint.load_lora(checkpoint.BASE, run.model)
+    base = policies.load(policies.BASE, run.model)
     metrics = evaluate(run, base, run.encode([""]))[0]["metrics"]
     assert 0.38 <= metrics["shapes_strict"] <= 0.65  # three standard errors are 0.12
     assert metrics["shapes_unknown"] <= 0.1

@@ -22,7 +22,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from flowgrpo_jax import checkpoint, cli, logs, recipe, rewards, sharding
+from flowgrpo_jax import checkpoint, cli, logs, policies, recipe, rewards, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.export import export
@@ -570,7 +570,7 @@ def test_weights_are_not_scaled_otherwise_than_they_were_trained(folder, whole, 
     run = recipe.build(load(folder, lora__alpha=2 * alpha), training=False)
     wrong = rf"trained with lora\.alpha={alpha}, and the config has lora\.alpha={2 * alpha}: set"
     with pytest.raises(ValueError, match=wrong):
-        checkpoint.load_lora(whole.workdir / source, run.model)
+        policies.load(whole.workdir / source, run.model)
 
 
 @pytest.mark.parametrize("change", [{"seed": 5}, {"lora__alpha": 1.5}])
@@ -589,9 +589,7 @@ def test_the_best_evaluation_is_kept(folder, whole):
     assert best.steps() == [epoch]
     assert best.record(epoch)["eval/jpeg_incompressibility"] == scores[epoch]
     run = recipe.build(load(folder), training=False)
-    result, *_ = evaluate(
-        run, checkpoint.load_lora(whole.workdir / "best", run.model), run.encode([""])
-    )
+    result, *_ = evaluate(run, policies.load(whole.workdir / "best", run.model), run.encode([""]))
     assert result["metrics"]["jpeg_incompressibility"] == pytest.approx(scores[epoch], rel=1e-6)
 
 
@@ -683,7 +681,7 @@ def test_evaluating_a_checkpoint_repeats_what_training_logged(folder, whole):
 
 def test_the_base_is_the_policy_before_training(folder, whole):
     run = recipe.build(load(folder), training=False)
-    base = checkpoint.load_lora("base", run.model)
+    base = policies.load("base", run.model)
     result, images, batch = evaluate(run, base, run.encode([""]))
     assert images.shape == (12, 64, 64, 3) and len(batch.prompts) == 12
     logged = rows(whole.workdir)[0]
@@ -751,14 +749,14 @@ def test_an_exported_lora_draws_what_the_checkpoint_draws(folder, whole):
     changes = {"prompts__test": str(folder / "one.jsonl"), "eval__seed": 5}
     config = load(folder, eval__images=1, eval__micro_batch=1, eval__steps=3, **changes)
     run = recipe.build(config, training=False)
-    ema = checkpoint.load_lora(whole.workdir, run.model)
+    ema = policies.load(whole.workdir, run.model)
     jax.tree.map(np.testing.assert_array_equal, ema, whole.state.ema)
     _, expected, _ = evaluate(run, ema, run.encode([""]))
 
     printed = call(folder, "export", "--workdir=whole", "--out=lora").split()
     assert len(printed) == 3 and all(Path(folder, file).is_file() for file in printed)
     for lora in ("lora", *printed):
-        again = checkpoint.load_lora(folder / lora, run.model)
+        again = policies.load(folder / lora, run.model)
         jax.tree.map(np.testing.assert_array_equal, again, whole.state.ema)
 
     settings = ["--steps=3", "--guidance=1", "--seed=5", "--out=drawn/one.png"]
@@ -777,7 +775,7 @@ def test_generating_with_the_base(folder, monkeypatch):
     model = sd3.load(
         "shapes", lora_spec=LoRASpec(2, 4.0), t5_length=t5_limit(sd3.resolve("shapes"))
     )
-    base = checkpoint.load_lora("base", model)
+    base = policies.load("base", model)
     two = ["a red circle", "three stars"]
 
     def draw(prompts, **settings):
@@ -808,4 +806,4 @@ def test_a_policy_that_is_not_there(folder, whole, source, problem, message, mon
     (folder / "empty").mkdir(exist_ok=True)
     model = SimpleNamespace(lora_shapes={k: v for k, v in whole.state.ema.items()})
     with pytest.raises(problem, match=message):
-        checkpoint.load_lora(source, model)
+        policies.load(source, model)

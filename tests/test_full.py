@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import export, recipe
-from flowgrpo_jax.checkpoint import load_lora
+from flowgrpo_jax import export, policies, recipe
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models import convert, sd3
 from flowgrpo_jax.models.lora import LoRASpec
@@ -73,8 +72,8 @@ def test_before_training_it_is_the_base():
     null = trained.encode([""])
     everything = trained.model.init_lora(jax.random.key(0))
     ours, *_ = evaluate(trained, everything, null)
-    theirs, *_ = evaluate(adapted, load_lora("base", adapted.model), null)
-    base, *_ = evaluate(trained, load_lora("base", trained.model), null)
+    theirs, *_ = evaluate(adapted, policies.load("base", adapted.model), null)
+    base, *_ = evaluate(trained, policies.load("base", trained.model), null)
     assert ours["metrics"] == base["metrics"] == pytest.approx(theirs["metrics"])
 
 

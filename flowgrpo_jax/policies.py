@@ -1,0 +1,78 @@
+"""Policies: what a run has trained, read from a run, a checkpoint or an exported LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from flowgrpo_jax import sharding
+from flowgrpo_jax.checkpoint import FOLDERS, Checkpoints, same_settings
+from flowgrpo_jax.models import lora
+from flowgrpo_jax.models.sd3 import SD3
+from flowgrpo_jax.types import Params
+
+BASE = "base"  # the name of the policy before training
+
+
+def load(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> Params:
+    """Read the trained weights of a policy: an adapter, or those of the whole transformer.
+
+    Args:
+      source: "base"; a work directory or its `checkpoints` (newest), `checkpoints/STEP` or `best`;
+        an export directory or .safetensors file. Of a run these are the EMA weights.
+      mesh: where a checkpoint's weights go; one device without it.
+    Raises:
+      FileNotFoundError: there is no policy at `source`.
+      ValueError: it does not fit the model, or cannot be read.
+    """
+    if str(source) == BASE:
+        return model.reference(model.init_lora(jax.random.key(0)))
+    path = epath.Path(source)
+    step = int(path.name) if path.name.isdigit() and path.parent.name in FOLDERS else None
+    folder = path.parent if step is not None else path
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"checkpoint {source!r} does not exist: give base, a work directory or an exported LoRA"
+        )
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if folder.name == "checkpoints" or _holds_steps(folder):
+        return _of_run(folder, step, model, mesh)
+    return _of_export(path, model)
+
+
+def _holds_steps(folder: epath.Path) -> bool:
+    return folder.name in FOLDERS and folder.is_dir() and any(folder.glob("[0-9]*"))
+
+
+def _of_run(folder: epath.Path, step: int | None, model: SD3, mesh: Mesh | None) -> Params:
+    """Read the EMA weights of a run's checkpoint: of `step`, or of the newest."""
+    mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+    layout = sharding.state_shardings(mesh, model.lora_shapes)
+    shapes = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout[path])
+        for path, x in model.lora_shapes.items()
+    }
+    checkpoints = Checkpoints(folder)
+    if step is not None and step not in checkpoints.steps():
+        raise FileNotFoundError(
+            f"no checkpoint {step} in {folder}: choose from {checkpoints.steps()}"
+        )
+    trees, record = checkpoints.newest({"ema": shapes}, None if step is None else [step])
+    checkpoints.close()
+    ours = {"lora": dataclasses.asdict(model.lora_spec)}
+    same_settings(record, ours, ("lora", "alpha"), folder)
+    return trees["ema"]
+
+
+def _of_export(path: epath.Path, model: SD3) -> Params:
+    """Read the factors of an exported LoRA."""
+    file, spec = lora.read_spec(str(path))
+    if spec.scale != model.lora_spec.scale:
+        raise ValueError(
+            f"{file} has alpha / rank = {spec.scale}, the config {model.lora_spec.scale}: set"
+            f" lora.rank={spec.rank} and lora.alpha={spec.alpha}"
+        )
+    return lora.read(file, model.lora_shapes)
