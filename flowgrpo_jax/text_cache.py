@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
-from flowgrpo_jax.models import convert
+from flowgrpo_jax.models.weight_files import component_files
 from flowgrpo_jax.types import Conditioning
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def fingerprint(directory: Path, *, t5: bool, **settings: object) -> str:
         if folder.name.endswith("_3") and not t5:
             continue
         if folder.name.startswith("text_encoder"):
-            files += [folder / "config.json", *convert.shards(folder)]
+            files += [folder / "config.json", *component_files(folder)]
         else:
             files += sorted(f for f in folder.iterdir() if f.is_file())
     seen = [(f.relative_to(directory).as_posix(), _sample(f)) for f in files]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models.layers import Params
-from flowgrpo_jax.models.weight_files import Tensor, Tensors, from_safetensors
+from flowgrpo_jax.models.weight_files import Tensor, Tensors, component_files, from_safetensors
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 Place = Callable[[str, jax.ShapeDtypeStruct], Any]  # path, shape -> sharding or device
@@ -178,34 +178,28 @@ def from_tensors(
     return assemble(readers, shapes, dtype=dtype, patch_size=patch_size, place=place)
 
 
-def shards(directory: Path) -> list[Path]:
-    """The safetensors files of a component, by its index where there is one."""
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"{directory} does not exist: a model directory in diffusers layout has one folder per"
-            " component; give one that was downloaded whole"
-        )
-    indices = sorted(directory.glob("*.safetensors.index.json"))
-    if indices:
-        names = set(read_json(indices[0])["weight_map"].values())
-        files = [directory / n for n in sorted(names)]
-    else:
-        plain = [f for f in sorted(directory.glob("*.safetensors")) if ".fp16." not in f.name]
-        files = plain or sorted(directory.glob("*.fp16.safetensors"))
-    absent = [f.name for f in files if not f.exists()]
-    if absent or not files:
-        raise FileNotFoundError(
-            f"{directory} lacks {', '.join(absent) or 'any .safetensors file'}:"
-            " download the component again"
-        )
-    return files
+def under_own_names(tensors: Tensors, tied: Mapping[str, str]) -> Tensors:
+    """The tensors, where one that is stored under its second name alone gets its first name.
+
+    Args:
+      tied: {second name: first name} of tensors that a module uses twice. Files hold one or both.
+    """
+    return {
+        tied[name] if name in tied and tied[name] not in tensors else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def fit(
-    directory: str | Path, shapes: Params, *, patch_size: int = 2, ignore: Iterable[str] = ()
+    directory: str | Path,
+    shapes: Params,
+    *,
+    patch_size: int = 2,
+    ignore: Iterable[str] = (),
+    tied: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Raise what `load` would, from the files' headers alone."""
-    found = from_safetensors(shards(Path(directory)))
+    found = under_own_names(from_safetensors(component_files(Path(directory))), tied)
     shapes_found = {name: tensor.shape for name, tensor in found.items()}
     _check(shapes_found, _expected(shapes, patch_size), ignore, str(directory))
 
@@ -217,6 +211,7 @@ def load(
     dtype: Any = jnp.float32,
     patch_size: int = 2,
     ignore: Iterable[str] = (),
+    tied: Mapping[str, str] = MappingProxyType({}),
     place: Place | None = None,
 ) -> Params:
     """A component's weights from its folder, checked whole before the first tensor is read.
@@ -227,13 +222,14 @@ def load(
       dtype: dtype on the device, whatever the file holds.
       patch_size: of the MMDiT, whose patch projection is a convolution in the file.
       ignore: names that may be in the file and are not wanted (tied duplicates).
+      tied: {second name: first name} of tensors that may be stored under either.
       place: where each parameter lives; default device without it.
     Raises:
-      FileNotFoundError: no such folder, or a shard is missing.
+      FileNotFoundError: no such folder, or it lacks the named file or a shard.
       ValueError: lists every missing, extra or misshapen tensor.
     """
     return from_tensors(
-        from_safetensors(shards(Path(directory))),
+        under_own_names(from_safetensors(component_files(Path(directory))), tied),
         shapes,
         where=str(directory),
         dtype=dtype,

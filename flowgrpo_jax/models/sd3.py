@@ -219,7 +219,7 @@ def load(
             shapes,
             dtype=next(iter(shapes.values())).dtype,
             patch_size=parts.transformer.patch_size,
-            ignore=_ignored(name),
+            **_stored(name),
             place=place and (lambda path, shape: place(f"{name}/{path}", shape)),
         )
 
@@ -237,9 +237,10 @@ def load(
     )
 
 
-def _ignored(component: str) -> tuple[str, ...]:
-    """Tensors that may be in a component's files and are not wanted."""
-    return getattr(TEXT.get(component), "ignored", ())
+def _stored(component: str) -> dict[str, Any]:
+    """What `convert` must know of the names in a component's files: `ignore` and `tied`."""
+    kind = TEXT.get(component)
+    return {"ignore": getattr(kind, "ignored", ()), "tied": getattr(kind, "tied", {})}
 
 
 def _check_files(directory: Path, components: dict[str, Params], patch_size: int) -> None:
@@ -248,7 +249,7 @@ def _check_files(directory: Path, components: dict[str, Params], patch_size: int
     problems: list[Exception] = []
     for name, shapes in components.items():
         try:
-            convert.fit(directory / name, shapes, patch_size=patch_size, ignore=_ignored(name))
+            convert.fit(directory / name, shapes, patch_size=patch_size, **_stored(name))
         except (FileNotFoundError, ValueError) as error:
             problems.append(error)
     if problems:

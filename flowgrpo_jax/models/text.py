@@ -241,7 +241,9 @@ class T5Block(nnx.Module):
 class T5Encoder(nnx.Module):
     """`T5EncoderModel`. The bias table belongs to block 0 and is read by all blocks."""
 
-    ignored: ClassVar = ("encoder.embed_tokens.weight",)  # `shared.weight` once more
+    # The table is stored under either name or under both, depending on who saved it.
+    tied: ClassVar[dict[str, str]] = {"encoder.embed_tokens.weight": "shared.weight"}
+    ignored: ClassVar[tuple[str, ...]] = tuple(tied)
 
     def __init__(self, config: T5Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config

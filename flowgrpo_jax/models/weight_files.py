@@ -1,8 +1,8 @@
-"""Checkpoint files as named tensors that are read one by one: safetensors, and torch's `.pt`.
+"""Weight files: which ones a component has, and their tensors, which are read one by one.
 
-A `.pt` file is a zip archive of one pickle and one raw file per storage. The pickle is read here
-without torch and without running anything from it: only the few names that a state dict is made of
-are understood, every other one is an error.
+The formats are safetensors and torch's `.pt`. A `.pt` file is a zip archive of one pickle and one
+raw file per storage. The pickle is read here without torch and without running anything from it:
+only the few names that a state dict is made of are understood, every other one is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from flowgrpo_jax.files import read_json
+
 STORAGES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
@@ -32,6 +34,7 @@ STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+IMAGES = "diffusion_pytorch_model"  # how diffusers names the weights of its own components
 WRAPPERS = ("state_dict", "model", "module")  # keys under which training programs put the weights
 
 
@@ -41,6 +44,64 @@ class Tensor(NamedTuple):
 
 
 Tensors = dict[str, Tensor]
+
+
+def component_files(directory: Path) -> list[Path]:
+    """The files that hold the weights of a component of a diffusers directory.
+
+    As diffusers and transformers do, this takes the named file or the files of the named index, and
+    nothing that lies beside them. The half-precision twin (`.fp16.`) is the second choice.
+
+    Raises:
+      FileNotFoundError: no such folder, or it lacks the named file or one that its index lists.
+      ValueError: a damaged index.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} does not exist: a model directory in diffusers layout has one folder per"
+            " component; give one that was downloaded whole"
+        )
+    found = next((name for name in _weight_names(directory) if (directory / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(_no_weights(directory))
+    if not found.endswith(".json"):
+        return [directory / found]
+    listed = read_json(directory / found)
+    if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+        raise ValueError(
+            f"{directory / found} has no weight_map, which says where each tensor is: download the"
+            " component again"
+        )
+    names = sorted(set(listed["weight_map"].values()))
+    if absent := [name for name in names if not (directory / name).is_file()]:
+        raise FileNotFoundError(
+            f"{directory} lacks {', '.join(absent)}: download the component again"
+        )
+    return [directory / name for name in names]
+
+
+def _weight_names(directory: Path) -> list[str]:
+    """The names that a component's weights may have, the first choice first.
+
+    The libraries differ in what goes first: transformers prefers the file, diffusers the index.
+    """
+    file, index = "{}{}.safetensors", "{}.safetensors.index{}.json"
+    text, images = [("model", file), ("model", index)], [(IMAGES, index), (IMAGES, file)]
+    order = text + images if directory.name.startswith("text_encoder") else images + text
+    return [name.format(stem, variant) for variant in ("", ".fp16") for stem, name in order]
+
+
+def _no_weights(directory: Path) -> str:
+    """What to do about a component's folder without weights of the right name."""
+    others = sorted(file.name for file in directory.glob("*.safetensors"))
+    if not others:
+        return f"{directory} lacks any .safetensors file: download the component again"
+    stem = "model" if directory.name.startswith("text_encoder") else IMAGES
+    return (
+        f"{directory} lacks {stem}.safetensors, or its {stem}.safetensors.index.json: other files"
+        f" are not read ({', '.join(others)}). Rename the right one to {stem}.safetensors, or"
+        " download the component again"
+    )
 
 
 def open_file(file: str | Path) -> Tensors:
@@ -63,10 +124,17 @@ def open_safetensors(file: Path) -> Any:
 
 
 def from_safetensors(files: Iterable[Path]) -> Tensors:
-    tensors = {}
+    """The tensors of all these files. Raises ValueError for one that two of them hold."""
+    tensors: Tensors = {}
+    source: dict[str, Path] = {}
     for file in files:
         handle = open_safetensors(file)
         for name in handle.keys():  # noqa: SIM118 (a file, no dict)
+            if name in source:
+                raise ValueError(
+                    f"{name} is in {source[name]} and in {file.name}: download the component again"
+                )
+            source[name] = file
             shape = tuple(handle.get_slice(name).get_shape())
             tensors[name] = Tensor(shape, partial(handle.get_tensor, name))
     return tensors

@@ -88,8 +88,8 @@ def read(
     for name, create in modules.items():
         module = nnx.eval_shape(lambda c=create: c(nnx.Rngs(0)))
         _, shapes = layers.functional(module)
-        ignore = getattr(module, "ignored", ())
-        params[name] = convert.load(directory / name, shapes, ignore=ignore)
+        ignore, tied = getattr(module, "ignored", ()), getattr(module, "tied", {})
+        params[name] = convert.load(directory / name, shapes, ignore=ignore, tied=tied)
     return params
 
 
