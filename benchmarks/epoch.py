@@ -108,10 +108,12 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     from benchmarks import random_model
     from configs import shapes
     from flowgrpo_jax import prompts, sde
-    from flowgrpo_jax.models import lora, sd3
+    from flowgrpo_jax.models import directories, lora, sd3
 
     config = shapes.get_config()
-    config.model.path = str(random_model.find(args.model, folder) or sd3.resolve(args.model))
+    config.model.path = str(
+        random_model.find(args.model, folder) or directories.resolve(args.model)
+    )
     for knob in ("remat", "dtype", "attention"):
         config.model[knob] = getattr(args, knob)
     config.model.t5_length = args.t5_length or config.model.t5_length

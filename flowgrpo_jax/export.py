@@ -21,7 +21,7 @@ from etils import epath
 from flowgrpo_jax import cli, policies
 from flowgrpo_jax.cli import CONFIG_FILE
 from flowgrpo_jax.files import read_json
-from flowgrpo_jax.models import convert, lora, sd3
+from flowgrpo_jax.models import convert, directories, lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
 
@@ -51,7 +51,9 @@ def export(
             )
     adapter = policies.load(source, model)
     if not spec.rank:
-        return [export_transformer(adapter, sd3.resolve(config["model"]["path"], t5=False), out)]
+        return [
+            export_transformer(adapter, directories.resolve(config["model"]["path"], t5=False), out)
+        ]
     files = lora.write(adapter, spec, out, str(config["model"]["path"]))
     for written in files:
         again = lora.read(written, model.lora_shapes)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from flowgrpo_jax import checkpoint, cli, policies, programs, sampler, sde, settings, sharding
 from flowgrpo_jax.files import read_json
-from flowgrpo_jax.models import lora, sd3
+from flowgrpo_jax.models import directories, lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
 
@@ -92,7 +92,7 @@ def _is_run(directory: Path) -> bool:
 def main(_: list[str]) -> None:
     args = flags.FLAGS
     spec = read_spec(args.lora) if args.lora else None
-    directory = sd3.resolve(args.model, t5=args.t5)
+    directory = directories.resolve(args.model, t5=args.t5)
     length = args.t5_length or t5_limit(directory)
     dtype = jnp.dtype(args.dtype)
     model = sd3.load(directory, lora_spec=spec, dtype=dtype, t5=args.t5, t5_length=length)

@@ -11,7 +11,7 @@ from configs import signs as signs_recipe
 from flowgrpo_jax import policies, recipe, rewards, sampler, sde
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.generate import t5_limit
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import directories, sd3
 from flowgrpo_jax.worlds.pretraining import vae
 from flowgrpo_jax.worlds.shapes import grammar
 from flowgrpo_jax.worlds.shapes.render import render
@@ -26,15 +26,15 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("name", sd3.BUNDLED)
+@pytest.mark.parametrize("name", directories.BUNDLED)
 def test_it_is_small_enough_to_come_along(name):
-    files = [file for file in sd3.resolve(name).rglob("*") if file.is_file()]
+    files = [file for file in directories.resolve(name).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 16e6
 
 
 def decoded(name, pictures):
     """The pictures after the autoencoder there and back, and their latents."""
-    directory = sd3.resolve(name)
+    directory = directories.resolve(name)
     model = sd3.load(directory, t5_length=t5_limit(directory))
     settings = json.loads((directory / "vae" / "config.json").read_text())
     means = vae.encode_all(model.params["vae"], pictures, batch=100)
@@ -87,11 +87,11 @@ def test_the_autoencoder_keeps_what_the_ocr_reads():
     assert valid.all() and scores.mean() >= 0.97
 
 
-@pytest.mark.parametrize("name", sd3.BUNDLED)
+@pytest.mark.parametrize("name", directories.BUNDLED)
 def test_diffusers_draws_the_same_with_it(name):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    directory, prompts, steps = sd3.resolve(name), PROMPTS[name], 2
+    directory, prompts, steps = directories.resolve(name), PROMPTS[name], 2
     length = t5_limit(directory)
     noise = np.random.default_rng(0).normal(size=(2, 8, 8, 16)).astype(np.float32)
 

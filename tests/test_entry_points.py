@@ -27,7 +27,7 @@ from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.export import export
 from flowgrpo_jax.generate import generate, t5_limit
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import directories, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.scoring.mix import Mix
@@ -773,7 +773,7 @@ def test_a_run_that_kept_no_best_says_so(whole, tmp_path):
 
 def test_generating_with_the_base(folder, monkeypatch):
     model = sd3.load(
-        "shapes", lora_spec=LoRASpec(2, 4.0), t5_length=t5_limit(sd3.resolve("shapes"))
+        "shapes", lora_spec=LoRASpec(2, 4.0), t5_length=t5_limit(directories.resolve("shapes"))
     )
     base = policies.load("base", model)
     two = ["a red circle", "three stars"]

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
-from flowgrpo_jax.models import architecture, sd3
+from flowgrpo_jax.models import architecture, directories
 
 
 @pytest.fixture
 def copy(tmp_path):
     """The configs of a model in the box."""
-    for file in sd3.resolve("shapes").rglob("*config.json"):
+    for file in directories.resolve("shapes").rglob("*config.json"):
         target = tmp_path / file.parent.name / file.name
         target.parent.mkdir(exist_ok=True)
         shutil.copy(file, target)
@@ -23,9 +23,9 @@ def change(directory, part, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.mark.parametrize("name", sd3.BUNDLED)
+@pytest.mark.parametrize("name", directories.BUNDLED)
 def test_the_models_in_the_box_are_read(name):
-    assert architecture.read(sd3.resolve(name)).shift == 3.0
+    assert architecture.read(directories.resolve(name)).shift == 3.0
 
 
 # As diffusers 0.42 saves FlowMatchEulerDiscreteScheduler(shift=3.0).
@@ -94,4 +94,4 @@ def test_an_autoencoder_may_leave_them_out(copy):
     for name in ("act_fn", "down_block_types", "up_block_types"):
         del fields[name]
     file.write_text(json.dumps(fields))
-    assert architecture.read(copy) == architecture.read(sd3.resolve("shapes"))
+    assert architecture.read(copy) == architecture.read(directories.resolve("shapes"))

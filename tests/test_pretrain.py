@@ -14,7 +14,7 @@ from scipy import integrate, stats
 
 from flowgrpo_jax import cli
 from flowgrpo_jax.checkpoint import Checkpoints
-from flowgrpo_jax.models import architecture, sd3
+from flowgrpo_jax.models import architecture, directories, sd3
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.worlds.pretraining import data, flow, package, vae
 from flowgrpo_jax.worlds.pretraining import run as pretrain
@@ -75,7 +75,7 @@ def test_a_cache_that_was_not_finished_is_not_there(tmp_path):
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    directory = sd3.resolve("shapes")
+    directory = directories.resolve("shapes")
     clip_l, clip_g = (
         architecture.config(directory, name, CLIPConfig)
         for name in ("text_encoder", "text_encoder_2")

@@ -8,7 +8,7 @@ import pytest
 
 from configs import signs
 from flowgrpo_jax import prompts, rewards
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import directories
 from flowgrpo_jax.models.tokenizers import Tokenizers
 from flowgrpo_jax.rewards import ocr
 from flowgrpo_jax.worlds.pretraining.tokenizers import clip_merges, sizes, write_tokenizers
@@ -177,8 +177,8 @@ def test_the_recipes_prompts_fit_the_model():
 
 
 def test_a_model_that_has_not_been_made_says_how(monkeypatch):
-    monkeypatch.setattr(sd3, "BUNDLED", ("shapes", "planets"))
+    monkeypatch.setattr(directories, "BUNDLED", ("shapes", "planets"))
     with pytest.raises(
         FileNotFoundError, match=r"'planets'.*flowgrpo_jax\.worlds\.planets\.pretrain"
     ):
-        sd3.resolve("planets")
+        directories.resolve("planets")

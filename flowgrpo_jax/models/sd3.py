@@ -20,6 +20,7 @@ from flax import nnx
 
 from flowgrpo_jax.models import architecture, convert, layers, lora
 from flowgrpo_jax.models.architecture import PUBLISHED, Architecture
+from flowgrpo_jax.models.directories import resolve
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.mmdit import MMDiT
@@ -28,12 +29,7 @@ from flowgrpo_jax.models.tokenizers import Tokenizers
 from flowgrpo_jax.models.vae import VAE, to_uint8
 from flowgrpo_jax.types import Conditioning
 
-BUNDLED = ("shapes", "signs")  # models of the package's own worlds, by the names of their folders
-ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
-T5_PARTS = "tokenizer_3", "text_encoder_3"
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
-KNOB = "config.model.path (of generate: --model)"  # what errors say to set
 FEW_BLOCKS = 8  # so many are compiled one by one: then none copies its weights out of a stack
 TEXTS = 64  # prompts that are encoded at once
 TEXT: dict[str, Any] = {
@@ -100,84 +96,10 @@ class SD3:
         return jax.tree.map(lambda *xs: jnp.concatenate(xs)[: len(prompts)], *parts)
 
 
-def resolve(model: str | Path, *, t5: bool = True) -> Path:
-    """A model's directory from a path, the name of a model of the package, or a hub id.
-
-    Args:
-      t5: whether to download the largest text encoder of a model on the hub.
-
-    Raises FileNotFoundError that says what to do when none of them leads to a model.
-    """
-    if model in BUNDLED:
-        return _bundled(str(model))
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(model).count("/") != 1 or str(model).startswith("."):
-        raise FileNotFoundError(
-            f"model directory {model!r} does not exist: set {KNOB} to a directory in"
-            f" diffusers layout, a hub id (organisation/name) or one of {', '.join(BUNDLED)}"
-        )
-    from huggingface_hub import snapshot_download
-
-    # Folders by name: the hub repository holds the same weights a second time in other layouts.
-    parts = (*PARTS, *T5_PARTS) if t5 else PARTS
-    wanted = ["model_index.json", *(f"{part}/*" for part in parts)]
-    twice = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.bin", "*.index.fp16.json"]
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=twice))
-    except Exception as error:
-        raise FileNotFoundError(_no_download(str(model), error)) from error
-
-
 def find_architecture(model: str | Path, *, t5: bool = True) -> Architecture:
     """Of a model that `resolve` knows; for the published ones nothing is downloaded."""
     parts = PUBLISHED.get(str(model)) or architecture.read(resolve(model, t5=t5), t5=t5)
     return parts if t5 else replace(parts, text_encoder_3=None)
-
-
-def _bundled(name: str) -> Path:
-    directory = Path(__file__).parent.parent / "worlds" / name / "model"
-    if not (directory / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"the model {name!r} is not in this copy of the package: make it with"
-            f" `python -m flowgrpo_jax.worlds.{name}.pretrain --workdir DIR --out {directory}`,"
-            f" or set {KNOB} to a directory that it has written"
-        )
-    return directory
-
-
-def _no_download(model: str, error: Exception) -> str:
-    """What to do about a model that the hub did not hand out."""
-    from huggingface_hub import errors
-
-    page, local = f"https://huggingface.co/{model}", f"set {KNOB} to a local copy"
-    copy = f"`hf download {model} --local-dir DIR` on a machine that can, then {local}"
-    match error:
-        case errors.GatedRepoError():
-            problem, fix = (
-                "is gated, and this account has not been given its weights",
-                f"accept the licence at {page}, log in here with `hf auth login` (or set HF_TOKEN)"
-                f" and start again; or {local}",
-            )
-        case errors.RepositoryNotFoundError():
-            problem, fix = (
-                "is not on the hub, or is private",
-                f"check the name at {page}; for a private one log in with `hf auth login`; or"
-                f" {local}",
-            )
-        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | ConnectionError():
-            problem, fix = (
-                "is neither a local directory nor in the cache, and the hub cannot be reached",
-                f"go online (and unset HF_HUB_OFFLINE), or {copy}",
-            )
-        case _:
-            problem, fix = (
-                "is no local directory and could not be downloaded",
-                f"for gated weights accept the licence at {page} and log in with `hf auth login`;"
-                f" or {copy}",
-            )
-    return f"model {model!r} {problem}: {fix}. The hub said: {error}"
 
 
 def load(
