@@ -1,5 +1,7 @@
 """What tests share: the cache of compiled programs, the choice of files, a tiny torch pipeline."""
 
+import signal
+
 import compile_cache
 import partition
 import pytest
@@ -11,6 +13,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     compile_cache.switch_on()  # before anything imports jax
+    hear_interrupts()
+
+
+def hear_interrupts():
+    """Undo the ignoring of SIGINT in a background job: the processes that tests start inherit it,
+    and a shell cannot trap a signal that was ignored when it started."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path, config):
