@@ -209,6 +209,12 @@ def load_prompts(config: ConfigDict, training: bool) -> tuple[list[Metadata], li
     return prompts.load(p.train, exclude=test) if training else [], test
 
 
+def source(config: ConfigDict, split: str, record: Metadata) -> str:
+    """Which source of prompts a record of a split ("train" or "test") is from."""
+    chosen = config.prompts.tasks
+    return chosen[record["task"]].get(split, "") if chosen else config.prompts[split]
+
+
 def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> PromptBatch:
     """The prompts of an epoch: a pure function of the seed and the epoch."""
     return prompts.sample(
@@ -253,8 +259,8 @@ def scorers(
     )
     for reward in loaded.values():
         getattr(reward, "ready", lambda: None)()  # a remote one raises where nobody answers
-    _check_records(loaded, mix, train_prompts)
-    _check_records(loaded, test_mix, test_prompts)
+    _check_records(loaded, mix, train_prompts, lambda record: source(config, "train", record))
+    _check_records(loaded, test_mix, test_prompts, lambda record: source(config, "test", record))
     seconds = config.reward.timeout or None
     loaded = {
         name: reward if isinstance(reward, GraphReward) else host.Limited(reward, seconds)
@@ -266,14 +272,24 @@ def scorers(
 
 
 def _check_records(
-    loaded: dict[str, Reward | GraphReward], mix: Mix, records: list[Metadata]
+    loaded: dict[str, Reward | GraphReward],
+    mix: Mix,
+    records: list[Metadata],
+    source_of: Callable[[Metadata], str],
 ) -> None:
-    """Let rewards say which of the prompts that they are for they cannot judge."""
+    """Let rewards say which of the prompts that they are for they cannot judge.
+
+    Raises ValueError that names the prompt's file and line.
+    """
     checks = {name: loaded[name].check for name in mix.names if hasattr(loaded[name], "check")}  # type: ignore
     for name, check_record in checks.items():
         for record in records:
             if mix.applies(name, record):
-                check_record(record)
+                try:
+                    check_record(record)
+                except ValueError as error:
+                    where = prompts.place(record["prompt"], source_of(record))
+                    raise ValueError(f"{where}: reward {name!r}: {error}") from error
 
 
 def _scorer(

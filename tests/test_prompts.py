@@ -127,6 +127,11 @@ def test_the_bundled_world():
         ("p.jsonl", '{"prompt": null}\n', r'p\.jsonl: line 1: "prompt" is no text'),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "\\ud83d"}', r"p\.jsonl: line 2: .* is no text"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"p\.jsonl: line 2 .*JSON"),
+        ("p.jsonl", '{"prompt": 3}', r'p\.jsonl: line 1: "prompt" is no text: it is 3'),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "tag": ["x"]}', r"line 2: \"tag\" .*\['x'\]"),
+        ("p.jsonl", '{"prompt": "a", "tag": 1}', r'line 1: "tag" is no text: it is 1'),
+        ("p.jsonl", '{"prompt": "a", "tag": {}}', r'line 1: "tag" is no text: it is \{\}'),
+        ("p.jsonl", '{"prompt": "a", "tag": false}', r'line 1: "tag" is no text: it is False'),
         ("p.csv", "a,b\n", r"p\.csv.*\.txt or \.jsonl"),
         ("p.txt", "\n \n", r"p\.txt.*no prompt"),
     ],
@@ -136,6 +141,47 @@ def test_a_file_that_is_no_prompt_source(tmp_path, name, content, message):
     file.write_text(content)
     with pytest.raises(ValueError, match=message):
         prompts.load(str(file))
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+@pytest.mark.parametrize(
+    "encoding, line, converter",
+    [
+        ("cp1252", 3, "iconv -f CP1252 -t UTF-8"),
+        ("utf-16", 1, "iconv -f UTF-16 -t UTF-8"),
+        ("utf-16-le", 1, "iconv -f UTF-16 -t UTF-8"),  # without a byte order mark
+    ],
+)
+def test_a_prompt_file_in_another_encoding(tmp_path, suffix, encoding, line, converter):
+    texts = ["one", "two", "a café", "naïve"]
+    lines = texts if suffix == "txt" else [f'{{"prompt": "{text}"}}' for text in texts]
+    file = tmp_path / f"p.{suffix}"
+    file.write_bytes("\n".join(lines).encode(encoding))
+    with pytest.raises(ValueError, match=rf"p\.{suffix}: line {line} is not UTF-8.*`{converter} "):
+        prompts.load(str(file))
+    file.write_bytes("\n".join(lines).encode("utf-8-sig"))  # what Windows' editors write
+    assert [r["prompt"] for r in prompts.load(str(file))] == texts
+
+
+def test_null_is_absent(tmp_path):
+    """Arrow and pandas write null, or NaN, for every key that a record lacks and another has."""
+    rows = [
+        '{"tag": null, "prompt": "a", "include": [{"class": "cup", "color": null}], "more": null}',
+        '{"tag": NaN, "prompt": "b", "include": [{"class": "cup", "position": ["left of", 0]}]}',
+    ]
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(rows))
+    assert prompts.load(str(file)) == [
+        {"prompt": "a", "include": [{"class": "cup"}]},
+        {"prompt": "b", "include": [{"class": "cup", "position": ["left of", 0]}]},
+    ]
+
+
+def test_where_a_prompt_is(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert prompts.place("b", str(file)) == f"{file}: line 3"
+    assert prompts.place("a dog", "geneval:train") == "geneval:train: 'a dog'"
 
 
 @pytest.mark.parametrize("source", ["", "nowhere.txt", "triangles:train"])

@@ -1,12 +1,15 @@
 """Rewards: against PIL's files and rendered scenes, guarded, combined, and called in two ways."""
 
 import ast
+import functools
+import json
 import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,8 @@ from PIL import Image
 
 from configs import ocr as ocr_recipe
 from configs import shapes
-from flowgrpo_jax import grpo, recipe, rewards, sharding
-from flowgrpo_jax.rewards import imagereward, ocr, remote
+from flowgrpo_jax import grpo, prompts, recipe, rewards, sharding
+from flowgrpo_jax.rewards import geneval, imagereward, ocr, remote
 from flowgrpo_jax.rewards import shapes as shapes_rewards
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.scoring.mix import Mix
@@ -81,9 +84,17 @@ def test_shapes_say_early_what_they_cannot_judge():
         ({"class": "star", "count": 1, "color": "brown"}, "color must be one of .*'red'"),
         ({"class": "star", "count": 1, "position": ["inside", 0]}, "position must be one of"),
         ({"class": "star", "count": 1, "position": ["above", 0]}, "an earlier include clause"),
+        ({"class": "star", "count": 1, "position": ["above"]}, "position must be one of"),
+        ({"class": "star", "count": 1, "position": "above"}, "position must be one of"),
+        ({"class": "star", "count": 2.0}, "count must be one of"),
+        ("star", r"include=\['star'\]: must be a list"),
     ):
         with pytest.raises(ValueError, match=words):
             shapes_rewards.strict.check({"include": [clause]})
+    star = {"class": "star", "count": 1}
+    second = star | {"position": ["above", 0.0]}  # a number that went through a float column
+    with pytest.raises(ValueError, match="an earlier include clause"):
+        shapes_rewards.strict.check({"include": [star, second]})
 
 
 def test_shapes_unknown_is_the_share_of_objects_without_a_shape():
@@ -374,6 +385,26 @@ def test_a_run_that_never_evaluates_loads_no_rewards_for_it(every, tested, monke
     monkeypatch.setattr(imagereward, "make", lambda **options: pytest.fail("it was loaded"))
     scorer, test_scorer = recipe.scorers(config, sharding.make_mesh(), tested, tested)
     assert scorer.mix.names == ("shapes",) and test_scorer.mix.names == ()
+
+
+def test_a_prompt_that_a_reward_cannot_judge_is_named_by_file_and_line(tmp_path):
+    """Arrow leaves null for absent keys in GenEval's records; the last of these is wrong."""
+    clause = {"class": "cup", "count": 1, "color": None, "position": None}
+    rows = [
+        {"tag": "single_object", "include": [clause], "exclude": None, "prompt": "a cup"},
+        {"tag": "colors", "include": [clause | {"color": "red"}], "prompt": "a red cup"},
+        {"tag": "colors", "include": [clause | {"color": "mauve"}], "prompt": "a mauve cup"},
+    ]
+    file = tmp_path / "geneval.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    config = shapes.get_config()
+    config.prompts.train = str(file)
+    loaded = {"geneval": SimpleNamespace(check=geneval.check)}
+    records, mix = prompts.load(str(file)), Mix({"geneval": 1.0})
+    named = functools.partial(recipe.source, config, "train")
+    recipe._check_records(loaded, mix, records[:2], named)
+    with pytest.raises(ValueError, match=r"geneval\.jsonl: line 3: reward 'geneval': .*'mauve'"):
+        recipe._check_records(loaded, mix, records, named)
 
 
 def test_prompts_that_a_reward_cannot_judge_are_an_early_error(monkeypatch):

@@ -1,5 +1,6 @@
 """Several tasks in one run: whose prompts, how often, and which rewards."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from configs import base
 from flowgrpo_jax import prompts, settings
 from flowgrpo_jax.prompts import tasks
+from flowgrpo_jax.scoring.mix import Mix
 
 
 @pytest.fixture
@@ -43,8 +45,21 @@ def test_tasks_come_as_often_as_their_weights(sources):
 
 def test_without_weights_tasks_are_equal(sources):
     records = tasks.mixture(sources)
-    p = prompts.frequencies(records, {}, {})
+    p = prompts.frequencies(records, {}, tasks.weights({name: {} for name in sources}))
     np.testing.assert_allclose(p, [1 / 20] * 10 + [1 / 80] * 40)
+
+
+def test_a_task_of_its_own_in_a_plain_file_changes_nothing(tmp_path):
+    """Data sets have such a key, of any type; only prompts.tasks makes tasks."""
+    rows = [{"prompt": f"p{n}", "task": "t2i"} for n in range(99)]
+    rows += [{"prompt": "lonely", "task": ["edit", 1]}]
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    records = prompts.load(str(tmp_path / "p.jsonl"))
+    assert records == rows
+    np.testing.assert_allclose(prompts.frequencies(records, {}, {}), np.full(100, 1 / 100))
+    assert (Mix({"shapes": 2.0}).table(records) == 2.0).all()
+    within = tasks.mixture({"draw": str(tmp_path / "p.jsonl")})
+    np.testing.assert_allclose(prompts.frequencies(within, {}, {"draw": 1.0}), np.full(100, 0.01))
 
 
 def test_a_weight_for_a_task_that_is_not_there(sources):

@@ -162,14 +162,31 @@ def check(
             f"metadata {metadata!r} are not GenEval's: they need `include` with at least one"
             " {class, count}. Take prompts from a GenEval metadata file (.jsonl)"
         )
+    clauses = [*_clauses(metadata, "include"), *_clauses(metadata, "exclude")]
     choices: dict[str, Collection[Any]] = {"class": classes, "count": counts, "color": colors}
-    for place, clause in enumerate([*metadata["include"], *metadata.get("exclude", [])]):
+    for place, clause in enumerate(clauses):
         for key, allowed in choices.items():
-            if (key != "color" or key in clause) and clause.get(key) not in allowed:
+            value = clause.get(key)
+            # 2.0 equals 2, but no list can be cut at 2.0.
+            if (key != "color" or key in clause) and (
+                isinstance(value, float) or value not in allowed
+            ):
                 raise ValueError(f"GenEval clause {clause!r}: {key} must be one of {allowed}")
-        relation, target = clause.get("position", (RELATIONS[0], 0))
-        if relation not in RELATIONS or ("position" in clause and target not in range(place)):
+        if "position" in clause and not _is_position(clause["position"], place):
             raise ValueError(
                 f"GenEval clause {clause!r}: position must be one of {RELATIONS} and the number of"
                 " an earlier include clause"
             )
+
+
+def _clauses(metadata: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    clauses = metadata.get(key, [])
+    if not isinstance(clauses, list) or not all(isinstance(c, Mapping) for c in clauses):
+        raise ValueError(f"GenEval metadata {key}={clauses!r}: must be a list of {{class, count}}")
+    return clauses
+
+
+def _is_position(value: Any, place: int) -> bool:
+    """Whether it is a relation and the number of a clause before `place`."""
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    return pair and value[0] in RELATIONS and value[1] in range(place) and type(value[1]) is int

@@ -11,20 +11,20 @@ Sources by name:
 The files of yifan123/flow_grpo (`dataset/*/{train,test}.txt`, `{train,test}_metadata.jsonl`) are
 read as they are. A record is what rewards get as metadata. Keys with a meaning here:
   "prompt"   the text
-  "tag"      prompts.tag_weights and the evaluation's table go by it
-  "task"     which of several sources it is from (tasks.py); scoring/mix.py goes by it
+  "tag"      a text; prompts.tag_weights and the evaluation's table go by it
+  "task"     with prompts.tasks the task that the record is for, which tasks.py sets; a single
+             source may have such a key of its own, which changes nothing
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from flowgrpo_jax.prompts import geneval, ocr
+from flowgrpo_jax.prompts import geneval, ocr, prompt_file
 from flowgrpo_jax.types import Metadata, PromptBatch
 from flowgrpo_jax.worlds.shapes import grammar as shapes
 from flowgrpo_jax.worlds.signs import grammar as signs
@@ -55,34 +55,26 @@ def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
         raise FileNotFoundError(
             f"prompt source {source!r} is no file: give a .txt, a .jsonl or one of {generated}"
         )
-    text = path.read_text(encoding="utf-8-sig")
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if path.suffix == ".jsonl":
-        records = [_record(path, n, line) for n, line in lines]
-    elif path.suffix == ".txt":
-        records = [{"prompt": line.strip()} for _, line in lines]
-    else:
-        raise ValueError(f"prompt source {source!r}: the suffix must be .txt or .jsonl")
-    if not records:
-        raise ValueError(f"prompt source {source!r} holds no prompt")
     unique: dict[str, Metadata] = {}
-    for record in records:
+    for _, record in prompt_file.records(path):
         unique.setdefault(record["prompt"], record)
+    if not unique:
+        raise ValueError(f"prompt source {source!r} holds no prompt")
     return list(unique.values())
 
 
-def _record(path: Path, number: int, line: str) -> Metadata:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
-    if not isinstance(record, dict) or "prompt" not in record:
-        raise ValueError(f'{path}: line {number} is no object with a "prompt"')
-    try:
-        record["prompt"].encode()
-    except (AttributeError, UnicodeEncodeError) as error:  # null, or half of a surrogate pair
-        raise ValueError(f'{path}: line {number}: "prompt" is no text: {error}') from error
-    return record
+def place(prompt: str, source: str) -> str:
+    """Say where a prompt of a source is, for an error about it: the file and the line.
+
+    Reads the file again, so that records need not carry their place to the rewards. A generated
+    prompt has no line: its source and its text say where it is.
+    """
+    path = Path(source).expanduser()
+    if source.partition(":")[0] not in GENERATORS and path.is_file():
+        for number, record in prompt_file.records(path):
+            if record["prompt"] == prompt:
+                return f"{path}: line {number}"
+    return f"{source}: {prompt!r}"
 
 
 def _batch(records: Sequence[Metadata], rows: np.ndarray) -> PromptBatch:
@@ -104,7 +96,7 @@ def sample(
     Args:
       tag_weights: relative frequency of each "tag" within its task (absent: 0); a task none of
         whose tags is named draws from all its records alike.
-      task_weights: relative frequency of each "task" (absent: 0); without it tasks are equal.
+      task_weights: relative frequency of each "task" (absent: 0); without it "task" says nothing.
     """
     p = frequencies(records, tag_weights or {}, task_weights or {})
     available = int((p > 0).sum())
@@ -120,8 +112,11 @@ def sample(
 def frequencies(
     records: Sequence[Metadata], tag_weights: Mapping[str, float], task_weights: Mapping[str, float]
 ) -> np.ndarray:
-    """How often each record is drawn first: f64 [len(records)], of sum 1."""
-    kinds = [(r.get("task", ""), r.get("tag", "")) for r in records]
+    """How often each record is drawn first: f64 [len(records)], of sum 1.
+
+    Without `task_weights` all records are of one task, whatever "task" they have.
+    """
+    kinds = [(r["task"] if task_weights else "", r.get("tag", "")) for r in records]
     counts, tasks = Counter(kinds), Counter(task for task, _ in kinds)
     _known("prompts.tag_weights", tag_weights, {tag for _, tag in counts}, "tags")
     _known("prompts.tasks", task_weights, set(tasks), "tasks")

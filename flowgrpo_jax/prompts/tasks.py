@@ -2,7 +2,8 @@
 
 `prompts.tasks` of a recipe is {task: {"train": source, "test": source, "weight": frequency,
 "rewards": names}}; all but "train" may be left out: no evaluation, weight 1, every reward. Every
-record carries its task's name as "task"; that is what decides about its rewards.
+record carries its task's name as "task", in place of a "task" of its own in the file; that decides
+about its rewards.
 """
 
 from __future__ import annotations

@@ -26,7 +26,10 @@ class Mix:
         return tuple(dict.fromkeys(n for w in (self.weights, *self.tasks.values()) for n in w))
 
     def of(self, metadata: Metadata) -> Mapping[str, float]:
-        return self.tasks.get(metadata.get("task", ""), self.weights)
+        # Without tasks a record's own "task" says nothing, and may be anything.
+        return (
+            self.tasks.get(metadata.get("task", ""), self.weights) if self.tasks else self.weights
+        )
 
     def applies(self, name: str, metadata: Metadata) -> bool:
         return name in self.of(metadata)
