@@ -20,7 +20,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from flowgrpo_jax import files, sharding
+from flowgrpo_jax import compilation_cache, compilation_report, files, sharding
 
 CONFIG_FILE = "config.json"
 RESTART = 75  # exit status after SIGTERM: saved, to be started again (sysexits.h: EX_TEMPFAIL)
@@ -34,6 +34,28 @@ def define_flags(*, config: bool) -> None:
     if config:
         config_flags.DEFINE_config_file("config", None, "A Python file with get_config().")
         flags.mark_flag_as_required("config")
+
+
+def define_cache_flag() -> None:
+    """Define the flag that `compiling` reads."""
+    flags.DEFINE_string(
+        "compilation_cache",
+        compilation_cache.AUTOMATIC,
+        "Where compiled programs are kept: a directory, a bucket, auto (the user's cache directory;"
+        " the work directory if it is in a bucket or of several processes) or off.",
+    )
+
+
+@contextmanager
+def compiling(workdir: epath.PathLike | None = None) -> Iterator[None]:
+    """Keep compiled programs where the flags say it, and report what is being compiled.
+
+    `workdir` is that of a run. To be entered after `connect`, before the first compilation.
+    """
+    place = epath.Path(workdir) if workdir else None
+    compilation_cache.start(flags.FLAGS.compilation_cache, place)
+    with compilation_report.reported():
+        yield
 
 
 def restart_with_huge_pages() -> None:

@@ -37,13 +37,15 @@ def main(_: list[str]) -> None:
         raise ValueError("config.model.text_cache is empty: say where to keep the encoded prompts")
     mesh = sharding.make_mesh(**config.mesh)
     texts = needed(config, flags.FLAGS.epochs or config.epochs)
-    model = recipe.load_model(config, mesh, texts_alone=True)
-    for i in tqdm(range(0, len(texts), TEXTS), desc="encode", unit="batch"):
-        recipe.encode(config, model, mesh, texts[i : i + TEXTS], strict=True)
+    with cli.compiling():
+        model = recipe.load_model(config, mesh, texts_alone=True)
+        for i in tqdm(range(0, len(texts), TEXTS), desc="encode", unit="batch"):
+            recipe.encode(config, model, mesh, texts[i : i + TEXTS], strict=True)
     print(f"{len(texts)} prompts are in {config.model.text_cache}")
 
 
 if __name__ == "__main__":
     cli.define_flags(config=True)
+    cli.define_cache_flag()
     flags.DEFINE_integer("epochs", 0, "Epochs to encode the prompts of; 0: all of config.epochs.")
     app.run(main)

@@ -182,10 +182,11 @@ def main(_: list[str]) -> None:
     cli.connect()
     config = cli.config()
     settings.split_cpu(config)
-    run = recipe.build(config, training=False)
-    lora = policies.load(flags.FLAGS.checkpoint, run.model, run.mesh)
-    lora = sharding.put_state(run.mesh, lora)
-    result, images, batch = evaluate(run, lora, run.encode([""]), progress=True)
+    with cli.compiling():
+        run = recipe.build(config, training=False)
+        lora = policies.load(flags.FLAGS.checkpoint, run.model, run.mesh)
+        lora = sharding.put_state(run.mesh, lora)
+        result, images, batch = evaluate(run, lora, run.encode([""]), progress=True)
     if jax.process_index() > 0:
         return
     print(table(result))
@@ -199,6 +200,7 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     cli.restart_with_huge_pages()
     cli.define_flags(config=True)
+    cli.define_cache_flag()
     flags.DEFINE_string("checkpoint", "base", "base, a work directory, its best/, or an export.")
     flags.DEFINE_string("out", "evaluation.json", "JSON file to write; a .png goes beside it.")
     app.run(main)

@@ -95,18 +95,19 @@ def main(_: list[str]) -> None:
     directory = directories.resolve(args.model, t5=args.t5)
     length = args.t5_length or t5_limit(directory)
     dtype = jnp.dtype(args.dtype)
-    model = sd3.load(directory, lora_spec=spec, dtype=dtype, t5=args.t5, t5_length=length)
-    adapter = policies.load(args.lora or policies.BASE, model)
-    images = generate(
-        model,
-        adapter,
-        args.prompt,
-        steps=args.steps,
-        guidance=args.guidance,
-        seed=args.seed,
-        height=args.height,
-        width=args.width,
-    )
+    with cli.compiling():
+        model = sd3.load(directory, lora_spec=spec, dtype=dtype, t5=args.t5, t5_length=length)
+        adapter = policies.load(args.lora or policies.BASE, model)
+        images = generate(
+            model,
+            adapter,
+            args.prompt,
+            steps=args.steps,
+            guidance=args.guidance,
+            seed=args.seed,
+            height=args.height,
+            width=args.width,
+        )
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
@@ -116,6 +117,8 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    cli.define_flags(config=False)
+    cli.define_cache_flag()
     flags.DEFINE_string("model", "shapes", "Directory in diffusers layout, hub id, shapes, signs.")
     flags.DEFINE_string("lora", None, "Exported LoRA: directory or .safetensors file.")
     flags.DEFINE_multi_string("prompt", None, "Text; repeat the flag for several.", required=True)

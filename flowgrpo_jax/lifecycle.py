@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import jax
 from tqdm import tqdm
@@ -81,14 +82,25 @@ def progress_bar(name: str, epoch: int, epochs: int, *, active: bool) -> tqdm:
     )
 
 
-def show_epoch(bar: tqdm, figures: dict[str, float], report: dict[str, float]) -> None:
-    """Advance the bar by an epoch, and write the evaluation before it in a line of its own."""
+def show_epoch(
+    bar: tqdm, figures: dict[str, float], report: dict[str, float], *, first: bool
+) -> None:
+    """Advance the bar by an epoch, and write the evaluation before it in a line of its own.
+
+    The first epoch of a start also compiles: the rate and the time left do not count it.
+    """
     scores = {k.removeprefix("eval/"): v for k, v in report.items() if k.count("/") == 1}
     if scores and not bar.disable:
         bar.write(
             f"epoch {bar.n}: held out  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
         )
-    bar.set_postfix_str(
-        f"reward {figures['reward']:.3f}, {figures['images_per_second']:.0f} img/s", refresh=False
-    )
-    bar.update()
+    reward = f"reward {figures['reward']:.3f}"
+    if first and not bar.disable:
+        bar.set_postfix_str(reward, refresh=False)
+        bar.n = bar.initial = bar.last_print_n = bar.n + 1
+        bar.last_print_t = time.time()
+        bar.refresh()
+    else:
+        rate = f"{figures['images_per_second']:.0f} img/s"
+        bar.set_postfix_str(f"{reward}, {rate}", refresh=False)
+        bar.update()

@@ -306,7 +306,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 figures["seconds"] = time.perf_counter() - begun
                 figures["images_per_second"] = run.plan.images / figures["seconds"]
                 metrics.write(epoch - 1, figures | report)
-                lifecycle.show_epoch(bar, figures, report)
+                lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
                     kept.save(epoch, state)
             kept.finish(epoch, state)
@@ -344,12 +344,14 @@ def main(_: list[str]) -> None:
         config = cli.config()
         settings.split_cpu(config)
         workdir = flags.FLAGS.workdir or f"runs/{config.name}"
-        train(config, workdir, resume=flags.FLAGS.resume)
+        with cli.compiling(workdir):
+            train(config, workdir, resume=flags.FLAGS.resume)
 
 
 if __name__ == "__main__":
     cli.restart_with_huge_pages()
     cli.define_flags(config=True)
+    cli.define_cache_flag()
     flags.DEFINE_string("workdir", None, "Where the run is written; runs/NAME without it.")
     flags.DEFINE_bool("resume", False, "Go on from the last checkpoint in the work directory.")
     app.run(main)
