@@ -41,11 +41,11 @@ def start(where: str, workdir: epath.Path | None = None) -> None:
     """
     if where == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
-    if not jax.config.read("jax_enable_compilation_cache"):
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return
     try:
         if where == AUTOMATIC:
-            place = jax.config.read("jax_compilation_cache_dir") or default_place(workdir)
+            place = jax.config.values["jax_compilation_cache_dir"] or default_place(workdir)
         else:
             place = where
         folder = files.absolute(place)
