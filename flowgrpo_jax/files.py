@@ -36,3 +36,11 @@ def read_json(file: epath.Path | Path) -> Any:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is damaged, copy or download it again: {error}") from error
+
+
+def read_object(file: epath.Path | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that names it where it holds something else."""
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a JSON {type(found).__name__}, it must hold an object")
+    return found

@@ -148,13 +148,15 @@ def load(
     def read_all(components: dict[str, Params]) -> dict[str, Params]:
         return {name: read(name, shapes) for name, shapes in components.items()}
 
+    tokenizers = Tokenizers.load(directory, t5_length, t5=t5)
+    tokenizers.check(parts.text_encoder, parts.text_encoder_2, parts.text_encoder_3, directory)
     needed = described.text_shapes if texts_alone else described.params | described.text_shapes
     _check_files(directory, needed, parts.transformer.patch_size)
     return replace(
         described,
         params=described.params if texts_alone else read_all(described.params),
         read_text=cache(lambda: read_all(described.text_shapes)),
-        tokenizers=Tokenizers.load(directory, t5_length, t5=t5),
+        tokenizers=tokenizers,
         directory=directory,
     )
 

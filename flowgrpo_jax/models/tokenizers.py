@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from flowgrpo_jax.models.text import LEGACY_EOS, CLIPConfig, T5Config
+
 CLIP_LENGTH = 77  # positions of both CLIP text models; a tokenizer's own limit may be lower
 PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # where no settings file says
 
@@ -40,6 +42,35 @@ class Tokenizers:
         root = Path(directory)
         third = load_t5(root / "tokenizer_3") if t5 and (root / "tokenizer_3").is_dir() else None
         return cls(load_clip(root / "tokenizer"), load_clip(root / "tokenizer_2"), third, t5_length)
+
+    def check(
+        self, clip_l: CLIPConfig, clip_g: CLIPConfig, t5: T5Config | None, directory: Path
+    ) -> None:
+        """Raise ValueError where a tokenizer does not fit the text encoder that reads its ids.
+
+        Such an id would be taken for another word's without an error, and an end token that the
+        encoder does not know would make the pooled state that of the first token.
+        """
+        pairs = [("tokenizer", self.clip_l, clip_l), ("tokenizer_2", self.clip_g, clip_g)]
+        problems = [
+            f"the end token of {name} is {tokens.eos_token_id}, but eos_token_id of its encoder is"
+            f" {encoder.eos_token_id}"
+            for name, tokens, encoder in pairs
+            if encoder.eos_token_id not in (LEGACY_EOS, tokens.eos_token_id)
+        ]
+        readers: list[tuple[str, Any, CLIPConfig | T5Config]] = list(pairs)
+        readers += [("tokenizer_3", self.t5, t5)] if t5 and self.t5 is not None else []
+        for name, tokens, reader in readers:
+            if len(tokens) > reader.vocab_size:
+                problems.append(
+                    f"{name} has {len(tokens)} tokens, but vocab_size of its encoder is"
+                    f" {reader.vocab_size}"
+                )
+        if problems:
+            raise ValueError(
+                f"the parts of {directory} do not fit each other: {'; '.join(problems)}. Take all"
+                " of them from one model"
+            )
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Texts -> ids of CLIP-L and bigG, i32 [B, 77], and of T5, i32 [B, t5_length] or None."""

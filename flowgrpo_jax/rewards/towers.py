@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flowgrpo_jax.files import read_object
 from flowgrpo_jax.models import convert
 from flowgrpo_jax.models.layers import Params, abstract
 from flowgrpo_jax.models.towers.aesthetic_head import Head
@@ -155,7 +155,7 @@ def clip(
 def read_clip(file: Path, dtype: str, default: DualConfig | None) -> Tower:
     config = file.parent / "config.json"
     if config.is_file():
-        shape = DualConfig.read(json.loads(config.read_text()))
+        shape = DualConfig.read(read_object(config))
     elif default is None:
         raise FileNotFoundError(f"{config} does not exist: it says what shape {file.name} has")
     else:
@@ -174,7 +174,7 @@ def read_head(file: Path, width: int) -> Tower:
 @functools.cache
 def read_image_reward(file: Path, dtype: str) -> Tower:
     config = file.parent / "med_config.json"
-    raw = json.loads(config.read_text()) if config.is_file() else {}
+    raw = read_object(config) if config.is_file() else {}
     tensors = ImageReward.needed(open_file(file))
     return build(ImageReward, BLIPConfig.read(raw), tensors, dtype, file)
 
