@@ -15,8 +15,18 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from flowgrpo_jax import checkpoint, cli, policies, programs, sampler, sde, settings, sharding
-from flowgrpo_jax.files import read_json
+from flowgrpo_jax import (
+    checkpoint,
+    cli,
+    policies,
+    programs,
+    sampler,
+    sde,
+    seeds,
+    settings,
+    sharding,
+)
+from flowgrpo_jax.files import read_object
 from flowgrpo_jax.models import directories, lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
@@ -35,8 +45,10 @@ def generate(
 ) -> np.ndarray:
     """Draw one image a prompt by the deterministic ODE: uint8 [n, height, width, 3].
 
-    A guidance of at most 1 means none. Raises ValueError for a negative one and for NaN.
+    A guidance of at most 1 means none. Raises ValueError for a negative one and for NaN, and for a
+    seed that is not from 0 to 2^32 - 1.
     """
+    seeds.check("seed", seed)
     scale = settings.guidance(guidance, "guidance")
     size = model.default_size
     latent = model.latent_shape(height or size, width or size)
@@ -65,7 +77,7 @@ def generate(
 def t5_limit(directory: Path) -> int:
     """T5 tokens of a prompt: what the model's tokenizer says, at most the paper's 128."""
     file = directory / "tokenizer_3" / "tokenizer_config.json"
-    tokenizer = read_json(file) if file.exists() else {}
+    tokenizer = read_object(file) if file.exists() else {}
     return int(min(tokenizer.get("model_max_length", 128), 128))
 
 
@@ -124,7 +136,8 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("prompt", None, "Text; repeat the flag for several.", required=True)
     flags.DEFINE_integer("steps", 40, "ODE steps.", lower_bound=1)
     flags.DEFINE_float("guidance", 4.5, "Guidance scale; up to 1 means none.")
-    flags.DEFINE_integer("seed", 0, "Of the noise, which also depends on a prompt's place.")
+    note = "Of the noise, which also depends on a prompt's place."
+    flags.DEFINE_integer("seed", 0, note, lower_bound=0, upper_bound=seeds.MOST)
     flags.DEFINE_integer("height", None, "Pixels; the model's own size without it.")
     flags.DEFINE_integer("width", None, "Pixels; the model's own size without it.")
     flags.DEFINE_bool("t5", True, "Load T5; without it zeros stand for its states.")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import files, grpo, rewards, sde
+from flowgrpo_jax import files, grpo, rewards, sde, seeds
 from flowgrpo_jax.prompts import tasks
 
 AT_ONCE = 4 * 512 * 512  # px a device: SD3.5-medium's update takes 12 of 16 GB (docs/scaling.md)
@@ -187,7 +187,6 @@ def check(config: ConfigDict) -> None:
 
 
 LEAST = {  # setting: the least that it may be
-    "seed": 0,
     "cpu_devices": 0,
     "epochs": 0,
     "model.height": 1,
@@ -204,7 +203,6 @@ LEAST = {  # setting: the least that it may be
     "eval.images": 1,
     "eval.micro_batch": 0,
     "eval.steps": 1,
-    "eval.seed": 0,
     "eval.grid": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 0,
@@ -253,6 +251,8 @@ def guidance(scale: float, knob: str) -> float:
 
 
 def _check_ranges(config: ConfigDict) -> None:
+    for path in ("seed", "eval.seed"):
+        seeds.check(path, operator.attrgetter(path)(config))
     for path, least in LEAST.items():
         value = operator.attrgetter(path)(config)
         require(value is not None and value >= least, f"{path}={value}: must be at least {least}")

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from flowgrpo_jax.detection import colors
+from flowgrpo_jax.detection import clip_colors, colors
 from flowgrpo_jax.detection.coco import Found
 from flowgrpo_jax.detection.colors import COLORS, Crop, by_pixels, crop, on_grey
+from flowgrpo_jax.models.towers.preprocess import MEAN, STD
 
 RNG = np.random.default_rng(0)
 
@@ -141,6 +143,21 @@ CROPS = [
     Crop(RNG.integers(0, 256, (9, 33, 3), np.uint8), None, "teddy bear"),
     Crop(patch((250, 10, 10), (64, 32)), None, "dog"),
 ]
+
+
+@pytest.mark.parametrize(
+    "height, width", [(25, 50), (35, 41), (41, 35), (30, 31), (50, 57), (49, 98)]
+)
+def test_crops_lie_where_those_of_open_clip_do(height, width):
+    """torchvision takes the longer side in whole numbers, rounded down, and crops at
+    `int(round(left_over / 2.0))`, which rounds a half to the even number."""
+    picture = RNG.integers(0, 256, (height, width, 3), np.uint8)
+    full = [32 * side // min(height, width) for side in (width, height)]
+    fitted = Image.fromarray(picture).resize(full, Image.Resampling.BICUBIC)
+    left, top = (int(np.rint((side - 32) / 2)) for side in full)
+    wanted = np.asarray(fitted)[top : top + 32, left : left + 32]
+    ours = clip_colors.pixel_values(picture, 32).transpose(1, 2, 0) * STD + MEAN
+    np.testing.assert_allclose(255 * ours, wanted, atol=1e-3)
 
 
 def by_transformers(model, tokenizer, crop):

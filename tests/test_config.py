@@ -224,6 +224,13 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
             r"model\.attention='cudnn' needs model\.dtype='bfloat16'",
         ),
         ({"model.text_cache": "gs://b/texts"}, r"text_cache='gs://b/texts': .*on this machine"),
+        (
+            {"seed": 2**32},
+            r"seed=4294967296: must be at least 0 and at most 4294967295",
+        ),
+        ({"seed": -1}, r"seed=-1: must be at least 0"),
+        ({"eval.seed": 2**32}, r"eval\.seed=4294967296: .*at most 4294967295"),
+        ({"eval.seed": -1}, r"eval\.seed=-1: must be at least 0"),
         ({"model.height": 0}, r"model\.height=0: .*at least 1"),
         ({"train.kl_beta": -0.1}, r"train\.kl_beta=-0\.1: .*at least 0"),
         ({"train.advantage_clip": -5.0}, r"train\.advantage_clip=-5\.0: .*above 0"),

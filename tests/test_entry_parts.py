@@ -2,12 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import shapes
-from flowgrpo_jax import checkpoint, evaluate, generate, logs
+from flowgrpo_jax import checkpoint, evaluate, generate, logs, seeds
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec, write
 
@@ -33,6 +34,19 @@ def test_an_evaluation_of_several_tasks_names_their_prompts():
     )
     prompts = evaluate.record(config, "base", RESULT)["prompts"]
     assert prompts == {"draw": "shapes:test", "write": ""}
+
+
+@pytest.mark.parametrize("seed", [-1, seeds.MOST + 1, 10**30])
+def test_a_seed_that_gives_the_numbers_of_another_is_refused(seed):
+    with pytest.raises(ValueError, match=f"seed={seed}: must be at least 0 and at most 4294967295"):
+        generate.generate(None, {}, ["a cat"], seed=seed)
+
+
+def test_the_seeds_that_are_taken_give_different_keys():
+    """And the next ones do not, which is why they are refused."""
+    kept = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (0, 1, seeds.MOST)]
+    assert len({tuple(key) for key in kept}) == 3
+    assert jax.random.key_data(jax.random.key(seeds.MOST + 1)).tolist() in kept
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/20", "best"])

@@ -245,6 +245,6 @@ def tensor_pixels(images, size):
     x = torch.nn.functional.interpolate(
         x, full, mode="bilinear", antialias=True, align_corners=False
     )
-    top, left = (full[0] - size) // 2, (full[1] - size) // 2
+    top, left = (round((side - size) / 2.0) for side in full)
     x = x[:, :, top : top + size, left : left + size]
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

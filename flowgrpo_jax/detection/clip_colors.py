@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from flowgrpo_jax.detection.colors import COLORS, Classifier, Crop, on_grey
-from flowgrpo_jax.models.towers.preprocess import MEAN, STD
+from flowgrpo_jax.models.towers.preprocess import MEAN, STD, to_even
 
 WEIGHTS = "openai/clip-vit-large-patch14"
 SENTENCES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
@@ -89,11 +89,14 @@ def similarities(model: Any, tokenizer: Any) -> Any:
 
 
 def pixel_values(image: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> f32 [3, side, side]: shorter edge to `side`, the middle, normalised."""
+    """uint8 [h, w, 3] -> f32 [3, side, side]: shorter edge to `side`, the middle, normalised.
+
+    Sizes and places are those of open_clip, that is of torchvision's Resize and CenterCrop.
+    """
     height, width = image.shape[:2]
-    scale = side / min(height, width)
-    size = max(side, int(width * scale)), max(side, int(height * scale))
+    short = min(height, width)
+    size = int(side * width / short), int(side * height / short)
     fitted = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    left, top = (to_even(n - side) for n in size)
     middle = np.asarray(fitted.crop((left, top, left + side, top + side)), np.float32)
     return ((middle / 255 - MEAN) / STD).transpose(2, 0, 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from PIL import Image
 
 from flowgrpo_jax.models.tokenizers import padded
 from flowgrpo_jax.models.towers.clip import VIT_H_14
-from flowgrpo_jax.models.towers.preprocess import as_pil, as_tensor
+from flowgrpo_jax.models.towers.preprocess import as_pil, as_tensor, to_even
 from flowgrpo_jax.rewards import towers
 from flowgrpo_jax.rewards.towers import CLIP_H, CLIP_L, HEAD_FILES, HPS_FILES, Tower
 from flowgrpo_jax.types import GraphReward, Metadata
@@ -33,7 +34,10 @@ Prepare = Callable[[Sequence[str], Sequence[Metadata]], dict[str, np.ndarray]]
 # How images are read, and how the score is made of cosine and logit.
 PICKSCORE: dict[str, Any] = {"preprocess": as_pil, "rule": lambda cosine, logit: logit / 26}
 CLIPSCORE: dict[str, Any] = {"preprocess": as_tensor, "rule": lambda cosine, logit: logit / 30}
-HPSV2: dict[str, Any] = {"preprocess": as_pil, "rule": lambda cosine, logit: cosine}
+HPSV2: dict[str, Any] = {
+    "preprocess": partial(as_pil, begin=to_even),
+    "rule": lambda cosine, logit: cosine,
+}
 
 
 def pickscore(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowgrpo_jax.models.towers.preprocess import as_pil
+from flowgrpo_jax.models.towers.preprocess import as_pil, to_even
 from flowgrpo_jax.rewards import towers
 from flowgrpo_jax.rewards.towers import IMAGE_REWARD_FILES
 from flowgrpo_jax.types import GraphReward, Metadata
@@ -53,7 +53,7 @@ def reading(
     """The tower's score of images and of their prompts' `ids` and `mask`."""
 
     def score(weights: Any, images: jax.Array, rows: Any) -> jax.Array:
-        pixels = as_pil(images, tower.config.image_size)
+        pixels = as_pil(images, tower.config.image_size, to_even)
         with towers.precision(dtype):
             return tower.apply(weights, rows["ids"], rows["mask"], pixels)
 

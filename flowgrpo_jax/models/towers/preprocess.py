@@ -9,8 +9,8 @@ graph; the same functions take numpy arrays on the host. Two conventions, each t
   `as_tensor`  torchvision's `Resize` on a float tensor (bilinear, antialiased, not rounded), which
                upstream's CLIPScore and image similarity use.
 
-Deviation: a crop that leaves an odd number of pixels starts at the lower half, as in transformers;
-torchvision rounds this half to even. Square images are never cropped.
+The libraries also differ in where a crop begins that leaves an odd number of pixels: transformers
+rounds the half down, torchvision to even. Square images are never cropped.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ import numpy as np
 # Of OpenAI's CLIP; the weights of laion, PickScore, HPSv2 and ImageReward keep them.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def down(left: int) -> int:
+    """Where the middle begins when so many pixels are left over, as transformers has it."""
+    return left // 2
+
+
+def to_even(left: int) -> int:
+    """The same as torchvision has it."""
+    return round(left / 2)
 
 
 def bilinear(x: np.ndarray) -> np.ndarray:
@@ -51,46 +61,52 @@ def matrix(n_in: int, n_out: int, kernel: Callable[[np.ndarray], np.ndarray]) ->
 
 
 def square(
-    height: int, width: int, size: int, kernel: Callable[[np.ndarray], np.ndarray]
+    height: int,
+    width: int,
+    size: int,
+    kernel: Callable[[np.ndarray], np.ndarray],
+    begin: Callable[[int], int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights [size, height] and [size, width]: the shorter side becomes `size`, centre-cropped."""
     short = min(height, width)
 
     def cropped(n: int) -> np.ndarray:
         full = int(size * n / short)
-        start = (full - size) // 2
+        start = begin(full - size)
         return matrix(n, full, kernel)[start : start + size]
 
     return cropped(height), cropped(width)
 
 
-def as_pil(images: Any, size: int) -> Any:
+def as_pil(images: Any, size: int, begin: Callable[[int], int] = down) -> Any:
     """Images uint8 [..., H, W, 3] -> normalised f32 [..., size, size, 3].
 
+    With `begin=down` as transformers' CLIP processor, with `to_even` as torchvision's transforms.
     Within one level of 255 of Pillow, and equal but where its 22-bit weights round the other way.
     """
 
     def level(x: Any) -> Any:  # round half up, as Pillow does
         return (x.clip(0, 255) + 0.5).astype(np.uint8).astype(np.float32)
 
-    return _normalised(_resized(images, size, bicubic, level))
+    return _normalised(_resized(images, size, bicubic, begin, level))
 
 
 def as_tensor(images: Any, size: int) -> Any:
     """The same as torchvision resizes float tensors."""
-    return _normalised(_resized(images, size, bilinear, lambda x: x))
+    return _normalised(_resized(images, size, bilinear, to_even, lambda x: x))
 
 
 def _resized(
     images: Any,
     size: int,
     kernel: Callable[[np.ndarray], np.ndarray],
+    begin: Callable[[int], int],
     after_each: Callable[[Any], Any],
 ) -> Any:
     """Levels f32 [..., 3, size, size] of images uint8 [..., H, W, 3]. Methods and operators only,
     so that numpy stays numpy and jax stays jax."""
     height, width = images.shape[-3:-1]
-    rows, columns = square(height, width, size, kernel)
+    rows, columns = square(height, width, size, kernel, begin)
     x = images.astype(np.float32).swapaxes(-1, -3).swapaxes(-1, -2)  # channels first
     with jax.default_matmul_precision("highest"):
         x = after_each(x @ columns.T)

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from flowgrpo_jax import cli, files
+from flowgrpo_jax import cli, files, seeds
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.tokenizers import Tokenizers
@@ -167,6 +167,7 @@ def begin(args: argparse.Namespace, world: World) -> None:
     What cannot be is an error before the directory is bound to it.
     """
     data.check(args.pictures)
+    seeds.check("--seed", args.seed)
     if not 0 <= args.garbled <= 1:
         raise ValueError(f"--garbled={args.garbled}: a share of captions, must be in [0, 1]")
     for start in filter(None, (args.start_from, args.vae_from)):
