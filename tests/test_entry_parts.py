@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import shapes
-from flowgrpo_jax import checkpoint, evaluate, generate, logs, seeds
+from flowgrpo_jax import checkpoint, evaluate, generate, logs, policies, seeds
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec, write
 
@@ -79,7 +79,7 @@ def test_an_export_in_a_work_directory_is_read(tmp_path):
 def drawn():
     """A function that draws one prompt of the model in the box in two steps."""
     model = sd3.load("shapes", lora_spec=LoRASpec(1, 1.0), t5_length=10)
-    adapter = checkpoint.load_lora("base", model)
+    adapter = policies.load("base", model)
     return lambda prompt, guidance: generate.generate(
         model, adapter, [prompt], steps=2, guidance=guidance, seed=3
     )
