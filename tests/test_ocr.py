@@ -2,6 +2,7 @@
 pictures with right, wrong, extra, missing and no text."""
 
 import itertools
+import unicodedata
 from collections import deque
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flowgrpo_jax import rewards
 from flowgrpo_jax.rewards import ocr
+from flowgrpo_jax.rewards.reading_order import reading_order
 
 # ---------------------------------------------------------------------------------- the rule
 
@@ -66,6 +68,94 @@ def test_the_target_is_in_the_first_pair_of_double_quotes():
         assert ocr.target(prompt) == ""
 
 
+@pytest.mark.parametrize("prompt", ["a sign", 'a 5" pipe', 'an empty sign ""', "a 'single' one"])
+def test_a_prompt_without_a_quoted_text_is_judged_when_loading(prompt):
+    with pytest.raises(ValueError, match="no text between two straight double quotes"):
+        ocr.check({"prompt": prompt})
+    ocr.check({"prompt": prompt + ' that says "STOP"' if '"' not in prompt else 'a sign "STOP"'})
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a sign \u201cSTOP\u201d", "ein Schild \u201eHALT\u201c", "\u00abOUI\u00bb"]
+)
+def test_the_error_of_other_quotes_says_what_to_write(prompt):
+    with pytest.raises(ValueError, match='replace [\u201c\u201e\u00ab] by "'):
+        ocr.check({"prompt": prompt})
+
+
+def test_all_rows_of_the_recogniser_check_their_prompts():
+    pytest.importorskip("rapidocr")
+    for reward in rewards.load(["ocr", "ocr_exact", "ocr_lenient"]).values():
+        with pytest.raises(ValueError, match="straight double quotes"):
+            reward.check({"prompt": "a stop sign"})
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Caf\u00e9 \u00c5ngstr\u00f6m", "cafe\u0301 a\u030angstro\u0308m"),
+        ("\ud55c\uad6d", unicodedata.normalize("NFD", "\ud55c\uad6d")),
+        ("Clara\u2019s \u2018Bar\u2019", "Clara's 'Bar'"),
+        ("5\u2032 10\u2033", "5' 10\""),
+        ("\u201cHi\u201d", '"Hi"'),
+        ("9\u201317 \u2014 Mon\u2010Fri \u22125", "9-17 - Mon-Fri -5"),
+        ("Wait\u2026", "wait..."),
+        ("1\u00bd cups, \u00be \u2044 \u215b", "1 1/2 cups, 3/4 / 1/8"),
+        ("\uff33\uff34\uff2f\uff30\uff01", "STOP!"),
+        ("\ufb01ne \ufb02our", "fine flour"),
+        ("Stra\u00dfe", "STRASSE"),
+        ("no\u00a0break so\u00adft\u200b \ufeff", "nobreaksoft"),
+    ],
+)
+def test_texts_that_look_alike_are_one(one, other):
+    assert ocr.normalised(one) == ocr.normalised(other)
+
+
+def test_texts_that_look_different_stay_so():
+    different = ["cafe", "caf\u00e9", "5-4", "54", "a.b", "a,b", "a/b", "1/2", "o", "0", "l", "1"]
+    assert len({ocr.normalised(text) for text in different}) == len(different)
+
+
+# --------------------------------------------------------------------------- the reading order
+
+
+def words(lines, *, tilt=0.0, size=1.0, rise=0.0):
+    """Boxes [n, 4, 2] of lines of words of these widths, in reading order: turned by `tilt` degrees,
+    every second word raised by `rise` of a line's height."""
+    boxes = []
+    for row, widths in enumerate(lines):
+        x = 0.0
+        for i, width in enumerate(widths):
+            y = 1.6 * row - rise * (i % 2)
+            boxes.append([(x, y), (x + width, y), (x + width, y + 1), (x, y + 1)])
+            x += width + 1.0
+    angle = np.radians(tilt)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    return 40 * size * np.array(boxes) @ turn
+
+
+LINES = {
+    "one line": [[3, 4, 2, 5]],
+    "two lines": [[4, 5], [5, 4]],
+    "a paragraph": [[2, 6, 3], [5], [1, 1, 7, 1], [4, 4, 4]],
+}
+
+
+@pytest.mark.parametrize("lines", LINES)
+@pytest.mark.parametrize("tilt", [-8, -2, 0, 2, 8])
+@pytest.mark.parametrize("size", [0.25, 1, 4])
+@pytest.mark.parametrize("rise", [0.0, 0.35])
+def test_lines_are_read_in_order_whatever_their_tilt_and_size(lines, tilt, size, rise):
+    boxes = words(LINES[lines], tilt=tilt, size=size, rise=rise)
+    shuffled = np.random.default_rng(0).permutation(len(boxes))
+    order = [int(shuffled[i]) for i in reading_order(boxes[shuffled])]
+    assert order == list(range(len(boxes)))
+
+
+def test_nothing_is_in_order():
+    assert reading_order(np.zeros((0, 4, 2))) == []
+
+
 # --------------------------------------------------------------------------- PP-OCR, for real
 
 
@@ -115,6 +205,14 @@ def test_lines_are_read_in_order_and_colours_do_not_matter(both):
     for image in (two, blue):
         strict, _, valid = both([image], ['a facade with "Grand Hotel" on it'])
         assert strict[0] == 1 and valid[0]
+
+
+def test_a_word_that_stands_higher_is_read_in_its_place(both):
+    image = Image.new("RGB", (384, 256), "white")
+    for text, place in (("LEFT", (20, 110)), ("RIGHT", (220, 95))):
+        ImageDraw.Draw(image).text(place, text, "black", ImageFont.load_default(40))
+    strict, _, _ = both([np.asarray(image)], ['a sign "Left Right"'])
+    assert strict[0] == 1
 
 
 def test_a_prompt_without_a_target_is_invalid_alone(both, caplog):

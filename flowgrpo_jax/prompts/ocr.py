@@ -6,7 +6,7 @@
 The paper (arXiv 2505.05470) had its 20 thousand prompts written by a language model; these come
 from word lists and templates, so that they need no download. A text is one to five words, or a
 label with a number. No text of `ocr:test`, or of prompts given to be excluded, is asked for in
-training, compared as the reward compares: without white space and case.
+training, compared as the reward compares: `rewards.ocr.normalised`.
 """
 
 from __future__ import annotations

@@ -2,14 +2,18 @@
 
 PP-OCR (the detector and recogniser of PaddleOCR) through RapidOCR, whose wheel brings the models,
 on the host's CPU. The rule is that of yifan123/flow_grpo `ocr.py`: the target is what stands
-between the first two double quotes of the prompt; target and recognised text lose their spaces and
-their case; the score is 1 - distance / length of the target, from 0 to 1.
+between the first two double quotes of the prompt; target and recognised text lose their spaces,
+their case, and differences between code points that look alike (`normalised`); the score is
+1 - distance / length of the target, from 0 to 1.
 
 Deviations:
 
 1. Upstream calls the distance 0 when the target occurs anywhere in the recognised text, so that
    pictures full of repeated text score 1. Here what is too much counts; `strict=False` is upstream.
-2. A prompt without a quoted text, or a picture that the recogniser fails on, is invalid, not 0.
+2. A picture that the recogniser fails on is invalid, not 0. A prompt without a quoted text is an
+   error when the run starts (`check`).
+3. Upstream reads boxes in PaddleOCR's order, which swaps words whose line is not level, and
+   compares code points as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import functools
 import logging
 import os
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,9 +31,18 @@ import numpy as np
 from PIL import Image
 
 from flowgrpo_jax.rewards.batch_cache import BatchCache
+from flowgrpo_jax.rewards.reading_order import reading_order
 from flowgrpo_jax.types import Metadata, Reward
 
 log = logging.getLogger(__name__)
+
+# Signs that look like one of ASCII, which recognisers read in their place.
+LOOKALIKES = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u02bc\u00b4\u0060", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u2033", '"')
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212\ufe58\uff0d", "-")
+    | dict.fromkeys("\u2044\u2215", "/")
+)
 
 
 def make(
@@ -81,7 +95,21 @@ def make(
                 valid[i] = True
         return scores, valid
 
+    reward.check = check  # type: ignore[attr-defined]  # of every prompt, before training
     return reward
+
+
+def check(record: Metadata) -> None:
+    """Raises ValueError for a prompt that does not say in double quotes which text is wanted."""
+    prompt = record["prompt"]
+    if target(prompt):
+        return
+    other = next((quote for quote in "\u201c\u201d\u201e\u00ab\u00bb" if quote in prompt), None)
+    fix = f'replace {other} by "' if other else 'write it like a sign that says "STOP"'
+    raise ValueError(
+        f"the prompt {prompt!r} has no text between two straight double quotes, which the reward"
+        f" `ocr` looks for in the picture: {fix}"
+    )
 
 
 @functools.cache
@@ -136,8 +164,10 @@ def recogniser(confidence: float, upscale: int, detector_side: int) -> Callable[
     def read(image: np.ndarray) -> str:
         large = enlarged(image, upscale)
         found: Any = engine(np.ascontiguousarray(large[..., ::-1]))  # RapidOCR takes BGR
-        texts = zip(found.txts or (), found.scores or ())
-        return " ".join(text for text, score in texts if score > confidence)
+        if not found.txts:
+            return ""
+        order = [i for i in reading_order(found.boxes) if found.scores[i] > confidence]
+        return " ".join(found.txts[i] for i in order)
 
     return read
 
@@ -158,8 +188,15 @@ def target(prompt: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """Without spaces and case: recognisers are unsure of both."""
-    return "".join(text.split()).lower()
+    """Without spaces and case, of which recognisers are unsure, and in one code point of many.
+
+    Compatible forms become one (Unicode's NFKC): a letter and its combining accent, ligatures, full
+    width, an ellipsis and three points, a fraction and its digits. So do quotes and dashes that
+    look alike. Signs that cannot be seen, such as soft hyphens, are dropped.
+    """
+    seen = "".join(sign for sign in text if unicodedata.category(sign) != "Cf")
+    folded = unicodedata.normalize("NFKC", seen.translate(LOOKALIKES)).casefold()
+    return "".join(unicodedata.normalize("NFKC", folded).translate(LOOKALIKES).split())
 
 
 def similarity(wanted: str, found: str, *, strict: bool) -> float:
