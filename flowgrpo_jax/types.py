@@ -91,3 +91,5 @@ class GraphReward:
     prepare: Callable[[Sequence[str], Sequence[Metadata]], Any]  # P prompts -> arrays [P, ...]
     score: Callable[[Any, jax.Array, Any], jax.Array]  # weights, images uint8 [M, H, W, 3],
     # prepared rows [M, ...] -> scores f32 [M]; a score that is not finite counts as failed
+    check: Callable[[Metadata], None] = lambda record: None  # raises ValueError for a record that
+    # the reward cannot judge

@@ -70,7 +70,7 @@ def test_imports_have_a_direction():
         folders[part(module)] |= {part(m) for m in own(module)} - {part(module)}
     list(TopologicalSorter(folders).static_order())
     layers = [
-        {"types", "cost", "files", "seeds", "compilation_cache", "compilation_report"},
+        {"types", "cost", "files", "pictures", "seeds", "compilation_cache", "compilation_report"},
         {"sde", "grpo", "sharding", "logs", "models", "detection", "transport"},
         {"update", "sampler", "text_cache", "scoring", "checkpoint", "policies", "cli"},
         {"worlds"},

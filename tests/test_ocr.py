@@ -79,12 +79,12 @@ def test_a_prompt_without_a_quoted_text_is_judged_when_loading(prompt):
     "prompt", ["a sign \u201cSTOP\u201d", "ein Schild \u201eHALT\u201c", "\u00abOUI\u00bb"]
 )
 def test_the_error_of_other_quotes_says_what_to_write(prompt):
-    with pytest.raises(ValueError, match='replace [\u201c\u201e\u00ab] by "'):
+    with pytest.raises(ValueError, match=r'replace [\u201c\u201e\u00ab] by "'):
         ocr.check({"prompt": prompt})
 
 
-def test_all_rows_of_the_recogniser_check_their_prompts():
-    pytest.importorskip("rapidocr")
+def test_all_rows_of_the_recogniser_check_their_prompts(monkeypatch):
+    monkeypatch.setattr(ocr, "recogniser", lambda *settings: lambda image: "stop")
     for reward in rewards.load(["ocr", "ocr_exact", "ocr_lenient"]).values():
         with pytest.raises(ValueError, match="straight double quotes"):
             reward.check({"prompt": "a stop sign"})
@@ -120,8 +120,8 @@ def test_texts_that_look_different_stay_so():
 
 
 def words(lines, *, tilt=0.0, size=1.0, rise=0.0):
-    """Boxes [n, 4, 2] of lines of words of these widths, in reading order: turned by `tilt` degrees,
-    every second word raised by `rise` of a line's height."""
+    """Boxes [n, 4, 2] of lines of words of these widths, in reading order. They are turned by
+    `tilt` degrees, and every second word is raised by `rise` of a line's height."""
     boxes = []
     for row, widths in enumerate(lines):
         x = 0.0

@@ -224,6 +224,32 @@ def test_without_a_readable_reference_only_that_image_has_no_score(clip_folder, 
     assert "broken.png is not readable" in caplog.text
 
 
+def test_prompts_without_a_reference_are_judged_when_loading(clip_folder, tmp_path):
+    Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    check = make("image_similarity", path=clip_folder, root=tmp_path).check
+    check({"prompt": "a", "image": "0.png"})
+    for record in ({"prompt": "a cat"}, {"prompt": "a cat", "image": None}):
+        with pytest.raises(ValueError, match="'a cat' has no reference picture"):
+            check(record)
+    for file in ("broken.png", "absent.png", 7):
+        with pytest.raises(ValueError, match=f"{file!r} of the prompt 'a cat' cannot be read"):
+            check({"prompt": "a cat", "image": file})
+
+
+def test_a_reference_is_seen_as_people_see_it(clip_folder, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left of upright
+    Image.fromarray(np.rot90(IMAGES[0]).copy()).save(tmp_path / "0.png", exif=exif)
+    ours = scored(
+        make("image_similarity", path=clip_folder),
+        IMAGES[:1],
+        [""],
+        [{"image": tmp_path / "0.png"}],
+    )
+    assert ours[0] == pytest.approx(1, abs=1e-6)
+
+
 def test_imagereward(image_reward_folder):
     from transformers import BertTokenizer
 

@@ -129,6 +129,14 @@ def test_ready_is_any_answer():
         load("geneval_upstream", nobody()).ready()
 
 
+def test_records_that_geneval_cannot_read_are_judged_when_loading():
+    check = load("geneval_upstream", "http://a").check
+    check({"prompt": "a cat", "tag": "single_object", "include": [{"class": "cat", "count": 1}]})
+    with pytest.raises(ValueError, match="they need `tag`"):
+        check({"prompt": "a cat"})
+    load("deqa_upstream", "http://a").check({"prompt": "a cat"})
+
+
 def test_an_unknown_field_is_an_error():
     with pytest.raises(ValueError, match=r"field='group_rewards'.*scores, rewards"):
         load("geneval_upstream", "http://a", field="group_rewards")

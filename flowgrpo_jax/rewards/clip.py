@@ -10,6 +10,7 @@ Texts are tokenised on the host, once per prompt; everything else is in the grap
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,8 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
+from flowgrpo_jax import pictures
 from flowgrpo_jax.models.tokenizers import padded
 from flowgrpo_jax.models.towers.clip import VIT_H_14
 from flowgrpo_jax.models.towers.preprocess import as_pil, as_tensor, to_even
@@ -114,7 +115,8 @@ def image_similarity(
 ) -> GraphReward:
     """Cosine of the image's and a reference image's CLIP embeddings, at most 1.
 
-    The reference is the file metadata["image"]; an image without a readable one has no score.
+    The reference is the file metadata["image"]. A prompt without one is an error when the run
+    starts; a prompt whose file cannot be read later has no score.
 
     Args:
       root: the folder that relative reference paths start from; the working directory without it.
@@ -126,7 +128,23 @@ def image_similarity(
     def prepare(prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, np.ndarray]:
         return {"pixels": np.stack([reference(folder, m, size) for m in metadata])}
 
-    return similarity(tower, dtype, prepare)
+    def check(record: Metadata) -> None:
+        """Raises ValueError for a record without a picture that can be opened."""
+        file = record.get("image")
+        if file is None:
+            raise ValueError(
+                f"the prompt {record.get('prompt')!r} has no reference picture: image_similarity"
+                ' needs the path of one under the key "image" of its record'
+            )
+        try:
+            pictures.probe(folder / file)
+        except Exception as error:  # Pillow's errors have no common type
+            raise ValueError(
+                f"the reference picture {file!r} of the prompt {record.get('prompt')!r} cannot be"
+                f" read: {error}. Relative paths start from reward.options.image_similarity.root"
+            ) from error
+
+    return dataclasses.replace(similarity(tower, dtype, prepare), check=check)
 
 
 def similarity(tower: Tower, dtype: str, prepare: Prepare) -> GraphReward:
@@ -141,13 +159,12 @@ def similarity(tower: Tower, dtype: str, prepare: Prepare) -> GraphReward:
 
 def reference(folder: Path, metadata: Metadata, size: int) -> np.ndarray:
     """A prompt's reference image as the tower reads it, f32 [size, size, 3]; NaN without one."""
-    try:
-        with Image.open(folder / metadata["image"]) as image:
-            return as_tensor(np.asarray(image.convert("RGB")), size)
-    except KeyError:  # a prompt of another task
-        pass
-    except Exception:  # whatever a file or a record can hold: it is one prompt's image, no more
-        log.warning("reference image %s is not readable", metadata["image"], exc_info=True)
+    file = metadata.get("image")
+    if file is not None:  # a prompt of another task has none
+        try:
+            return as_tensor(pictures.read(folder / file), size)
+        except Exception:  # whatever a file or a record can hold: it is one prompt's image, no more
+            log.warning("reference image %s is not readable", file, exc_info=True)
     return np.full((size, size, 3), np.nan, np.float32)
 
 

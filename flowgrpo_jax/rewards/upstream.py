@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flowgrpo_jax.rewards.geneval import check
 from flowgrpo_jax.transport import http_client
 from flowgrpo_jax.types import Metadata
 
@@ -136,6 +137,7 @@ class Upstream:
     request: Callable[[list[bytes], Sequence[Metadata]], dict[str, Any]]
     field: str  # of the answer
     scale: float  # score = number in the answer / scale
+    check: Callable[[Metadata], None] = lambda record: None  # raises for what it cannot judge
     batch: int = 64
 
     def ready(self) -> None:
@@ -204,7 +206,8 @@ def geneval(
             "only_strict": field != "rewards",
         }
 
-    return Upstream(http_client.Replicas(urls, timeout=timeout, **options), request, field, 1.0)
+    replicas = http_client.Replicas(urls, timeout=timeout, **options)
+    return Upstream(replicas, request, field, 1.0, check)
 
 
 def deqa(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from flowgrpo_jax import pictures
 from flowgrpo_jax.types import Metadata
 
 FORMS = ("png", "npy")
@@ -41,12 +42,12 @@ def encode(
     """
     images = np.asarray(images)
     if form == "png":
-        pictures: Any = [_base64(_png(image)) for image in images]
+        data: Any = [_base64(_png(image)) for image in images]
     else:
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(images), allow_pickle=False)
-        pictures = _base64(buffer.getvalue())
-    message = {"images": {form: pictures}, "prompts": list(prompts), "metadata": list(metadata)}
+        data = _base64(buffer.getvalue())
+    message = {"images": {form: data}, "prompts": list(prompts), "metadata": list(metadata)}
     return json.dumps(message).encode()
 
 
@@ -60,12 +61,12 @@ def decode(body: bytes, limits: Limits) -> tuple[np.ndarray, list[str], list[Met
     if not isinstance(images, dict) or len(images) != 1 or not set(images) <= set(FORMS):
         raise ValueError(f"images must be an object with one of the keys {', '.join(FORMS)}")
     ((form, data),) = images.items()
-    pictures = _pictures(data, limits) if form == "png" else _array(data, limits)
+    images = _pictures(data, limits) if form == "png" else _array(data, limits)
     prompts, metadata = message.get("prompts"), message.get("metadata")
-    n = len(pictures)
+    n = len(images)
     if not _list_of(str, prompts, n) or not _list_of(dict, metadata, n):
         raise ValueError(f"prompts and metadata must be lists of {n} strings and {n} objects")
-    return pictures, prompts, metadata  # type: ignore[return-value]
+    return images, prompts, metadata  # type: ignore[return-value]
 
 
 def encode_scores(scores: np.ndarray, valid: np.ndarray) -> bytes:
@@ -142,14 +143,17 @@ def _pictures(data: Any, limits: Limits) -> np.ndarray:
         except Exception as error:  # Pillow's errors have no common type
             raise ValueError(f"an image is no PNG: {error}") from error
         files.append(file)
-    if len({file.size for file in files}) > 1:
+    if len({tuple(sorted(file.size)) for file in files}) > 1:
         raise ValueError(f"images of several sizes: {sorted({file.size for file in files})}")
     width, height = files[0].size if files else (1, 1)
     _check((len(data), height, width, 3), limits)
     try:
-        return np.stack([np.asarray(file.convert("RGB")) for file in files])
+        read = [pictures.pixels(file) for file in files]
     except Exception as error:
         raise ValueError(f"an image is a broken PNG: {error}") from error
+    if len({image.shape for image in read}) > 1:  # one of two that are turned
+        raise ValueError(f"images of several sizes: {sorted({image.shape for image in read})}")
+    return np.stack(read)
 
 
 def _array(data: Any, limits: Limits) -> np.ndarray:
