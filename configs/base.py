@@ -10,32 +10,32 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.name = "base"  # shown in logs
+    c.name = "base"  # name of the run in logs, and of its work directory below runs/
     c.seed = 0  # root of every random choice of the run
     c.epochs = 1_000  # epochs to train, counted from 0 and across resumes
 
     c.model = ConfigDict()
     c.model.path = "stabilityai/stable-diffusion-3.5-medium"  # directory, hub id, shapes, signs
-    c.model.dtype = (
-        "bfloat16"  # or float32: of the frozen transformer and text encoders, and what they compute
-    )
+    c.model.dtype = "bfloat16"  # type of the frozen transformer and text encoders, and of what
+    # they compute; or float32
     c.model.height, c.model.width = 512, 512  # image size in pixels
     c.model.t5 = True  # load the largest text encoder; without it zeros stand for its states
     c.model.t5_length = 128  # T5 tokens of a prompt
     c.model.text_cache = ""  # directory that keeps encoded prompts (1.7 MB each); empty: none
-    c.model.attention = "xla"  # of the transformer; or cudnn: fused, on NVIDIA's GPUs in bfloat16
+    c.model.attention = "xla"  # kernel of the transformer's attention: xla, or cudnn (NVIDIA's
+    # GPUs, bfloat16)
     c.model.remat = True  # recompute activations in the backward pass, block by block
 
     c.mesh = ConfigDict()  # how the devices are laid out; -1: what the other two leave
     c.mesh.data = -1  # copies of the weights, each with its share of the batch
     c.mesh.fsdp = 1  # parts of the frozen weights, each with its share of the batch
     c.mesh.tensor = 1  # parts of every linear, which work on the same images
-    c.cpu_devices = 1  # without accelerator: devices that the CPU counts as, each with its copy of
-    # the weights; 0: one a core, as far as they divide the micro-batches
+    c.cpu_devices = 1  # devices that the CPU counts as where there is no accelerator, each with
+    # its copy of the weights; 0: one a core, as far as they divide the micro-batches
 
     c.lora = ConfigDict()
     c.lora.rank = 32  # rank of the adapter; 0: none, all of the transformer's weights are trained
-    c.lora.alpha = 64.0  # its scale is alpha / rank
+    c.lora.alpha = 64.0  # the adapter's scale is alpha / rank
     c.lora.targets = (  # linears with an adapter, by the end of their dotted name
         "attn.to_q",
         "attn.to_k",
@@ -50,80 +50,73 @@ def get_config() -> ConfigDict:
     c.prompts = ConfigDict()
     c.prompts.train = ""  # source of training prompts: .txt, .jsonl, geneval:train, ocr:train, ...
     c.prompts.test = ""  # source of evaluation prompts; generated ones are not trained on
-    c.prompts.tag_weights = ConfigDict(
-        allow_dotted_keys=True
-    )  # relative frequency by tag; empty: equal
+    c.prompts.tag_weights = ConfigDict(allow_dotted_keys=True)  # relative frequency of each tag's
+    # prompts; empty: all prompts are equally frequent
     c.prompts.tasks = ConfigDict()  # several sources at once, in place of train and test:
-    # {task: {"train": source, "test": source, "weight": frequency, "rewards": names (absent: all)}}
+    # {task: {"train": source, "test": source, "weight": frequency, "rewards": names or all}}
 
     c.sample = ConfigDict()
     c.sample.groups = 48  # prompts an epoch (P)
     c.sample.group_size = 24  # images of each prompt (G)
     c.sample.micro_batch = 0  # images handled at once (M); 0: derived, up to 4 of 512 px a device
     c.sample.steps = 10  # transitions of a rollout (T)
-    c.sample.guidance_scale = (
-        4.5  # classifier-free guidance; up to 1 means none, a single forward a step
-    )
+    c.sample.guidance_scale = 4.5  # classifier-free guidance; up to 1 means none, a single forward
+    # a step
     c.sample.kernel = "flow_sde"  # transition kernel: flow_sde or cps
     c.sample.noise_level = 0.7  # strength of the SDE's noise, unitless
     c.sample.window = 0  # stochastic steps, the rest is ODE; 0: all but the last step
-    c.sample.window_range = (
-        0,
-        0,
-    )  # steps among which the window's place is drawn each epoch; (0, 0): fixed at 0
+    c.sample.window_range = (0, 0)  # steps among which the window's place is drawn each epoch;
+    # (0, 0): fixed at 0
     c.sample.same_noise = False  # start all images of a group from the same noise
-    c.sample.density = "gaussian"  # log-prob: gaussian, or squared_error (upstream's for cps)
-    c.sample.reduction = "mean"  # of log-prob and KL over latent dimensions: mean or sum
+    c.sample.density = "gaussian"  # form of the log-prob: gaussian, or squared_error (upstream's
+    # for cps)
+    c.sample.reduction = "mean"  # reduction of log-prob and KL over latent dimensions: mean or sum
 
     c.reward = ConfigDict()
     c.reward.weights = ConfigDict()  # {name: weight}; weight 0 is logged and never trained on
-    c.reward.combine = (
-        "rewards"  # rewards: weighted sum; advantages: each normalised by itself first (GDPO)
-    )
-    c.reward.options = (
-        ConfigDict()  # {name: {option: value}}; a recipe lists all that its rewards take
-    )
-    c.reward.host_call = (
-        "overlap"  # overlap (threads between programs) or callback (inside the program)
-    )
+    c.reward.combine = "rewards"  # rewards: weighted sum; advantages: each normalised by itself
+    # first (GDPO)
+    c.reward.options = ConfigDict()  # {name: {option: value}}; a recipe lists all that its rewards
+    # take
+    c.reward.host_call = "overlap"  # overlap (threads between programs) or callback (inside the
+    # program)
     c.reward.threads = 1  # threads that score images in overlap mode
     c.reward.timeout = 1800.0  # seconds that a reward may take for a micro-batch; 0: no limit
-    c.reward.max_failed = (
-        0.5  # share of an epoch's images whose reward may fail before the run stops
-    )
+    c.reward.max_failed = 0.5  # share of an epoch's images whose reward may fail before the run
+    # stops
 
     c.train = ConfigDict()
     c.train.updates_per_epoch = 2  # optimiser steps an epoch, each on its own groups
-    c.train.learning_rate = 3e-4  # of AdamW
+    c.train.learning_rate = 3e-4  # learning rate of AdamW
     c.train.warmup_steps = 0  # optimiser steps of linear warm-up
     c.train.decay_steps = 0  # steps after which the rate falls as 1 / sqrt(step); 0: constant
-    c.train.b1, c.train.b2, c.train.eps = 0.9, 0.999, 1e-8  # AdamW
-    c.train.weight_decay = 1e-4  # AdamW
+    c.train.b1, c.train.b2, c.train.eps = 0.9, 0.999, 1e-8  # decay rates of AdamW's two moments,
+    # and epsilon
+    c.train.weight_decay = 1e-4  # weight decay of AdamW
     c.train.max_grad_norm = 1.0  # clip of the global gradient norm; inf: none
     c.train.max_skipped = 5  # epochs in a row without a finite gradient before the run stops
-    c.train.loss = "clip"  # a row of grpo.LOSSES
-    c.train.clip_range = (
-        1e-4  # of the ratio, which is a mean over latent dimensions (see reduction)
-    )
-    c.train.advantage_std = (
-        "group"  # divide by the std of the group, of all images (global), or none
-    )
+    c.train.loss = "clip"  # the policy loss, by its name in grpo.LOSSES
+    c.train.clip_range = 1e-4  # clip range of the ratio, which is a mean over latent
+    # dimensions (see sample.reduction)
+    c.train.advantage_std = "group"  # what advantages are divided by: the std of the group, of
+    # all images (global), or none
     c.train.advantage_clip = 5.0  # largest advantage; inf: no limit
     c.train.kl_beta = 0.0  # weight of the KL to the reference policy; 0: no reference forward
-    c.train.kl_weighting = "exact"  # exact, or no_dt (upstream: wants a beta ten times larger)
+    c.train.kl_weighting = "exact"  # weights of the KL's steps: exact, or no_dt (upstream's, which
+    # wants a beta ten times larger)
     c.train.steps = 0  # how many of the window's steps to train each epoch; 0: all
-    c.train.step_choice = "random"  # which: random (drawn each epoch) or first
-    # Upstream's 0.9 acts in 1 of 8 steps, then twice (on 32 devices): 0.9 ** (2 / 8) for each.
-    c.train.ema_decay = 0.974  # of the evaluated weights, per optimiser step
+    c.train.step_choice = "random"  # which steps these are: random (drawn each epoch) or first
+    c.train.ema_decay = 0.974  # decay of the evaluated weights per optimiser step; upstream's 0.9
+    # acts in 1 of 8 steps, then twice (on 32 devices), which is 0.9 ** (2 / 8) for each
 
     c.eval = ConfigDict()
     c.eval.every = 20  # epochs between evaluations, the first before training; 0: never
-    c.eval.images = 288  # images, spread evenly over the tags of the test prompts
-    c.eval.micro_batch = 0  # images at once; 0: sample's
-    c.eval.steps = 40  # ODE steps
+    c.eval.images = 288  # images of an evaluation, spread evenly over the tags of the test prompts
+    c.eval.micro_batch = 0  # images handled at once; 0: as many as in a rollout
+    c.eval.steps = 40  # steps of the ODE that draws the pictures
     c.eval.guidance_scale = 4.5  # guidance in evaluation; up to 1 means none
     c.eval.rewards = ()  # names of rewards to measure; empty: the training rewards
-    c.eval.seed = 1234  # of the evaluation's noise, the same every time
+    c.eval.seed = 1234  # seed of the evaluation's noise, the same every time
     c.eval.grid = 36  # images in the sample grid
 
     c.checkpoint = ConfigDict()

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
@@ -16,11 +16,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from flowgrpo_jax import compilation_cache, compilation_report, files, sharding
+from flowgrpo_jax import (
+    compilation_cache,
+    compilation_report,
+    files,
+    sharding,
+    usage,
+    user_errors,
+)
 
 CONFIG_FILE = "config.json"
 RESTART = 75  # exit status after SIGTERM: saved, to be started again (sysexits.h: EX_TEMPFAIL)
@@ -56,6 +63,12 @@ def compiling(workdir: epath.PathLike | None = None) -> Iterator[None]:
     compilation_cache.start(flags.FLAGS.compilation_cache, place)
     with compilation_report.reported():
         yield
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run an entry point: read its flags, and end with one line for a user's mistake."""
+    with user_errors.in_one_line():
+        app.run(main, flags_parser=usage.parse)
 
 
 def restart_with_huge_pages() -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -398,4 +398,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("programs", None, "Which to compile, such as sample,accumulate; default all.")
     flags.DEFINE_string("topology", None, "Chips to compile for, e.g. v5e:4x4.", required=True)
     flags.DEFINE_string("out", None, "JSON file to write the report to.")
-    app.run(main)
+    cli.run(main)

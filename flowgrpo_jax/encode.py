@@ -10,7 +10,7 @@ that it does not find. Which prompts an epoch has is known beforehand: it depend
 
 from __future__ import annotations
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -48,4 +48,4 @@ if __name__ == "__main__":
     cli.define_flags(config=True)
     cli.define_cache_flag()
     flags.DEFINE_integer("epochs", 0, "Epochs to encode the prompts of; 0: all of config.epochs.")
-    app.run(main)
+    cli.run(main)

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -203,4 +203,4 @@ if __name__ == "__main__":
     cli.define_cache_flag()
     flags.DEFINE_string("checkpoint", "base", "base, a work directory, its best/, or an export.")
     flags.DEFINE_string("out", "evaluation.json", "JSON file to write; a .png goes beside it.")
-    app.run(main)
+    cli.run(main)

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 
 from flowgrpo_jax import cli, policies
@@ -90,4 +90,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Directory to write.", required=True)
     flags.DEFINE_bool("best", False, "The checkpoint with the best evaluation (checkpoint.best).")
     flags.DEFINE_integer("step", None, "Epoch of the checkpoint; the newest without it.")
-    app.run(main)
+    cli.run(main)

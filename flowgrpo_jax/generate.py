@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
 from flowgrpo_jax import (
@@ -144,4 +144,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("t5_length", None, "T5 tokens of a prompt; the model's own without it.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
     flags.DEFINE_string("out", "image.png", "PNG file to write.")
-    app.run(main)
+    cli.run(main)

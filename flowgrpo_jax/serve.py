@@ -24,7 +24,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-from flowgrpo_jax import rewards
+from flowgrpo_jax import rewards, user_errors
 from flowgrpo_jax.transport import http_client, wire_format
 from flowgrpo_jax.transport.worker import Worker
 
@@ -176,4 +176,5 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors.in_one_line():
+        main()

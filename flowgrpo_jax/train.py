@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -354,4 +354,4 @@ if __name__ == "__main__":
     cli.define_cache_flag()
     flags.DEFINE_string("workdir", None, "Where the run is written; runs/NAME without it.")
     flags.DEFINE_bool("resume", False, "Go on from the last checkpoint in the work directory.")
-    app.run(main)
+    cli.run(main)

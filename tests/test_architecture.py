@@ -71,8 +71,9 @@ def test_imports_have_a_direction():
     list(TopologicalSorter(folders).static_order())
     layers = [
         {"types", "cost", "files", "pictures", "seeds", "compilation_cache", "compilation_report"},
+        {"knobs", "user_errors"},
         {"sde", "grpo", "sharding", "logs", "models", "detection", "transport"},
-        {"update", "sampler", "text_cache", "scoring", "checkpoint", "policies", "cli"},
+        {"update", "sampler", "text_cache", "scoring", "checkpoint", "policies", "cli", "usage"},
         {"worlds"},
         {"rewards"},
         {"prompts"},
@@ -100,7 +101,7 @@ def test_modules_end_at_the_models():
 
 def test_configs_stop_at_the_entry_points():
     users = {module for module in FILES if libraries(module) & {"ml_collections", "absl"}}
-    assert users <= ENTRY_POINTS | {"recipe", "settings", "cli"}
+    assert users <= ENTRY_POINTS | {"recipe", "settings", "cli", "usage"}
 
 
 def test_only_sharding_names_a_mesh_axis():

@@ -428,4 +428,6 @@ def test_a_misspelt_knob_on_the_command_line():
         capture_output=True,
         text=True,
     )
-    assert child.returncode != 0 and "group_sise" in child.stderr
+    said = "error: --config.sample.group_sise is unknown: did you mean --config.sample.group_size"
+    assert child.returncode == 1 and child.stderr.startswith(said)
+    assert child.stderr.count("\n") == 1

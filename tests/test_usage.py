@@ -1,0 +1,159 @@
+"""How commands are called: flags, knobs, `--help`, and mistakes that end with one line."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from flowgrpo_jax import knobs, prompts, settings, usage, user_errors
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A function that reads a command line as an entry point with a recipe does."""
+    monkeypatch.chdir(ROOT)
+
+    def read(*arguments):
+        values = flags.FlagValues()
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        monkeypatch.setattr(flags, "FLAGS", values)
+        config_flags.DEFINE_config_file("config", None, "A recipe.", flag_values=values)
+        flags.mark_flag_as_required("config", flag_values=values)
+        flags.DEFINE_bool("resume", False, "Go on.", flag_values=values, module_name="command")
+        flags.DEFINE_integer(
+            "step", None, "Epoch of it.", 0, flag_values=values, module_name="command"
+        )
+        usage.parse(sys.argv)
+        return values
+
+    return read
+
+
+def test_a_command_line_is_read(command):
+    values = command("--config=configs/geneval.py:fast", "--config.epochs=3", "--resume")
+    assert (values.config.name, values.config.epochs, values.resume) == ("geneval-fast", 3, True)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--epochs=3"], r"--epochs is unknown: did you mean --config\.epochs\?$"),
+        (["--epochs", "3"], r"--epochs is unknown: did you mean --config\.epochs\?$"),
+        (["--sample.steps=3"], r"did you mean --config\.sample\.steps\?$"),
+        (["--resum"], r"--resum is unknown: did you mean --resume\?$"),
+        (["--config.resume"], r"did you mean --resume\?$"),
+        (["--micro_batch=3"], r"--config\.eval\.micro_batch or --config\.sample\.micro_batch\?$"),
+        (["--lerning_rate=3"], r"did you mean --config\.train\.learning_rate\?$"),
+        (["--config.sample.group_sise=3"], r"did you mean --config\.sample\.group_size"),
+        (["--config.smaple.groups=3"], r"did you mean --config\.sample\.groups\?$"),
+        (["--config.eval.epochs=3"], r"did you mean --config\.epochs\?$"),
+        (["--qqqq"], r"--qqqq is unknown: --help lists all"),
+        (["--config.epochs=x"], r"--config\.epochs=x: .*'x'"),
+        (["--step=-1"], r"--step=-1: .*non-negative"),
+        (["a red circle"], r"'a red circle' belongs to no flag: .*between quotes"),
+    ],
+)
+def test_a_mistake_on_the_command_line_names_what_was_meant(command, arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        command("--config", "configs/shapes.py", *arguments)
+    assert user_errors.is_for_users(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, problem, message",
+    [
+        ([], ValueError, "^--config is required"),
+        (["--config=configs/shape.py"], FileNotFoundError, r"no file 'configs/shape\.py'; give"),
+        (["--config=nowhere.py", "--config.epochs=3"], FileNotFoundError, r"no file 'nowhere\.py'"),
+        (["--config=configs/geneval.py:fst"], ValueError, "^geneval:fst: .*full, fast"),
+    ],
+)
+def test_a_recipe_that_is_not_there(command, arguments, problem, message):
+    with pytest.raises(problem, match=message) as caught:
+        command(*arguments)
+    assert user_errors.is_for_users(caught.value)
+
+
+@pytest.mark.parametrize(
+    "code", ["c.sample.group_sise = 4", "c.epochs = 'many'", "c.epochs = int('many')"]
+)
+def test_an_error_in_the_code_of_a_recipe_keeps_its_traceback(command, tmp_path, code):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"from configs import base\n\ndef get_config():\n    c = base.get_config()\n    {code}\n"
+    )
+    with pytest.raises(Exception) as caught:
+        command(f"--config={recipe}")
+    assert not user_errors.is_for_users(caught.value)
+
+
+def test_help_lists_every_flag_and_every_knob_with_a_word_on_each(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command("--help")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(f"--{name}" in shown for name in ("config=FILE (required)", "[no]resume", "step="))
+    said = knobs.comments()
+    for name in knobs.load(None):
+        assert re.search(rf"^  {re.escape(name)}=", shown, re.M), name
+        assert said.get(name) or said.get(name.rpartition(".")[0]), name
+
+
+def test_help_shows_the_values_of_a_recipe(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--help", "--config=configs/shapes.py")
+    shown = capsys.readouterr().out
+    assert "  sample.groups=24 " in shown and "  reward.weights.shapes=1.0" in shown
+
+
+@pytest.mark.parametrize("line", ["--config=a.py:b", "--config a.py:b", "-config=a.py:b"])
+def test_where_a_recipe_is_named(line):
+    assert knobs.recipe_file(["train", "--resume", *line.split(), "--config.x=1"]) == "a.py:b"
+    assert knobs.recipe_file(["train", "--config.x=1"]) is None
+
+
+# ------------------------------------------------------------------------------ user's errors
+
+
+def caught(function, *arguments):
+    with pytest.raises(Exception) as info:
+        function(*arguments)
+    return info.value
+
+
+def test_which_errors_are_for_users(tmp_path):
+    """Checks of the package, and what the system says about a file; no error within a call."""
+    assert user_errors.is_for_users(caught(prompts.load, "nowhere.txt"))
+    assert user_errors.is_for_users(caught(settings.require, False, "no"))
+    assert user_errors.is_for_users(caught((tmp_path / "nowhere").read_text))
+    assert not user_errors.is_for_users(caught(settings.derived_micro_batch, [], 1, 1))
+    assert not user_errors.is_for_users(caught(knobs.flat, None))
+    assert not user_errors.is_for_users(caught(int, "x"))
+    assert not user_errors.is_for_users(ValueError("never raised"))
+
+
+def test_a_users_mistake_is_one_line(capsys, monkeypatch):
+    monkeypatch.delenv(user_errors.TRACEBACK, raising=False)
+    error = caught(settings.require, False, "first\n  second")
+    error.add_note("third")
+
+    def fail():
+        with user_errors.in_one_line():
+            raise error.with_traceback(error.__traceback__)
+
+    monkeypatch.setattr(user_errors, "CHECKED", ("flowgrpo_jax", __name__.partition(".")[0]))
+    assert caught_exit(fail) == 1
+    assert capsys.readouterr().err == "error: first second third\n"
+    monkeypatch.setenv(user_errors.TRACEBACK, "1")
+    assert caught(fail) is error
+
+
+def caught_exit(function):
+    with pytest.raises(SystemExit) as info:
+        function()
+    return info.value.code
