@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from flowgrpo_jax import files, sharding
@@ -35,6 +34,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int | None = None, *, own: bool = False):
+        import orbax.checkpoint as ocp  # takes half a second: only where there is a checkpoint
+
         self.directory = files.absolute(directory)
         # Processes that save to two directories at once must not meet at one barrier for both.
         barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
@@ -57,6 +58,8 @@ class Checkpoints:
         a warning: this one takes its place. Of several processes some may not know of it, so that
         it is an error there.
         """
+        import orbax.checkpoint as ocp
+
         try:
             self.wait()
         except OSError as error:
@@ -92,6 +95,8 @@ class Checkpoints:
         By Orbax's handlers, where the manager would wait for all processes at the end: those that
         can read it for ever, if one cannot.
         """
+        import orbax.checkpoint as ocp
+
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         trees = {
             name: ocp.StandardCheckpointHandler().restore(
@@ -103,6 +108,8 @@ class Checkpoints:
 
     def record(self, step: int) -> dict[str, Any]:
         """The record alone."""
+        import orbax.checkpoint as ocp
+
         folder = self.directory / str(step) / "record"
         return ocp.JsonCheckpointHandler().restore(folder, args=ocp.args.JsonRestore())
 

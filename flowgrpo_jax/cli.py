@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -69,17 +68,6 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run an entry point: read its flags, and end with one line for a user's mistake."""
     with user_errors.in_one_line():
         app.run(main, flags_parser=usage.parse)
-
-
-def restart_with_huge_pages() -> None:
-    """On Linux, run this command again in place with malloc asking for huge pages.
-
-    XLA on the CPU allocates its large temporaries anew at every call; with 4 kB pages the page
-    faults take a third of the time (docs/performance.md). glibc reads the setting only at start.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 CLUSTERS = {  # environment variable -> does it say that there are several processes?

@@ -12,6 +12,11 @@ to it.
 
 from __future__ import annotations
 
+from flowgrpo_jax import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.restart()  # before the imports below, which take seconds
+
 import json
 import operator
 from collections.abc import Callable
@@ -198,7 +203,6 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.restart_with_huge_pages()
     cli.define_flags(config=True)
     cli.define_cache_flag()
     flags.DEFINE_string("checkpoint", "base", "base, a work directory, its best/, or an export.")

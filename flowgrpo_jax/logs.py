@@ -14,9 +14,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from flowgrpo_jax import files
 
@@ -57,10 +54,8 @@ class Metrics:
         self.torn = False  # the file holds something else than `text`
         files.replace(self.file, self.text + lines([self.evaluated] if self.evaluated else []))
         if tensorboard:
-            self.events = Events(workdir / "tensorboard", first_epoch)
-            self.events.write(
-                first_epoch, {k: v for k, v in self.evaluated.items() if k != "epoch"}
-            )
+            evaluated = {k: v for k, v in self.evaluated.items() if k != "epoch"}
+            self.events = Events(workdir / "tensorboard", first_epoch, evaluated)
         if wandb:
             self.wandb = _start_wandb(workdir, config)
 
@@ -93,7 +88,7 @@ class Metrics:
                 files.replace(self.file, self.text + self.unwritten)
         with spared("TensorBoard's events"):
             if self.events:
-                self.events.writer.close()
+                self.events.close()
         with spared("Weights & Biases"):
             if self.wandb:
                 self.wandb.finish()
@@ -103,22 +98,49 @@ class Events:
     """TensorBoard's scalars of every epoch. tensorboardX's own `SummaryWriter` writes in a thread,
     which ends without a word on a full disk; then its queue fills, and the run waits for ever.
 
+    The first write creates the file. It also imports tensorboardX, which takes seconds where torch
+    is installed: the first epoch need not wait for that.
+
     Args:
       first_epoch: what a run before this one wrote of this epoch and later is not shown any more.
+      evaluated: the figures of the state that the run goes on from, for `first_epoch`.
     """
 
-    def __init__(self, folder: epath.Path, first_epoch: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.writer = EventsWriter(str(folder / "events"))
-        start = SessionLog(status=SessionLog.START)
-        self.writer.write_event(Event(wall_time=time.time(), step=first_epoch, session_log=start))
+    def __init__(self, folder: epath.Path, first_epoch: int, evaluated: Mapping[str, float]):
+        self._folder = folder
+        self._first_epoch = first_epoch
+        self._evaluated = evaluated
+        self._writer: Any = None
 
     def write(self, epoch: int, values: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self._open()
+        self._add(epoch, values)
+        self._writer.flush()
+
+    def _open(self) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(self._folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        first = Event(wall_time=time.time(), step=self._first_epoch, session_log=start)
+        self._writer.write_event(first)
+        self._add(self._first_epoch, self._evaluated)
+
+    def _add(self, epoch: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for key, value in values.items():
             number = math.nan if value is None else float(value)  # as `plain` writes it
             event = Event(wall_time=time.time(), step=epoch, summary=scalar(key, number))
-            self.writer.write_event(event)
-        self.writer.flush()
+            self._writer.write_event(event)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 @contextmanager

@@ -9,6 +9,11 @@ transformer's). Now and then: evaluation by the deterministic ODE, and a checkpo
 
 from __future__ import annotations
 
+from flowgrpo_jax import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.restart()  # before the imports below, which take seconds
+
 import dataclasses
 import json
 import logging
@@ -349,7 +354,6 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.restart_with_huge_pages()
     cli.define_flags(config=True)
     cli.define_cache_flag()
     flags.DEFINE_string("workdir", None, "Where the run is written; runs/NAME without it.")

@@ -70,8 +70,8 @@ def test_imports_have_a_direction():
         folders[part(module)] |= {part(m) for m in own(module)} - {part(module)}
     list(TopologicalSorter(folders).static_order())
     layers = [
-        {"types", "cost", "files", "pictures", "seeds", "compilation_cache", "compilation_report"},
-        {"knobs", "user_errors"},
+        {"types", "cost", "files", "pictures", "seeds", "huge_pages"},
+        {"knobs", "user_errors", "compilation_cache", "compilation_report"},
         {"sde", "grpo", "sharding", "logs", "models", "detection", "transport"},
         {"update", "sampler", "text_cache", "scoring", "checkpoint", "policies", "cli", "usage"},
         {"worlds"},

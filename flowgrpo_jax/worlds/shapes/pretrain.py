@@ -3,11 +3,15 @@
 python -m flowgrpo_jax.worlds.shapes.pretrain --workdir DIR
 """
 
-from flowgrpo_jax import cli, user_errors
+from flowgrpo_jax import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.restart()  # before the imports below, which take seconds
+
+from flowgrpo_jax import user_errors
 from flowgrpo_jax.worlds.pretraining import run
 from flowgrpo_jax.worlds.shapes.world import WORLD
 
 if __name__ == "__main__":
-    cli.restart_with_huge_pages()
     with user_errors.in_one_line():
         run.main(WORLD)
