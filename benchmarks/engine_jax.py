@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.epoch import Arrays, serve
 from flowgrpo_jax import recipe, settings, sharding, train, update
-from flowgrpo_jax.models import lora
+from flowgrpo_jax.models import lora_files
 from flowgrpo_jax.types import Conditioning, PromptBatch, Trajectory
 
 
@@ -25,7 +25,7 @@ class JaxEngine:
         settings.split_cpu(ConfigDict(config))
         self.run = run = recipe.build(ConfigDict(config), training=False)
         factors = {k[5:]: v for k, v in inputs.items() if k.startswith("lora.")}
-        adapter = lora.from_torch(factors, run.model.lora_shapes)
+        adapter = lora_files.from_torch(factors, run.model.lora_shapes)
         state = update.init(adapter, run.optimiser, jax.random.key(config["seed"]))
         cond = Conditioning(jnp.asarray(inputs["tokens"]), jnp.asarray(inputs["pooled"]))
         self.state, self.cond = sharding.replicate(run.mesh, (state, cond))
@@ -55,7 +55,7 @@ class JaxEngine:
         images = self.decoder(run.model.params["vae"], x[0])
         trajectory = Trajectory(x, jnp.asarray(drawn["log_prob"]), x[-1], rows)
         gradient, _ = self.accumulate(update.empty(self.state.lora), trajectory, 0)
-        gradients = {f"lora.{k}": v for k, v in lora.to_torch(gradient).items()}
+        gradients = {f"lora.{k}": v for k, v in lora_files.to_torch(gradient).items()}
         return {"velocity": np.asarray(v), "images": np.asarray(images), **gradients}
 
     def rollouts(self) -> Iterator[tuple[Trajectory, jax.Array]]:

@@ -21,7 +21,7 @@ from etils import epath
 from flowgrpo_jax import cli, policies
 from flowgrpo_jax.cli import CONFIG_FILE
 from flowgrpo_jax.files import read_json
-from flowgrpo_jax.models import convert, directories, lora, sd3
+from flowgrpo_jax.models import convert, directories, lora_files, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
 
@@ -54,9 +54,9 @@ def export(
         return [
             export_transformer(adapter, directories.resolve(config["model"]["path"], t5=False), out)
         ]
-    files = lora.write(adapter, spec, out, str(config["model"]["path"]))
+    files = lora_files.write(adapter, spec, out, str(config["model"]["path"]))
     for written in files:
-        again = lora.read(written, model.lora_shapes)
+        again = lora_files.read(written, model.lora_shapes)
         if not all(np.array_equal(again[k], adapter[k]) for k in adapter):
             raise OSError(f"{written} does not read back as it was written: the disk may be full")
     return files

@@ -27,7 +27,7 @@ from flowgrpo_jax import (
     sharding,
 )
 from flowgrpo_jax.files import read_object
-from flowgrpo_jax.models import directories, lora, sd3
+from flowgrpo_jax.models import directories, lora_files, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
 
@@ -84,7 +84,7 @@ def t5_limit(directory: Path) -> int:
 def read_spec(path: str | Path) -> LoRASpec:
     """Of an exported LoRA. Where there is none, but a run, the error says how to export it."""
     try:
-        return lora.read_spec(path)[1]
+        return lora_files.read_spec(path).spec
     except FileNotFoundError as error:
         path = Path(path)
         run = next((p for p in (path, *path.parents[:2]) if _is_run(p)), None)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from flowgrpo_jax import sharding
 from flowgrpo_jax.checkpoint import FOLDERS, Checkpoints, same_settings
-from flowgrpo_jax.models import lora
+from flowgrpo_jax.models import lora_files
 from flowgrpo_jax.models.sd3 import SD3
 from flowgrpo_jax.types import Params
 
@@ -69,10 +69,10 @@ def _of_run(folder: epath.Path, step: int | None, model: SD3, mesh: Mesh | None)
 
 def _of_export(path: epath.Path, model: SD3) -> Params:
     """Read the factors of an exported LoRA."""
-    file, spec = lora.read_spec(str(path))
+    file, spec, _ = lora_files.read_spec(str(path))
     if spec.scale != model.lora_spec.scale:
         raise ValueError(
             f"{file} has alpha / rank = {spec.scale}, the config {model.lora_spec.scale}: set"
             f" lora.rank={spec.rank} and lora.alpha={spec.alpha}"
         )
-    return lora.read(file, model.lora_shapes)
+    return lora_files.read(file, model.lora_shapes)

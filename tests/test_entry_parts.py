@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from configs import shapes
 from flowgrpo_jax import checkpoint, evaluate, generate, logs, policies, seeds
 from flowgrpo_jax.models import sd3
-from flowgrpo_jax.models.lora import LoRASpec, write
+from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.models.lora_files import write
 
 RESULT = {"metrics": {"shapes": 0.5}, "per_tag": {"colors": {"shapes": 0.5}}, "failed": 0.0}
 
