@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -23,6 +23,7 @@ from flowgrpo_jax import (
     compilation_cache,
     compilation_report,
     files,
+    outputs,
     sharding,
     usage,
     user_errors,
@@ -158,22 +159,11 @@ def prepare(workdir: epath.Path, resume: bool) -> None:
     Raises FileExistsError when it holds another run and this is no resume, OSError when nothing can
     be written to it.
     """
-    probe = workdir / f".probe-{jax.process_index()}"
-    try:
-        kept, best = (
-            {step.name for step in (workdir / folder).glob("[0-9]*") if step.name.isdigit()}
-            for folder in ("checkpoints", "best")
-        )
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("to be removed")
-        probe.unlink()
-    except Exception as error:  # those of buckets are not OSErrors
-        with suppress(Exception):
-            probe.unlink(missing_ok=True)
-        raise OSError(
-            f"nothing can be written to {workdir}: {error}. Give another --workdir, or see to it"
-            " that the disk or bucket exists, has room and lets you write"
-        ) from error
+    outputs.check_directory(workdir, "--workdir")
+    kept, best = (
+        {step.name for step in (workdir / folder).glob("[0-9]*") if step.name.isdigit()}
+        for folder in ("checkpoints", "best")
+    )
     if resume:
         return
     if kept or best - {"0"}:

@@ -1,4 +1,4 @@
-"""Compile a recipe for a TPU pod without the pod, and say whether it fits and what it costs.
+r"""Compile a recipe for a TPU pod without the pod, and say whether it fits and what it costs.
 
     python -m flowgrpo_jax.compile --config configs/geneval.py:fast --topology v5e:4x4 \
         [--config.mesh.fsdp=4] [--out report.json]
@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import cli, cost, recipe, settings, sharding, update
+from flowgrpo_jax import cli, cost, outputs, recipe, settings, sharding, update
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.architecture import Architecture
 from flowgrpo_jax.models.lora import LoRASpec
@@ -359,6 +359,8 @@ def topology(name: str) -> tuple[Chip, list[Any]]:
 def main(_: list[str]) -> None:
     config = cli.config()
     settings.check(config)
+    if flags.FLAGS.out:
+        outputs.check_file(flags.FLAGS.out, "--out")
     chip, devices = topology(flags.FLAGS.topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     plan = settings.make_plan(config, sharding.row_shards(mesh))
@@ -395,7 +397,11 @@ if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     cli.define_flags(config=True)
-    flags.DEFINE_list("programs", None, "Which to compile, such as sample,accumulate; default all.")
-    flags.DEFINE_string("topology", None, "Chips to compile for, e.g. v5e:4x4.", required=True)
-    flags.DEFINE_string("out", None, "JSON file to write the report to.")
+    flags.DEFINE_list(
+        "programs", None, "Which programs to compile, such as sample,accumulate; all without it."
+    )
+    flags.DEFINE_string(
+        "topology", None, "The chips to compile for, such as v5e:4x4.", required=True
+    )
+    flags.DEFINE_string("out", None, "The JSON file to write the report to.")
     cli.run(main)

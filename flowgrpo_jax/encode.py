@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import cli, prompts, recipe, settings, sharding
+from flowgrpo_jax import cli, outputs, prompts, recipe, settings, sharding
 from flowgrpo_jax.models.sd3 import TEXTS
 
 
@@ -35,6 +35,7 @@ def main(_: list[str]) -> None:
     settings.check(config)
     if not config.model.text_cache:
         raise ValueError("config.model.text_cache is empty: say where to keep the encoded prompts")
+    outputs.check_directory(config.model.text_cache, "--config.model.text_cache")
     mesh = sharding.make_mesh(**config.mesh)
     texts = needed(config, flags.FLAGS.epochs or config.epochs)
     with cli.compiling():
@@ -47,5 +48,6 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     cli.define_flags(config=True)
     cli.define_cache_flag()
-    flags.DEFINE_integer("epochs", 0, "Epochs to encode the prompts of; 0: all of config.epochs.")
+    note = "How many epochs to encode the prompts of; 0: all of config.epochs."
+    flags.DEFINE_integer("epochs", 0, note, lower_bound=0)
     cli.run(main)

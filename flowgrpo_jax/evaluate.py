@@ -33,6 +33,7 @@ from flowgrpo_jax import (
     checkpoint,
     cli,
     logs,
+    outputs,
     policies,
     prompts,
     recipe,
@@ -182,11 +183,24 @@ def record(config: ConfigDict, source: str, result: dict[str, Any]) -> dict[str,
     }
 
 
+def check_out(out: epath.Path) -> None:
+    """Raise ValueError or OSError where the result cannot be written, or its picture beside it."""
+    if out.suffix.lower() == ".png":
+        raise ValueError(
+            f"--out={out}: this is the JSON file, and the picture beside it gets the suffix .png;"
+            f" give {out.with_suffix('.json')}"
+        )
+    outputs.check_file(out, "--out")
+
+
 @host.leaving_hung_calls()
 def main(_: list[str]) -> None:
     cli.connect()
     config = cli.config()
     settings.split_cpu(config)
+    out = epath.Path(flags.FLAGS.out)
+    check_out(out)
+    policies.check(flags.FLAGS.checkpoint)
     with cli.compiling():
         run = recipe.build(config, training=False)
         lora = policies.load(flags.FLAGS.checkpoint, run.model, run.mesh)
@@ -195,8 +209,6 @@ def main(_: list[str]) -> None:
     if jax.process_index() > 0:
         return
     print(table(result))
-    out = epath.Path(flags.FLAGS.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     written = record(config, flags.FLAGS.checkpoint, result)
     out.write_text(json.dumps(logs.plain(written), indent=2) + "\n")
     save_grid(out.with_suffix(".png"), images, batch, config.eval.grid)
@@ -205,6 +217,7 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     cli.define_flags(config=True)
     cli.define_cache_flag()
-    flags.DEFINE_string("checkpoint", "base", "base, a work directory, its best/, or an export.")
-    flags.DEFINE_string("out", "evaluation.json", "JSON file to write; a .png goes beside it.")
+    policy = "The policy: base, a work directory, its best/ or checkpoints/STEP, an exported LoRA."
+    flags.DEFINE_string("checkpoint", "base", policy)
+    flags.DEFINE_string("out", "evaluation.json", "The JSON file to write; a .png goes beside it.")
     cli.run(main)

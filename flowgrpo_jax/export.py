@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from flowgrpo_jax import cli, policies
+from flowgrpo_jax import cli, outputs, policies
 from flowgrpo_jax.cli import CONFIG_FILE
 from flowgrpo_jax.files import read_json
 from flowgrpo_jax.models import convert, directories, lora_files, sd3
@@ -49,6 +49,10 @@ def export(
                 f"{workdir} has no best checkpoint: train with checkpoint.best and eval.every set,"
                 " or export without --best"
             )
+    policies.check(source)
+    if out.is_file():
+        raise NotADirectoryError(f"--out={out} is a file: name a directory, which gets several")
+    outputs.check_directory(out, "--out")
     adapter = policies.load(source, model)
     if not spec.rank:
         return [
@@ -86,8 +90,10 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     cli.define_flags(config=False)
-    flags.DEFINE_string("workdir", None, "Work directory of a training run.", required=True)
-    flags.DEFINE_string("out", None, "Directory to write.", required=True)
-    flags.DEFINE_bool("best", False, "The checkpoint with the best evaluation (checkpoint.best).")
-    flags.DEFINE_integer("step", None, "Epoch of the checkpoint; the newest without it.")
+    flags.DEFINE_string("workdir", None, "The work directory of a training run.", required=True)
+    flags.DEFINE_string("out", None, "The directory to write.", required=True)
+    flags.DEFINE_bool(
+        "best", False, "Take the checkpoint with the best evaluation (checkpoint.best)."
+    )
+    flags.DEFINE_integer("step", None, "The epoch of the checkpoint; the newest without it.")
     cli.run(main)

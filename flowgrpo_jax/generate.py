@@ -1,4 +1,4 @@
-"""Prompts to PNG, with the base model or a trained LoRA.
+r"""Draw pictures of prompts, with the base model or a trained LoRA.
 
     python -m flowgrpo_jax.generate --model shapes --prompt "a red circle above a blue square"
     python -m flowgrpo_jax.generate --model DIR --lora EXPORT --prompt TEXT --steps 40 \
@@ -18,6 +18,7 @@ from PIL import Image
 from flowgrpo_jax import (
     checkpoint,
     cli,
+    outputs,
     policies,
     programs,
     sampler,
@@ -101,10 +102,21 @@ def _is_run(directory: Path) -> bool:
     return (directory / cli.CONFIG_FILE).is_file() and any(f.is_dir() for f in folders)
 
 
+def check_size(model: Path, height: int | None, width: int | None) -> None:
+    """Raise ValueError for a size that the model cannot draw, before its weights are read."""
+    parts = sd3.find_architecture(model, t5=False)
+    size = parts.transformer.sample_size * parts.vae.downsampling
+    parts.latent_shape(height or size, width or size)
+
+
 def main(_: list[str]) -> None:
     args = flags.FLAGS
+    out = Path(args.out)
+    outputs.check_picture(out, "--out")
+    settings.guidance(args.guidance, "--guidance")
     spec = read_spec(args.lora) if args.lora else None
     directory = directories.resolve(args.model, t5=args.t5)
+    check_size(directory, args.height, args.width)
     length = args.t5_length or t5_limit(directory)
     dtype = jnp.dtype(args.dtype)
     with cli.compiling():
@@ -120,8 +132,6 @@ def main(_: list[str]) -> None:
             height=args.height,
             width=args.width,
         )
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         file = out if len(images) == 1 else out.with_stem(f"{out.stem}-{i}")
         Image.fromarray(image).save(file)
@@ -131,17 +141,23 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     cli.define_flags(config=False)
     cli.define_cache_flag()
-    flags.DEFINE_string("model", "shapes", "Directory in diffusers layout, hub id, shapes, signs.")
-    flags.DEFINE_string("lora", None, "Exported LoRA: directory or .safetensors file.")
-    flags.DEFINE_multi_string("prompt", None, "Text; repeat the flag for several.", required=True)
-    flags.DEFINE_integer("steps", 40, "ODE steps.", lower_bound=1)
-    flags.DEFINE_float("guidance", 4.5, "Guidance scale; up to 1 means none.")
-    note = "Of the noise, which also depends on a prompt's place."
+    model = "The model: a directory in diffusers' layout, a hub id, shapes or signs."
+    flags.DEFINE_string("model", "shapes", model)
+    flags.DEFINE_string("lora", None, "An exported LoRA: a directory or a .safetensors file.")
+    prompt = "A text to draw; give the flag several times for several."
+    flags.DEFINE_multi_string("prompt", None, prompt, required=True)
+    flags.DEFINE_integer("steps", 40, "Steps of the ODE that draws the picture.", lower_bound=1)
+    flags.DEFINE_float("guidance", 4.5, "Scale of classifier-free guidance; up to 1 means none.")
+    note = "Seed of the noise, which also depends on a prompt's place."
     flags.DEFINE_integer("seed", 0, note, lower_bound=0, upper_bound=seeds.MOST)
-    flags.DEFINE_integer("height", None, "Pixels; the model's own size without it.")
-    flags.DEFINE_integer("width", None, "Pixels; the model's own size without it.")
+    own = "in pixels; without it the model's own."
+    flags.DEFINE_integer("height", None, f"Height of the pictures {own}", lower_bound=1)
+    flags.DEFINE_integer("width", None, f"Width of the pictures {own}", lower_bound=1)
     flags.DEFINE_bool("t5", True, "Load T5; without it zeros stand for its states.")
-    flags.DEFINE_integer("t5_length", None, "T5 tokens of a prompt; the model's own without it.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
-    flags.DEFINE_string("out", "image.png", "PNG file to write.")
+    length = "T5 tokens of a prompt; without it as many as the model's tokenizer says."
+    flags.DEFINE_integer("t5_length", None, length, lower_bound=1)
+    dtypes = ["float32", "bfloat16"]
+    flags.DEFINE_enum("dtype", "float32", dtypes, "Type of the weights and the computation.")
+    several = "of several prompts every file gets its prompt's number."
+    flags.DEFINE_string("out", "image.png", f"The picture file to write; {several}")
     cli.run(main)

@@ -30,6 +30,20 @@ def load(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> Params
     """
     if str(source) == BASE:
         return model.reference(model.init_lora(jax.random.key(0)))
+    path, folder, step = _find(source)
+    if folder.name == "checkpoints" or _holds_steps(folder):
+        return _of_run(folder, step, model, mesh)
+    return _of_export(path, model)
+
+
+def check(source: epath.PathLike) -> None:
+    """Raise FileNotFoundError where there is no policy, before a model is loaded for it."""
+    if str(source) != BASE:
+        _find(source)
+
+
+def _find(source: epath.PathLike) -> tuple[epath.Path, epath.Path, int | None]:
+    """The path of a policy, the folder that it lies in, and its step where that is given."""
     path = epath.Path(source)
     step = int(path.name) if path.name.isdigit() and path.parent.name in FOLDERS else None
     folder = path.parent if step is not None else path
@@ -38,9 +52,10 @@ def load(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> Params
             f"checkpoint {source!r} does not exist: give base, a work directory or an exported LoRA"
         )
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    if folder.name == "checkpoints" or _holds_steps(folder):
-        return _of_run(folder, step, model, mesh)
-    return _of_export(path, model)
+    if step is not None and not path.exists():
+        steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit())
+        raise FileNotFoundError(f"no checkpoint {step} in {folder}: choose from {steps}")
+    return path, folder, step
 
 
 def _holds_steps(folder: epath.Path) -> bool:

@@ -160,19 +160,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("flowgrpo_jax.serve", description="Serve a reward.")
+    """Read the command line. Exits with status 2 and a line that says what is wrong with it."""
+    parser = argparse.ArgumentParser(
+        "python -m flowgrpo_jax.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add, limits = parser.add_argument, wire_format.Limits()
-    add("--reward", required=True, choices=sorted(rewards.TABLE), metavar="NAME")
-    add("--options", type=json.loads, default={}, help="JSON object, as reward.options.NAME")
-    add("--host", default="127.0.0.1", help="0.0.0.0 for all; needs --secret_env")
-    add("--port", type=int, default=18090)
+    names = sorted(rewards.TABLE)
+    add("--reward", required=True, choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
+    add("--options", type=json_object, default={}, help="JSON object, as reward.options.NAME")
+    add("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0, for all, needs a secret")
+    add("--port", type=port, default=18090, help="port to serve at (%(default)s)")
     add("--secret_env", help="environment variable that holds the secret which clients must know")
-    add("--batch", type=int, default=64, help="images scored together at most")
-    add("--waiting", type=int, default=64, help="requests that may wait")
-    add("--max_images", type=int, default=limits.images, help="in a request")
-    add("--max_side", type=int, default=limits.side, help="of an image, px")
-    add("--max_bytes", type=int, default=limits.bytes, help="of a request")
+    add("--batch", type=positive, default=64, help="images scored together at most (%(default)s)")
+    add("--waiting", type=positive, default=64, help="requests that may wait (%(default)s)")
+    most = limits.images, limits.side, limits.bytes
+    says = "images in a request", "pixels of an image's longer side", "bytes of a request"
+    for name, value, what in zip(("images", "side", "bytes"), most, says):
+        add(f"--max_{name}", type=positive, default=value, help=f"most {what} (%(default)s)")
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def port(text: str) -> int:
+    if (value := int(text)) not in range(2**16):
+        raise argparse.ArgumentTypeError(f"{text} must be from 0, for any free one, to 65535")
+    return value
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text} is no JSON object such as {{"strict": true}}')
+    return value
 
 
 if __name__ == "__main__":

@@ -285,6 +285,10 @@ def _check_sampling(config: ConfigDict) -> None:
 
 def _check_window(config: ConfigDict) -> None:
     s, most = config.sample, config.sample.steps - 1
+    require(
+        len(s.window_range) == 2,
+        f"sample.window_range={tuple(s.window_range)}: must be two numbers, such as (0, 5)",
+    )
     first = f"the first {most} of {s.steps} steps (the last one has almost no noise)"
     fixed = tuple(s.window_range) == (0, 0)
     low, high = (0, most) if fixed else s.window_range

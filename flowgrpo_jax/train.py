@@ -356,6 +356,8 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     cli.define_flags(config=True)
     cli.define_cache_flag()
-    flags.DEFINE_string("workdir", None, "Where the run is written; runs/NAME without it.")
+    flags.DEFINE_string(
+        "workdir", None, "The directory or bucket to write the run to; runs/NAME without it."
+    )
     flags.DEFINE_bool("resume", False, "Go on from the last checkpoint in the work directory.")
     cli.run(main)

@@ -70,7 +70,7 @@ def test_imports_have_a_direction():
         folders[part(module)] |= {part(m) for m in own(module)} - {part(module)}
     list(TopologicalSorter(folders).static_order())
     layers = [
-        {"types", "cost", "files", "pictures", "seeds", "huge_pages"},
+        {"types", "cost", "files", "pictures", "seeds", "huge_pages", "outputs"},
         {"knobs", "user_errors", "compilation_cache", "compilation_report"},
         {"sde", "grpo", "sharding", "logs", "models", "detection", "transport"},
         {"update", "sampler", "text_cache", "scoring", "checkpoint", "policies", "cli", "usage"},

@@ -193,6 +193,7 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
             {"sample.window_range": (4, 12), "sample.window": 2},
             r"sample\.window_range=\(4, 12\): .*first 9 of 10 steps.*0 <= low < high <= 9",
         ),
+        ({"sample.window_range": (3,)}, r"sample\.window_range=\(3,\): must be two numbers"),
         ({"sample.window": 4, "train.steps": 5}, r"train\.steps=5: .*4 steps.*choose 1 to 4, or 0"),
         ({"train.clip_range": 0.0}, r"train\.clip_range=0\.0: .*above 0"),
         ({"train.ema_decay": 1.0}, r"train\.ema_decay=1\.0: .*\[0, 1\)"),
