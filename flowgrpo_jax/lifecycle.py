@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -75,15 +76,38 @@ def save_at_error(
         raise SystemExit(cli.RESTART) from error
 
 
-def progress_bar(name: str, epoch: int, epochs: int, *, active: bool) -> tqdm:
+class EpochBar(tqdm):
+    """A progress bar whose rate and time left do not count the first epoch, which compiles."""
+
+    first_seconds = 0.0  # that the first epoch took, with all before it
+
+    def skip_first(self) -> None:
+        """Advance the bar by the first epoch."""
+        done = self.format_dict["n"] + 1
+        self.n = self.initial = self.last_print_n = done
+        self.last_print_t = time.time()
+        self.first_seconds = self.last_print_t - self.start_t
+        self.refresh()
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """tqdm's figures; it asks for an overall rate by giving none, at the end of the run."""
+        shown = super().format_dict
+        done, seconds = shown["n"] - shown["initial"], shown["elapsed"] - self.first_seconds
+        if shown["rate"] is None and done and seconds > 0:
+            shown["rate"] = done / seconds
+        return shown
+
+
+def progress_bar(name: str, epoch: int, epochs: int, *, active: bool) -> EpochBar:
     """A bar of all epochs, `epoch` of which are done; nothing is shown unless `active`."""
-    return tqdm(
+    return EpochBar(
         total=epochs, initial=epoch, desc=name, unit="epoch", smoothing=0.1, disable=not active
     )
 
 
 def show_epoch(
-    bar: tqdm, figures: dict[str, float], report: dict[str, float], *, first: bool
+    bar: EpochBar, figures: dict[str, float], report: dict[str, float], *, first: bool
 ) -> None:
     """Advance the bar by an epoch, and write the evaluation before it in a line of its own.
 
@@ -97,9 +121,7 @@ def show_epoch(
     reward = f"reward {figures['reward']:.3f}"
     if first and not bar.disable:
         bar.set_postfix_str(reward, refresh=False)
-        bar.n = bar.initial = bar.last_print_n = bar.n + 1
-        bar.last_print_t = time.time()
-        bar.refresh()
+        bar.skip_first()
     else:
         rate = f"{figures['images_per_second']:.0f} img/s"
         bar.set_postfix_str(f"{reward}, {rate}", refresh=False)

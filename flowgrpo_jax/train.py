@@ -155,7 +155,8 @@ def improve(
     per_micro = np.split(np.asarray(advantages), plan.updates * plan.micro_batches)
     figures: dict[str, float] = {}
     for u in range(plan.updates):
-        gradient, sums = update.empty(state.lora)
+        # Where the program leaves them, or it would be compiled once more for the second call.
+        gradient, sums = sharding.put_state(run.mesh, update.empty(state.lora))
         for m in range(u * plan.micro_batches, (u + 1) * plan.micro_batches):
             stop.check()
             before = sums

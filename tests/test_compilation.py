@@ -221,7 +221,7 @@ def test_jax_tells_the_report_what_it_compiles(fresh, monkeypatch):
     assert "compiled slow_program in" in stream.getvalue()
 
 
-def test_the_rate_and_the_time_left_do_not_count_the_first_epoch(monkeypatch):
+def test_the_rate_and_the_time_left_do_not_count_the_first_epoch(monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     bar = lifecycle.progress_bar("run", 3, 13, active=True)
@@ -236,4 +236,7 @@ def test_the_rate_and_the_time_left_do_not_count_the_first_epoch(monkeypatch):
     lifecycle.show_epoch(bar, figures, {}, first=False)
     assert "01:20" in str(bar) and "10.0" in str(bar)  # 8 epochs of 10 s are left
     assert "01:10<" in str(bar)  # what has passed counts all
+    now[0] += 20.0
+    lifecycle.show_epoch(bar, figures, {}, first=False)
     bar.close()
+    assert "15.00s/epoch" in capsys.readouterr().err.split("\r")[-1]  # the mean of 10 and 20 s
