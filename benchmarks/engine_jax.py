@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from benchmarks.epoch import Arrays, serve
 from flowgrpo_jax import recipe, settings, sharding, train, update
 from flowgrpo_jax.models import lora_files
-from flowgrpo_jax.types import Conditioning, PromptBatch, Trajectory
+from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout
 
 
 class JaxEngine:
@@ -26,19 +26,21 @@ class JaxEngine:
         self.run = run = recipe.build(ConfigDict(config), training=False)
         factors = {k[5:]: v for k, v in inputs.items() if k.startswith("lora.")}
         adapter = lora_files.from_torch(factors, run.model.lora_shapes)
-        state = update.init(adapter, run.optimiser, jax.random.key(config["seed"]))
+        key = jax.random.key(config["seed"])
+        state = update.init(adapter, run.algorithm.copies, {}, run.optimiser, key)
         cond = Conditioning(jnp.asarray(inputs["tokens"]), jnp.asarray(inputs["pooled"]))
         self.state, self.cond = sharding.replicate(run.mesh, (state, cond))
         groups = run.plan.groups
         self.batch = PromptBatch([""] * groups, [{}] * groups, np.arange(groups, dtype=np.int32))
         self.advantages = np.split(inputs["advantages"], run.plan.micro_batches)
-        self.start, self.trained = jnp.int32(0), jnp.arange(run.process.window)
+        self.start = jnp.int32(0)
+        self.terms = run.algorithm.terms(run.setup, key)
         self.decoder = jax.jit(run.model.decode)
         self.epoch = 0
 
     def draw(self) -> Arrays:
-        trajectory, _ = next(self.rollouts())
-        return {"x": np.asarray(trajectory.x), "log_prob": np.asarray(trajectory.log_prob)}
+        rollout, _ = next(self.rollouts())
+        return {"x": np.asarray(rollout.x), "log_prob": np.asarray(rollout.log_prob)}
 
     def probe(self, drawn: Arrays) -> Arrays:
         run, x = self.run, jnp.asarray(drawn["x"])
@@ -46,42 +48,44 @@ class JaxEngine:
 
         @jax.jit
         def velocity(adapter, base, x, cond, prompt):
-            sigma = jnp.full(x.shape[0], run.process.sigmas[0])
+            sigma = jnp.full(x.shape[0], run.setup.process.sigmas[0])
             return run.model.velocity(
-                adapter, base, x, sigma, cond.tokens[prompt], cond.pooled[prompt]
+                adapter, base, x, sigma, jax.tree.map(lambda c: c[prompt], cond)
             )
 
-        v = velocity(self.state.lora, run.model.base, x[0], self.cond, rows)
-        images = self.decoder(run.model.params["vae"], x[0])
-        trajectory = Trajectory(x, jnp.asarray(drawn["log_prob"]), x[-1], rows)
-        gradient, _ = self.accumulate(update.empty(self.state.lora), trajectory, 0)
+        v = velocity(self.state.policy, run.model.base, x[0], self.cond, rows)
+        images = self.decoder(run.model.params["vae"], x[0]).pixels
+        log_prob, start = jnp.asarray(drawn["log_prob"]), jnp.int32(0)
+        keys = jax.random.split(self.state.key, len(rows))  # which this algorithm does not read
+        rollout = Rollout(x[-1], rows, keys, start, x, log_prob)
+        gradient, _ = self.accumulate(self.empty(), rollout, 0)
         gradients = {f"lora.{k}": v for k, v in lora_files.to_torch(gradient).items()}
         return {"velocity": np.asarray(v), "images": np.asarray(images), **gradients}
 
-    def rollouts(self) -> Iterator[tuple[Trajectory, jax.Array]]:
-        """(trajectory, images) of each micro-batch."""
+    def rollouts(self) -> Iterator[tuple[Rollout, jax.Array]]:
+        """Yield the rollout and the images of each micro-batch."""
         run, state = self.run, self.state
         for ids, rows, places in train.micro_batches(run, self.batch):
-            trajectory, images, _ = run.programs.sample(
-                state.lora, run.weights, self.cond, self.cond, state.key, self.epoch, self.start,
+            rollout, pictures, _ = run.programs.sample(
+                state.policy, run.weights, self.cond, self.cond, state.key, self.epoch, self.start,
                 ids, rows, places,
             )  # fmt: skip
-            yield trajectory, images
+            yield rollout, pictures.pixels
 
     def sample(self) -> None:
-        self.trajectories, images = zip(*self.rollouts())
-        jax.block_until_ready(self.trajectories)
+        self.drawn, images = zip(*self.rollouts())
+        jax.block_until_ready(self.drawn)
         jax.device_get(images)
         self.epoch += 1
 
     def decode(self) -> None:
         vae = self.run.model.params["vae"]
-        jax.device_get([self.decoder(vae, t.latents) for t in self.trajectories])
+        jax.device_get([self.decoder(vae, rollout.latents).pixels for rollout in self.drawn])
 
     def update(self) -> None:
-        accumulated = update.empty(self.state.lora)
-        for m, trajectory in enumerate(self.trajectories):
-            accumulated = self.accumulate(accumulated, trajectory, m)
+        accumulated = self.empty()
+        for m, rollout in enumerate(self.drawn):
+            accumulated = self.accumulate(accumulated, rollout, m)
         self.state, _ = self.run.programs.apply(self.state, accumulated[0])
         jax.block_until_ready(self.state)
 
@@ -89,13 +93,17 @@ class JaxEngine:
         statistics = jax.devices()[0].memory_stats() or {}
         return statistics.get("peak_bytes_in_use", 0) / 2**30
 
-    def accumulate(self, accumulated: Any, trajectory: Trajectory, m: int) -> Any:
+    def empty(self) -> update.Carry:
+        return update.empty(self.run.algorithm, self.state.policy)
+
+    def accumulate(self, accumulated: update.Carry, rollout: Rollout, m: int) -> update.Carry:
         """Add micro-batch m's share to (gradient, figures)."""
-        run, adapter = self.run, self.state.lora
+        run, adapter = self.run, self.state.policy
+        others = {name: adapter for name in run.algorithm.reads}
         advantage = sharding.split_rows(run.mesh, self.advantages[m])
         return run.programs.accumulate(
-            *accumulated, adapter, adapter, run.model.base, self.cond, self.cond, trajectory,
-            advantage, self.start, self.trained,
+            *accumulated, adapter, others, run.model.base, self.cond, self.cond, rollout,
+            advantage, self.terms,
         )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
 
     # Upstream's KL leaves |dt| out; "exact" wants about a tenth of this beta.
-    c.train.kl_beta, c.train.kl_weighting = 0.04, "no_dt"
+    c.algorithm.options.kl_beta, c.algorithm.options.kl_weighting = 0.04, "no_dt"
 
     c.eval.every = c.checkpoint.every = 60
     c.eval.images = 2_208  # 368 of each tag; the benchmark has 4 of each of 553 prompts

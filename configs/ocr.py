@@ -46,7 +46,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
 
     # Upstream's KL leaves |dt| out; "exact" wants about a tenth of this beta.
-    c.train.kl_beta, c.train.kl_weighting = 0.04, "no_dt"
+    c.algorithm.options.kl_beta, c.algorithm.options.kl_weighting = 0.04, "no_dt"
 
     c.eval.every = c.checkpoint.every = 60
     c.eval.images = 1_018  # every test prompt once

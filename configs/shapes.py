@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     c.train.updates_per_epoch = 1
     c.train.learning_rate, c.train.decay_steps = 1.5e-3, 40
     c.train.b2 = 0.95  # gradients grow as pictures get better: a longer memory makes steps too long
-    c.train.clip_range = 5e-3
+    c.algorithm.options.clip_range = 5e-3
     c.train.ema_decay = 0.97
 
     c.eval.every = 25

@@ -21,6 +21,7 @@ from flowgrpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
 FOLDERS = ("checkpoints", "best")  # of a work directory
+FORMAT = 2  # of a training state; 1 had the fields lora and ema in place of policy and copies
 LIBRARIES = ("flowgrpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -153,7 +154,8 @@ class Checkpoints:
     def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest readable training state, and its record."""
         trees, record = self.newest(_parts(like))
-        return dataclasses.replace(trees["state"], ema=trees["ema"]), record
+        state = trees["state"]
+        return dataclasses.replace(state, copies={**state.copies, "ema": trees["ema"]}), record
 
     def keep_only(self, step: int) -> None:
         """Remove all others, newer ones too."""
@@ -275,6 +277,7 @@ class Kept:
         if not self.last.steps():
             log.warning("no checkpoint in %s: starting from epoch 0", self.last.directory)
             return like, 0
+        self._check_format()
         state, record = self.last.resume(like)
         same_settings(record, self.config, ("seed",), self.last.directory)
         same_settings(record, self.config, ("lora", "alpha"), self.last.directory)
@@ -292,6 +295,21 @@ class Kept:
                 ", ".join(changed),
             )
         return state, self.saved
+
+    def _check_format(self) -> None:
+        """Raise ValueError, before any state is read, for those that cannot be read as they are."""
+        try:
+            record = self.last.record(self.last.steps()[-1])
+        except Exception:  # damaged: `newest` passes over it, and says so
+            return
+        if (found := record.get("format", 1)) != FORMAT:
+            raise ValueError(
+                f"{self.last.directory} was written by another version of flowgrpo_jax: its states"
+                f" have format {found}, and this version trains on from format {FORMAT}. Evaluate"
+                " or export it as it is, or start a new run in another --workdir"
+            )
+        same_settings(record, self.config, ("algorithm", "name"), self.last.directory)
+        same_settings(record, self.config, ("advantage", "name"), self.last.directory)
 
     def save(self, epoch: int, state: TrainState) -> None:
         """If it cannot be written, that is a warning. Of several processes some may not know: there
@@ -319,6 +337,7 @@ class Kept:
 
     def _record(self, epoch: int) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "epoch": epoch,
             "lost": self.lost,
             "config": self.config,
@@ -337,6 +356,6 @@ class Kept:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """The EMA is apart: evaluation reads it alone."""
-    without: Any = {"ema": None}
-    return {"state": dataclasses.replace(state, **without), "ema": state.ema}
+    """Cut a state into what is written apart: evaluation reads the EMA alone."""
+    copies = {name: copy for name, copy in state.copies.items() if name != "ema"}
+    return {"state": dataclasses.replace(state, copies=copies), "ema": state.copies["ema"]}

@@ -31,14 +31,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import cli, cost, outputs, recipe, settings, sharding, update
+from flowgrpo_jax.advantages import Advantage
+from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.architecture import Architecture
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import described
-from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import graph
 from flowgrpo_jax.settings import Plan
-from flowgrpo_jax.types import Trajectory
+from flowgrpo_jax.types import Rollout
 
 
 class Chip(NamedTuple):
@@ -96,7 +97,7 @@ def describe(config: ConfigDict, mesh: Mesh) -> tuple[sd3.SD3, Architecture]:
         attention=config.model.attention,
         gather=sharding.gather(mesh),
     )
-    return recipe.release(config, model), parts
+    return recipe.drop_frozen(model, recipe.make_algorithm(config)), parts
 
 
 def laid_out(tree: Any, layout: Any) -> Any:
@@ -131,26 +132,35 @@ def frozen(model: sd3.SD3, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def training_state(model: sd3.SD3, optimiser: Any, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The state, and the gradient and figures of an update."""
+def training_state(
+    model: sd3.SD3, algorithm: Algorithm, advantage: Advantage, optimiser: Any, mesh: Mesh
+) -> tuple[Any, Any, Any]:
+    """Return the state, and the gradient and figures of an update."""
     key = jax.eval_shape(lambda: jax.random.key(0))
+    memory = jax.eval_shape(lambda: advantage.initial(1))
     state = jax.eval_shape(
-        lambda trained, key: update.init(trained, optimiser, key), model.lora_shapes, key
+        lambda trained, memory, key: update.init(trained, algorithm.copies, memory, optimiser, key),
+        model.lora_shapes,
+        memory,
+        key,
     )
-    gradient, figures = jax.eval_shape(update.empty, model.lora_shapes)
+    gradient, figures = jax.eval_shape(lambda p: update.empty(algorithm, p), model.lora_shapes)
     state, gradient = (laid_out(x, sharding.state_shardings(mesh, x)) for x in (state, gradient))
     return state, gradient, laid_out(figures, sharding.replicated(mesh))
 
 
-def rollout(process: Process, micro_batch: int, latent: tuple[int, ...], mesh: Mesh) -> Trajectory:
-    """What the sampler leaves of a micro-batch."""
-    rows = NamedSharding(mesh, sharding.ROWS)
+def rollout(setup: Setup, micro_batch: int, latent: tuple[int, ...], mesh: Mesh) -> Rollout:
+    """Return the shapes of a micro-batch's rollout."""
+    rows, window = NamedSharding(mesh, sharding.ROWS), setup.process.window
     rows_second = NamedSharding(mesh, PartitionSpec(None, *sharding.ROWS))
-    return Trajectory(
-        x=array(rows_second, process.window + 1, micro_batch, *latent, dtype=jnp.float32),
-        log_prob=array(rows_second, process.window, micro_batch, dtype=jnp.float32),
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro_batch))
+    return Rollout(
         latents=array(rows, micro_batch, *latent, dtype=jnp.float32),
         prompt=array(rows, micro_batch),
+        keys=laid_out(keys, rows),
+        start=array(sharding.replicated(mesh)),
+        x=array(rows_second, window + 1, micro_batch, *latent, dtype=jnp.float32),
+        log_prob=array(rows_second, window, micro_batch, dtype=jnp.float32),
     )
 
 
@@ -161,8 +171,9 @@ def programs(
     everywhere, rows = sharding.replicated(mesh), NamedSharding(mesh, sharding.ROWS)
     weights = frozen(model, mesh)
     text = {part: weights.pop(part) for part in model.text_shapes}
-    optimiser = recipe.make_optimiser(config)
-    state, gradient, figures = training_state(model, optimiser, mesh)
+    algorithm, optimiser = recipe.make_algorithm(config), recipe.make_optimiser(config)
+    advantage = recipe.make_advantage(config)
+    state, gradient, figures = training_state(model, algorithm, advantage, optimiser, mesh)
 
     lengths = [parts.text_encoder.max_position_embeddings] * 2 + [config.model.t5_length]
     encoded = min(plan.groups, sd3.TEXTS)
@@ -177,10 +188,10 @@ def programs(
         for n in (1, micro)
     )
 
-    process = recipe.make_process(config, model.shift)
-    built = recipe.make_programs(config, model, mesh, plan, process, optimiser)
+    setup = recipe.make_setup(config, model.shift, algorithm)
+    built = recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
     latent = model.latent_shape(config.model.height, config.model.width)
-    trajectory = rollout(process, m, latent, mesh)
+    drawn = rollout(setup, m, latent, mesh)
     one_each, scalar = array(rows, m), array(everywhere)
     keys = laid_out(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro)), rows)
     pictures = [
@@ -193,13 +204,18 @@ def programs(
     scoring, judging = score(config, mesh, (plan.groups, *pictures[0]), (micro, *pictures[1]))
     towers = {id(x): x for program in (*scoring, *judging) for x in jax.tree.leaves(program[1][0])}
 
-    sampling = (state.lora, weights, cond, null)
-    evaluating = (state.lora, weights, tested, null, array(rows, micro), keys)
+    sampling = (state.policy, weights, cond, null)
+    evaluating = (state.policy, weights, tested, null, array(rows, micro), keys)
     sample = (*sampling, state.key, 0, scalar, one_each, one_each, one_each)
-    reference = state.lora if config.lora.rank else {}
-    policy = (state.lora, reference, weights["transformer"], cond, null)
-    trained = array(everywhere, config.train.steps or process.window)
-    replay = (trajectory, array(rows, m, dtype=jnp.float32), scalar, trained)
+    reference = state.policy if config.lora.rank else {}
+    others = {
+        name: reference if name == "reference" else state.copies[name] for name in algorithm.reads
+    }
+    policy = (state.policy, others, weights["transformer"], cond, null)
+    terms = laid_out(
+        jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0)), everywhere
+    )
+    replay = (drawn, array(rows, m, dtype=jnp.float32), terms)
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
     listed = [
@@ -214,7 +230,7 @@ def programs(
         listed += [Program("judge", evaluated, *program) for program in judging]
     # An epoch that is stopped never happened: its first state stays beside the newest.
     states = [state] * min(plan.updates, 2)
-    stays = (weights, list(towers.values()), states, cond, null, [trajectory] * batches)
+    stays = (weights, list(towers.values()), states, cond, null, [drawn] * batches)
     if config.model.text_cache:  # taken to be filled ahead, so that no encoder is ever read
         return listed[1:], stays
     return listed, (text, *stays)

@@ -44,21 +44,22 @@ from flowgrpo_jax import (
 from flowgrpo_jax.models.sd3 import TEXTS
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.scoring import graph, host
-from flowgrpo_jax.types import Conditioning, Params, PromptBatch
+from flowgrpo_jax.types import Params, PromptBatch
 
 
 def evaluate(
     run: Recipe,
-    lora: Params,
-    null: Conditioning,
+    policy: Params,
     *,
     progress: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], np.ndarray, PromptBatch]:
-    """Means of every reward, overall and per tag, the images uint8 [n, ...] and their prompts.
+    """Return the means of every reward, overall and per tag, the images uint8 [n, ...] and their
+    prompts.
 
     A failed reward counts in no mean; `failed` is the share of images with one, `failures` that of
-    each reward. `check` is called before every micro-batch and may raise.
+    each reward, and `broken` the share of images with pixels that are not finite, for which every
+    reward fails. `check` is called before every micro-batch and may raise.
     """
     config = run.config.eval
     micro = config.micro_batch or run.plan.micro_batch
@@ -68,7 +69,7 @@ def evaluate(
     texts = encode_many(run, [r["prompt"] for r in records])
     key = jax.random.key(config.seed)
 
-    images, graphed = [], []
+    images, finite, graphed = [], [], []
     padded = np.arange(-(-config.images // micro) * micro) % config.images  # static shapes
     for part in tqdm(np.split(padded, len(padded) // micro), desc="evaluate", disable=not progress):
         check()
@@ -80,12 +81,17 @@ def evaluate(
         prepared = jax.tree.map(operator.itemgetter(filled), prepared)
         keys = sampler.image_keys(key, 0, batch.ids[part], repeats[part])
         row, keys = sharding.split_rows(run.mesh, (row.astype(np.int32), keys))
-        images.append(run.programs.generate(lora, run.weights, cond, null, row, keys))
+        pictures = run.programs.generate(policy, run.weights, cond, run.empty, row, keys)
+        images.append(pictures.pixels)
+        finite.append(pictures.finite)
         graphed.append(run.test_scorer.graph(images[-1], prepared, row))
         jax.block_until_ready(images[-2:-1])  # two at a time, or a stop would wait for all
-    pictures = np.concatenate([sharding.whole(i) for i in images])[: config.images]
+    pixels, sound = (
+        np.concatenate([sharding.whole(part) for part in parts])[: config.images]
+        for parts in (images, finite)
+    )
 
-    scores, lost = _scores(run, pictures, batch, graphed, micro, check)
+    scores, lost = _scores(run, pixels, sound, batch, graphed, micro, check)
     tags = np.array([m.get("tag", "") for m in batch.metadata])
     result = {
         "metrics": {name: mean(s) for name, s in scores.items()},
@@ -97,8 +103,9 @@ def evaluate(
         "images": config.images,
         "failed": float(np.any(list(lost.values()), axis=0).mean()),
         "failures": {name: float(missing.mean()) for name, missing in lost.items()},
+        "broken": float(1 - sound.mean()),
     }
-    return result, pictures, batch
+    return result, pixels, batch
 
 
 def encode_many(run: Recipe, texts: list[str]) -> Any:
@@ -117,25 +124,27 @@ def encode_many(run: Recipe, texts: list[str]) -> Any:
 
 def _scores(
     run: Recipe,
-    pictures: np.ndarray,
+    pixels: np.ndarray,
+    sound: np.ndarray,
     batch: PromptBatch,
     graphed: list[Any],
     micro: int,
     check: Callable[[], None],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Every reward of every image, f32 [n], NaN where it failed or does not apply to the prompt;
-    and where it failed, bool [n].
+    """Return every reward of every image, f32 [n], NaN where it failed or does not apply to the
+    prompt; and where it failed, bool [n].
 
     Args:
+      sound: bool [n], which images are finite; the others fail.
       graphed: what the rewards in the graph gave for each micro-batch of `micro` images.
     """
-    scorer, n = run.test_scorer, len(pictures)
+    scorer, n = run.test_scorer, len(pixels)
     mine = host.shares(batch.ids, jax.process_index(), jax.process_count(), micro)
     scored = []
     for i in range(sharding.everyone(np.array(len(mine))).max()):  # shares differ in size
         check()
         if i < len(mine):
-            scored.append(scorer.host(pictures[mine[i]], batch.ids[mine[i]]))
+            scored.append(scorer.host(pixels[mine[i]], batch.ids[mine[i]]))
     scores = {}
     for name in scored[0]:
         own = np.concatenate([part[name] for part in scored])
@@ -143,7 +152,7 @@ def _scores(
     for name in scorer.in_graph:
         scores[name] = np.concatenate([sharding.whole(g[name]) for g in graphed])[:n]
     applies = dict(zip(scorer.mix.names, ~np.isnan(scorer.mix.table(batch.metadata))))
-    scores = {name: np.where(applies[name], scores[name], np.nan) for name in applies}
+    scores = {name: np.where(applies[name] & sound, scores[name], np.nan) for name in applies}
     return scores, {name: np.isnan(s) & applies[name] for name, s in scores.items()}
 
 
@@ -203,9 +212,9 @@ def main(_: list[str]) -> None:
     policies.check(flags.FLAGS.checkpoint)
     with cli.compiling():
         run = recipe.build(config, training=False)
-        lora = policies.load(flags.FLAGS.checkpoint, run.model, run.mesh)
-        lora = sharding.put_state(run.mesh, lora)
-        result, images, batch = evaluate(run, lora, run.encode([""]), progress=True)
+        policy = policies.load(flags.FLAGS.checkpoint, run.model, run.mesh)
+        policy = sharding.put_state(run.mesh, policy)
+        result, images, batch = evaluate(run, policy, progress=True)
     if jax.process_index() > 0:
         return
     print(table(result))

@@ -7,6 +7,7 @@ r"""Draw pictures of prompts, with the base model or a trained LoRA.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import jax
@@ -32,6 +33,8 @@ from flowgrpo_jax.models import directories, lora_files, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
 
+log = logging.getLogger(__name__)
+
 
 def generate(
     model: sd3.SD3,
@@ -55,23 +58,28 @@ def generate(
     latent = model.latent_shape(height or size, width or size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = programs.generate(
-        model,
+        model.velocity,
+        model.decode,
         mesh,
         guidance=scale,
         latent=latent,
-        sigmas=sde.sigma_schedule(steps, model.shift),
+        sigmas=tuple(map(float, sde.sigma_schedule(steps, model.shift))),
     )
     weights = {"transformer": model.base, "vae": model.params["vae"]}
-    null, n = model.encode([""]), len(prompts)
+    empty, n = model.encode([""]), len(prompts)
     most = settings.AT_ONCE // ((height or size) * (width or size))
     at_once = min(n, max(most, 1))
     padded = np.arange(-(-n // at_once) * at_once) % n  # static shapes
-    images = []
+    images, finite = [], []
     for part in np.split(padded, len(padded) // at_once):
         place = jnp.asarray(part)
         keys = sampler.image_keys(jax.random.key(seed), 0, place, jnp.zeros_like(place))
         cond = model.encode([prompts[i] for i in part])
-        images.append(np.asarray(run(adapter, weights, cond, null, jnp.arange(at_once), keys)))
+        pictures = run(adapter, weights, cond, empty, jnp.arange(at_once), keys)
+        images.append(np.asarray(pictures.pixels))
+        finite.append(np.asarray(pictures.finite))
+    for i in np.flatnonzero(~np.concatenate(finite)[:n]):
+        log.warning("the picture of %r has pixels that are not finite", prompts[i])
     return np.concatenate(images)[:n]
 
 

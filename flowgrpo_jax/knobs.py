@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ast
-import bisect
 import importlib
 import inspect
-import io
 import runpy
-import tokenize
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -57,23 +54,24 @@ def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def comments() -> dict[str, str]:
-    """What the base says about each knob and section, by dotted name.
+    """Return what the base says about each knob and section, by dotted name.
 
-    A knob's comments are those in its statement and in the lines below, up to the next statement.
+    The comment of a knob stands in whole lines directly above it.
     """
     if (module := base()) is None:
         return {}
     source = inspect.getsource(module.get_config)
-    body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
-    starts, names = [], []
-    for statement in body:
+    lines = source.splitlines()
+    said: dict[str, str] = {}
+    for statement in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         targets = statement.targets if isinstance(statement, ast.Assign) else []
         targets = [t for x in targets for t in (x.elts if isinstance(x, ast.Tuple) else [x])]
-        starts.append(statement.lineno)
-        names.append([ast.unparse(target).partition(".")[2] for target in targets])
-    said: dict[str, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            for name in names[bisect.bisect(starts, token.start[0]) - 1]:
-                said[name] = f"{said.get(name, '')} {token.string.lstrip('# ')}".strip()
+        above: list[str] = []
+        for line in reversed(lines[: statement.lineno - 1]):
+            if not line.strip().startswith("#"):
+                break
+            above.insert(0, line.strip().lstrip("# "))
+        for target in targets:
+            if above:
+                said[ast.unparse(target).partition(".")[2]] = " ".join(above)
     return said

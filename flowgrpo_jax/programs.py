@@ -1,27 +1,34 @@
-"""The jitted programs of a run, from plain parts. What they do is in `sampler` and `update`."""
+"""The jitted programs of a run, from plain parts. What they do is in `sampler` and `update`.
+
+Each maker is cached: a second run of the same recipe in one process traces and compiles nothing. A
+program holds functions and settings, never weights, which training may give up.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from flowgrpo_jax import sampler, sharding, update
-from flowgrpo_jax.models.sd3 import SD3
+from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Params, Scores, TrainState, Trajectory
-from flowgrpo_jax.update import Objective
+from flowgrpo_jax.types import Params, Pictures, Rollout, Scores, TrainState
 
 HostScore = Callable[[jax.Array, jax.Array], Scores]
+Velocity = Callable[..., jax.Array]  # a model's, not guided
+Decode = Callable[[Params, jax.Array], Pictures]
+cached = lru_cache(maxsize=32)
 
 
+@cached
 def sample(
-    model: SD3,
+    velocity: Velocity,
+    decode: Decode,
     mesh: Mesh,
     process: Process,
     *,
@@ -29,61 +36,52 @@ def sample(
     latent: tuple[int, int, int],
     same_noise: bool,
     score: HostScore | None,
-) -> Callable[..., tuple[Trajectory, jax.Array, Scores]]:
+) -> Callable[..., tuple[Rollout, Pictures, Scores]]:
     """Rollout, decoding and, with `score`, the host rewards of a micro-batch."""
-    # No closure over the model: programs outlive weights that training gives up.
-    guided, decode = sampler.guided(model.velocity, guidance), model.decode
+    guided = sampler.guided(velocity, guidance)
 
     @jax.jit
-    def run(lora, weights, cond, null, key, epoch, start, ids, prompt, image):
-        """-> trajectory, images uint8 [M, ...], the host's scores (none without `score`).
+    def run(policy, weights, cond, empty, key, epoch, start, ids, prompt, image):
+        """Return the rollout, its pictures and the host's scores (none without `score`).
 
         ids, prompt, image: i32 [M], the prompt's id, its row in `cond`, the place in the group.
         """
 
-        def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return guided(lora, weights["transformer"], x, sigma, cond, null, prompt)
+        def v(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return guided(policy, weights["transformer"], x, sigma, cond, empty, prompt)
 
         keys = sampler.image_keys(key, epoch, ids, image)
         first = sampler.image_keys(key, epoch, ids, jnp.zeros_like(image)) if same_noise else keys
         x = sharding.constrain_rows(mesh, sampler.normal(first, sampler.ODE_KEY, latent))
-        trajectory = sampler.rollout(velocity, process, x, keys, start, prompt)
-        images = sharding.constrain_rows(mesh, decode(weights["vae"], trajectory.latents))
-        return trajectory, images, score(images, ids) if score else {}
+        rollout = sampler.rollout(v, process, x, keys, start, prompt)
+        pixels, finite = decode(weights["vae"], rollout.latents)
+        pictures = Pictures(sharding.constrain_rows(mesh, pixels), finite)
+        return rollout, pictures, score(pictures.pixels, ids) if score else {}
 
     return run
 
 
+@cached
 def accumulate(
-    model: SD3, process: Process, objective: Objective, *, guidance: float, images: int
-) -> Callable[..., tuple[Params, dict[str, jax.Array]]]:
+    velocity: Velocity, algorithm: Algorithm, setup: Setup, *, guidance: float, images: int
+) -> Callable[..., update.Carry]:
     """Add a micro-batch's share to the gradient of an update over `images` images."""
-    guided = sampler.guided(model.velocity, guidance)
+    guided = sampler.guided(velocity, guidance)
 
     @partial(jax.jit, donate_argnums=0)
-    def run(gradient, figures, lora, reference, base, cond, null, trajectory, advantage, start,
-            trained):  # fmt: skip
-        def velocity(lora: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return guided(lora, base, x, sigma, cond, null, trajectory.prompt)
+    def run(gradient, figures, policy, others, frozen, cond, empty, rollout, advantage, terms):
+        def v(params: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return guided(params, frozen, x, sigma, cond, empty, rollout.prompt)
 
+        carry = gradient, figures
         return update.accumulate(
-            velocity,
-            process,
-            objective,
-            lora,
-            reference,
-            trajectory,
-            advantage,
-            start,
-            trained,
-            images,
-            gradient,
-            figures,
+            algorithm, setup, v, policy, others, rollout, advantage, terms, images, carry
         )
 
     return run
 
 
+@cached
 def apply(
     optimiser: Any, ema_decay: float
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
@@ -93,21 +91,35 @@ def apply(
     )
 
 
+@cached
+def end_epoch(algorithm: Algorithm) -> Callable[[TrainState], TrainState]:
+    """The step of the algorithm's copies at the end of an epoch; nothing for one without copies."""
+    if not algorithm.copies:
+        return lambda state: state
+    return jax.jit(lambda state: update.end_epoch(state, algorithm))
+
+
+@cached
 def generate(
-    model: SD3, mesh: Mesh, *, guidance: float, latent: tuple[int, int, int], sigmas: np.ndarray
-) -> Callable[..., jax.Array]:
+    velocity: Velocity,
+    decode: Decode,
+    mesh: Mesh,
+    *,
+    guidance: float,
+    latent: tuple[int, int, int],
+    sigmas: tuple[float, ...],
+) -> Callable[..., Pictures]:
     """Deterministic images by the ODE."""
-    # No closure over the model: programs outlive weights that training gives up.
-    guided, decode = sampler.guided(model.velocity, guidance), model.decode
+    guided = sampler.guided(velocity, guidance)
 
     @jax.jit
-    def run(lora, weights, cond, null, prompt, keys):
-        """-> images uint8 [M, ...] from image keys [M] and each image's row in `cond`, i32 [M]."""
+    def run(policy, weights, cond, empty, prompt, keys):
+        """Return the pictures of image keys [M] and each image's row in `cond`, i32 [M]."""
 
-        def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return guided(lora, weights["transformer"], x, sigma, cond, null, prompt)
+        def v(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return guided(policy, weights["transformer"], x, sigma, cond, empty, prompt)
 
         x = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.ODE_KEY, latent))
-        return decode(weights["vae"], sampler.ode(velocity, sigmas, x))
+        return decode(weights["vae"], sampler.ode(v, sigmas, x))
 
     return run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -17,7 +17,19 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import programs, prompts, rewards, sde, sharding, text_cache, update
+from flowgrpo_jax import (
+    advantages,
+    algorithms,
+    programs,
+    prompts,
+    rewards,
+    sde,
+    sharding,
+    text_cache,
+    update,
+)
+from flowgrpo_jax.advantages import Advantage
+from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
@@ -30,11 +42,12 @@ from flowgrpo_jax.types import (
     GraphReward,
     Metadata,
     Params,
+    Pictures,
     PromptBatch,
     Reward,
+    Rollout,
     Scores,
     TrainState,
-    Trajectory,
 )
 
 # Knobs of `config.train` that `update.optimiser` takes by the same name.
@@ -45,10 +58,11 @@ ADAMW = ("b1", "b2", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "de
 class Programs:
     """The jitted programs of a run; `programs.py` has their arguments."""
 
-    sample: Callable[..., tuple[Trajectory, jax.Array, Scores]]
-    accumulate: Callable[..., tuple[Params, dict[str, jax.Array]]]
+    sample: Callable[..., tuple[Rollout, Pictures, Scores]]
+    accumulate: Callable[..., update.Carry]
     apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    generate: Callable[..., jax.Array]
+    end_epoch: Callable[[TrainState], TrainState]
+    generate: Callable[..., Pictures]
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,9 @@ class Recipe:
     model: sd3.SD3
     mesh: Mesh
     plan: Plan
-    process: Process
+    setup: Setup
+    algorithm: Algorithm
+    advantage: Advantage
     optimiser: Any
     programs: Programs
     train_prompts: list[Metadata]
@@ -80,8 +96,21 @@ class Recipe:
         """Frozen weights that sampling takes."""
         return {"transformer": self.model.base, "vae": self.model.params["vae"]}
 
+    @cached_property
+    def empty(self) -> Conditioning:
+        """The empty prompt, which guidance moves away from."""
+        return self.encode([""])
+
     def encode(self, texts: list[str]) -> Conditioning:
         return encode(self.config, self.model, self.mesh, texts)
+
+    def named_policy(self, state: TrainState, name: str) -> Params:
+        """Return the parameters of "policy", of "reference" or of a copy."""
+        if name == "policy":
+            return state.policy
+        if name == "reference" and name not in state.copies:
+            return self.model.reference(state.policy)
+        return state.copies[name]
 
 
 _fingerprint = cache(text_cache.fingerprint)  # a run's model does not change
@@ -142,17 +171,19 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     train_prompts, test_prompts = load_prompts(config, training)
     scorer, test_scorer = scorers(config, mesh, train_prompts, test_prompts, training=training)
     model = load_model(config, mesh)
-    process = make_process(config, model.shift)
+    algorithm = make_algorithm(config)
+    setup = make_setup(config, model.shift, algorithm)
     optimiser = make_optimiser(config)
-    built = make_programs(
-        config, model, mesh, plan, process, optimiser, _callback(config, scorer, mesh)
-    )
+    score = _callback(config, scorer, mesh)
+    built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)
     return Recipe(
         config,
         model,
         mesh,
         plan,
-        process,
+        setup,
+        algorithm,
+        make_advantage(config),
         optimiser,
         built,
         train_prompts,
@@ -172,26 +203,36 @@ def check_size(config: ConfigDict) -> None:
         raise ValueError(f"model.height and model.width: {error}") from error
 
 
-def release(config: ConfigDict, model: sd3.SD3) -> sd3.SD3:
-    """The model without the transformer's frozen weights where nothing looks at them: in full
-    fine-tuning the trained ones take their place, and only a KL needs both."""
-    if model.lora_spec.rank or config.train.kl_beta:
+def drop_frozen(model: sd3.SD3, algorithm: Algorithm) -> sd3.SD3:
+    """Return the model without the transformer's frozen weights where nothing reads them: in full
+    fine-tuning the trained ones take their place, and only the reference policy needs both."""
+    if model.lora_spec.rank or "reference" in algorithm.reads:
         return model
     kept = {path: x for path, x in model.base.items() if path not in model.lora_shapes}
     return replace(model, params={**model.params, "transformer": kept})
 
 
-def make_process(config: ConfigDict, shift: float) -> Process:
-    """The rollout's process, with the sigmas of a model whose schedule has this shift."""
+def make_algorithm(config: ConfigDict) -> Algorithm:
+    return algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+
+
+def make_advantage(config: ConfigDict) -> Advantage:
+    c, size = config.advantage, config.sample.group_size
+    return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip)
+
+
+def make_setup(config: ConfigDict, shift: float, algorithm: Algorithm) -> Setup:
+    """Return how images are drawn, with the sigmas of a model whose schedule has this shift."""
     s = config.sample
-    return Process(
+    process = Process(
         sigmas=tuple(map(float, sde.sigma_schedule(s.steps, shift))),
-        kernel=s.kernel,
+        kernel=sde.load(s.kernel),
         noise_level=s.noise_level,
-        window=window(config),
+        window=window(config) if algorithm.window else 0,
         density=s.density,
         reduction=s.reduction,
     )
+    return Setup(process, s.group_size)
 
 
 def make_optimiser(config: ConfigDict) -> Any:
@@ -337,7 +378,8 @@ def make_programs(
     model: sd3.SD3,
     mesh: Mesh,
     plan: Plan,
-    process: Process,
+    setup: Setup,
+    algorithm: Algorithm,
     optimiser: Any,
     score: programs.HostScore | None = None,
 ) -> Programs:
@@ -351,31 +393,33 @@ def make_programs(
         " divisor, or cut by mesh.fsdp",
     )
     latent = model.latent_shape(config.model.height, config.model.width)
-    objective = update.Objective(t.clip_range, t.kl_beta, t.kl_weighting, t.loss)
     return Programs(
         sample=programs.sample(
-            model,
+            model.velocity,
+            model.decode,
             mesh,
-            process,
+            setup.process,
             guidance=scale,
             latent=latent,
             same_noise=s.same_noise,
             score=score,
         ),
         accumulate=programs.accumulate(
-            model,
-            process,
-            objective,
+            model.velocity,
+            algorithm,
+            setup,
             guidance=scale,
             images=plan.images // plan.updates,
         ),
         apply=programs.apply(optimiser, t.ema_decay),
+        end_epoch=programs.end_epoch(algorithm),
         generate=programs.generate(
-            model,
+            model.velocity,
+            model.decode,
             mesh,
             guidance=eval_scale,
             latent=latent,
-            sigmas=sde.sigma_schedule(config.eval.steps, model.shift),
+            sigmas=tuple(map(float, sde.sigma_schedule(config.eval.steps, model.shift))),
         ),
     )
 
@@ -387,7 +431,6 @@ def describe(recipe: Recipe) -> str:
     frozen = sum(x.size for part in parts for x in part.values())
     trained = sum(np.prod(x.shape) for x in model.lora_shapes.values())
     frozen -= 0 if model.lora_spec.rank else trained  # in full fine-tuning they are among them
-    low, high = window_range(config)
     layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
     after = config.train.decay_steps
     decay = f", falling after {after} updates" if after else ""
@@ -397,11 +440,17 @@ def describe(recipe: Recipe) -> str:
             f" trained, {config.model.height} x {config.model.width} px, {config.model.dtype}",
             f"batch       {recipe.plan} on {recipe.mesh.size} {jax.default_backend()} device(s)"
             f" of {jax.process_count()} process(es), {layout}",
-            f"rollout     {config.sample.steps} steps, {config.sample.kernel} noise"
-            f" {config.sample.noise_level} on {window(config)} steps within [{low}, {high}),"
+            f"rollout     {config.sample.steps} steps, {_noise(recipe)},"
             f" guidance {config.sample.guidance_scale}",
-            f"update      {config.train.steps or window(config)} steps trained, clip"
-            f" {config.train.clip_range:g}, KL {config.train.kl_beta:g},"
+            f"update      {config.algorithm.name}: {recipe.algorithm.summary},"
             f" learning rate {config.train.learning_rate:g}{decay}",
         ]
     )
+
+
+def _noise(recipe: Recipe) -> str:
+    s, size = recipe.config.sample, recipe.setup.process.window
+    if not size:
+        return "the ODE without noise"
+    low, high = window_range(recipe.config)
+    return f"{s.kernel} noise {s.noise_level} on {size} steps within [{low}, {high})"

@@ -15,9 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgrpo_jax import sde
-from flowgrpo_jax.types import Trajectory
+from flowgrpo_jax.types import Rollout
 
-ODE_KEY, SDE_KEY = 0, 1  # what an image's key is folded with for its first noise and its steps
+# What keys are folded with. An image's key: for its first noise, for the noise of step t
+# (SDE_KEY + t), and, where a finished image is noised again, for the noise and the level.
+ODE_KEY, SDE_KEY = 0, 1
+RENOISE_KEY, LEVEL_KEY = 2**30, 2**30 + 1
+# An epoch's key: for the window's place, and for the terms that are trained.
+WINDOW_KEY, TERMS_KEY = 2**31 - 1, 2**31 - 2
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Process:
     """The stochastic process of a recipe: its schedule, kernel and window. Static under jit."""
 
     sigmas: tuple[float, ...]  # T + 1 of them
-    kernel: str = "flow_sde"
+    kernel: sde.Kernel = sde.FLOW_SDE
     noise_level: float = 0.7
     window: int = 0  # number of stochastic steps, W
     density: str = "gaussian"
@@ -53,33 +58,33 @@ class Process:
 
 
 def guided(velocity: Callable[..., jax.Array], scale: float) -> Callable[..., jax.Array]:
-    """Classifier-free guidance: v = v_null + scale (v_prompt - v_null), both in one batch.
+    """Classifier-free guidance: v = v_empty + scale (v_prompt - v_empty), both in one batch.
 
-    Returns f(lora, base, x [M, H, W, C], sigma, cond, null, prompt i32 [M]) -> f32 [M, H, W, C],
-    where `cond` holds P prompts, `null` the empty one, and `prompt` each image's row in `cond`.
-    At scale 1 the null branch cancels and is never computed.
+    Returns f(policy, frozen, x [M, H, W, C], sigma scalar or [M], cond, empty, prompt i32 [M]) ->
+    f32 [M, H, W, C], where `cond` is a tree of arrays [P, ...] for P prompts, `empty` the same for
+    the empty prompt, and `prompt` each image's row in `cond`. As in diffusers a scale of at most 1
+    means no guidance: the empty prompt's branch is not computed.
     """
 
-    def single(lora, base, x, sigma, cond, null, prompt):
-        del null
+    def single(policy, frozen, x, sigma, cond, empty, prompt):
+        del empty
         sigmas = jnp.broadcast_to(sigma, x.shape[:1])
-        return velocity(lora, base, x, sigmas, cond.tokens[prompt], cond.pooled[prompt])
+        return velocity(policy, frozen, x, sigmas, jax.tree.map(lambda c: c[prompt], cond))
 
-    def double(lora, base, x, sigma, cond, null, prompt):
+    def double(policy, frozen, x, sigma, cond, empty, prompt):
         # Each image's two branches side by side: put end to end they would have to move between
         # devices, which hold a part of the rows each.
-        def both(n: jax.Array, c: jax.Array) -> jax.Array:
-            pair = jnp.stack([jnp.broadcast_to(n, c.shape), c], axis=1)
+        def both(e: jax.Array, c: jax.Array) -> jax.Array:
+            pair = jnp.stack([jnp.broadcast_to(e, c.shape), c], axis=1)
             return pair.reshape(2 * c.shape[0], *c.shape[1:])
 
-        sigmas = jnp.broadcast_to(sigma, (2 * x.shape[0],))
-        tokens = both(null.tokens, cond.tokens[prompt])
-        pooled = both(null.pooled, cond.pooled[prompt])
-        v = velocity(lora, base, both(x, x), sigmas, tokens, pooled)
-        v_null, v_prompt = jnp.moveaxis(v.reshape(-1, 2, *v.shape[1:]), 1, 0)
-        return v_null + scale * (v_prompt - v_null)
+        sigmas = jnp.broadcast_to(sigma, x.shape[:1])
+        pairs = jax.tree.map(lambda e, c: both(e, c[prompt]), empty, cond)
+        v = velocity(policy, frozen, both(x, x), both(sigmas, sigmas), pairs)
+        v_empty, v_prompt = jnp.moveaxis(v.reshape(-1, 2, *v.shape[1:]), 1, 0)
+        return v_empty + scale * (v_prompt - v_empty)
 
-    return single if scale == 1.0 else double
+    return single if scale <= 1.0 else double
 
 
 def image_keys(key: jax.Array, epoch: int, prompt_ids: jax.Array, images: jax.Array) -> jax.Array:
@@ -105,17 +110,21 @@ def rollout(
     keys: jax.Array,
     start: jax.Array,
     prompt: jax.Array,
-) -> Trajectory:
-    """Sample M images and record the window's transitions.
+) -> Rollout:
+    """Sample M images and record the window's transitions; without a window, by the plain ODE.
 
     Args:
       velocity: v(x [M, H, W, C], sigma) -> f32 [M, H, W, C].
       x: initial noise f32 [M, H, W, C].
       keys: [M] image keys; step t draws from fold_in(key, SDE_KEY + t).
       start: i32, first stochastic step; the window is [start, start + process.window).
-      prompt: i32 [M], kept with the trajectory.
+      prompt: i32 [M], kept with the rollout.
     """
     sigmas = jnp.asarray(process.sigmas, jnp.float32)
+    start = jnp.asarray(start, jnp.int32)
+    if not process.window:
+        last = ode(velocity, process.sigmas, x)
+        return Rollout(last, prompt, keys, start, last[None], jnp.zeros((0, x.shape[0])))
 
     def step(x: jax.Array, t: jax.Array):
         v = velocity(x, sigmas[t])
@@ -127,17 +136,19 @@ def rollout(
 
     last, (xs, log_probs) = jax.lax.scan(step, x, jnp.arange(process.steps))
     xs = jnp.concatenate([x[None], xs])
-    return Trajectory(
-        x=jax.lax.dynamic_slice_in_dim(xs, start, process.window + 1),
-        log_prob=jax.lax.dynamic_slice_in_dim(log_probs, start, process.window),
+    return Rollout(
         latents=last,
         prompt=prompt,
+        keys=keys,
+        start=start,
+        x=jax.lax.dynamic_slice_in_dim(xs, start, process.window + 1),
+        log_prob=jax.lax.dynamic_slice_in_dim(log_probs, start, process.window),
     )
 
 
 def ode(
     velocity: Callable[[jax.Array, jax.Array], jax.Array],
-    sigmas: np.ndarray | jax.Array,
+    sigmas: np.ndarray | jax.Array | tuple[float, ...],
     x: jax.Array,
 ) -> jax.Array:
     """Deterministic Euler sampling: noise [M, H, W, C] -> latents [M, H, W, C]."""
@@ -150,13 +161,17 @@ def ode(
     return jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:]))[0]
 
 
+def epoch_key(key: jax.Array, epoch: int, fold: int) -> jax.Array:
+    """Return the key of a choice that all images of an epoch share, from (run key, epoch)."""
+    return jax.random.fold_in(jax.random.fold_in(key, epoch), fold)
+
+
 def window_start(
     key: jax.Array, epoch: int, window: int, window_range: tuple[int, int]
 ) -> jax.Array:
-    """First step of this epoch's window, uniform in [range[0], range[1] - window].
+    """Return the first step of this epoch's window, uniform in [range[0], range[1] - window].
 
     A function of (run key, epoch) alone, so every host and every group agrees.
     """
     low, high = window_range
-    key = jax.random.fold_in(jax.random.fold_in(key, epoch), 2**31 - 1)
-    return jax.random.randint(key, (), low, high - window + 1)
+    return jax.random.randint(epoch_key(key, epoch, WINDOW_KEY), (), low, high - window + 1)

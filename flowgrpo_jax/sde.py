@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowgrpo_jax import tables
+
 DENSITIES = ("gaussian", "squared_error")
 REDUCTIONS = ("mean", "sum")
 KL_WEIGHTINGS = ("exact", "no_dt")
@@ -92,7 +94,28 @@ def cps(x, v, sigma, sigma_next, *, noise_level, sigma_max) -> Gaussian:
     return Gaussian(mean, sigma_next * jnp.sin(angle))
 
 
-KERNELS: dict[str, Callable[..., Gaussian]] = {"flow_sde": flow_sde, "cps": cps}
+class Kernel(NamedTuple):
+    """A transition kernel, and what noise level it allows.
+
+    Attributes:
+      gaussian: f(x, v, sigma, sigma_next, *, noise_level, sigma_max) -> Gaussian.
+      most_noise: the largest noise level; typical: a usual one, for error messages.
+    """
+
+    gaussian: Callable[..., Gaussian]
+    most_noise: float = math.inf
+    typical: float = 0.7
+
+
+FLOW_SDE = Kernel(flow_sde, typical=0.7)
+CPS = Kernel(cps, most_noise=1.0, typical=0.8)  # it takes a share of the noise
+
+TABLE = {"flow_sde": "flowgrpo_jax.sde:FLOW_SDE", "cps": "flowgrpo_jax.sde:CPS"}
+
+
+def load(name: str) -> Kernel:
+    """Return the kernel of a row of `TABLE`, or "package.module:NAME" of the user's own."""
+    return tables.find(TABLE, name, "kernel")
 
 
 def log_prob(x, mean, std, *, density: str = "gaussian", reduction: str = "mean") -> jax.Array:
@@ -113,7 +136,7 @@ def log_prob(x, mean, std, *, density: str = "gaussian", reduction: str = "mean"
 
 
 def transition(
-    kernel: str,
+    kernel: Kernel,
     x: jax.Array,
     v: jax.Array,
     sigma: jax.Array,
@@ -136,7 +159,7 @@ def transition(
       sigma_max: the schedule's second sigma.
       noise: standard normal [M, H, W, C]; or x_next: [M, H, W, C].
     """
-    mean, std = KERNELS[kernel](
+    mean, std = kernel.gaussian(
         x, v, sigma, sigma_next, noise_level=noise_level, sigma_max=sigma_max
     )
     if x_next is None:

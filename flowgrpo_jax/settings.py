@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import files, grpo, rewards, sde, seeds
+from flowgrpo_jax import advantages, algorithms, files, rewards, sde, seeds
+from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.prompts import tasks
+from flowgrpo_jax.sampler import Process
 
 AT_ONCE = 4 * 512 * 512  # px a device: SD3.5-medium's update takes 12 of 16 GB (docs/scaling.md)
 
@@ -152,15 +154,9 @@ def derived_micro_batch(sizes: list[int], group_size: int, most: int) -> int:
 
 def check(config: ConfigDict) -> None:
     """Everything about the values that can be judged before anything is loaded."""
-    choice(config, "sample", "kernel", sde.KERNELS)
     choice(config, "sample", "density", sde.DENSITIES)
     choice(config, "sample", "reduction", sde.REDUCTIONS)
-    choice(config, "train", "loss", grpo.LOSSES)
-    choice(config, "train", "advantage_std", grpo.STD_MODES)
-    choice(config, "train", "kl_weighting", sde.KL_WEIGHTINGS)
-    choice(config, "train", "step_choice", ("random", "first"))
     choice(config, "reward", "host_call", ("overlap", "callback"))
-    choice(config, "reward", "combine", grpo.COMBINATIONS)
     require(
         config.model.dtype != "float16",
         "model.dtype='float16': gradients would underflow, for there is no loss scaling, and T5"
@@ -179,7 +175,11 @@ def check(config: ConfigDict) -> None:
     )
     _check_numbers(config)
     _check_ranges(config)
-    _check_sampling(config)
+    a = config.advantage
+    advantages.load(a.name, a.options.to_dict(), group_size=config.sample.group_size, clip=a.clip)
+    algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    _check_sampling(config, algorithm)
+    _check_terms(config, algorithm)
     _check_training(config)
     _check_evaluation(config)
     _check_rewards(config)
@@ -198,7 +198,6 @@ LEAST = {  # setting: the least that it may be
     "train.decay_steps": 0,
     "train.weight_decay": 0,
     "train.max_skipped": 0,
-    "train.kl_beta": 0,
     "eval.every": 0,
     "eval.images": 1,
     "eval.micro_batch": 0,
@@ -207,8 +206,8 @@ LEAST = {  # setting: the least that it may be
     "checkpoint.every": 1,
     "checkpoint.keep": 0,
 }
-UNLIMITED = ("train.clip_range", "train.max_grad_norm", "train.advantage_clip")  # may be inf
-POSITIVE = ("train.clip_range", "train.max_grad_norm", "train.advantage_clip", "train.eps")
+UNLIMITED = ("train.max_grad_norm", "advantage.clip")  # may be inf
+POSITIVE = ("train.max_grad_norm", "advantage.clip", "train.eps")
 DECAYS = ("train.b1", "train.b2", "train.ema_decay")
 
 
@@ -266,21 +265,31 @@ def _check_ranges(config: ConfigDict) -> None:
     require(0 <= failed <= 1, f"reward.max_failed={failed}: a share of images, must be in [0, 1]")
 
 
-def _check_sampling(config: ConfigDict) -> None:
-    s = config.sample
+def _check_sampling(config: ConfigDict, algorithm: Algorithm) -> None:
+    s, kernel = config.sample, sde.load(config.sample.kernel)
     guidance(s.guidance_scale, "sample.guidance_scale")
     guidance(config.eval.guidance_scale, "eval.guidance_scale")
+    require(s.steps >= 2, f"sample.steps={s.steps}: a rollout that trains has at least 2 steps")
+    if not algorithm.window:  # the ODE, which has no noise
+        return
     require(
         s.noise_level > 0,
         f"sample.noise_level={s.noise_level}: without noise a rollout has no log-prob to train on;"
-        " typical are 0.7 (flow_sde) and 0.8 (cps)",
+        f" {kernel.typical} is typical of {s.kernel}",
     )
     require(
-        s.kernel != "cps" or s.noise_level <= 1,
-        f"sample.noise_level={s.noise_level}: cps takes a share of the noise, at most 1",
+        s.noise_level <= kernel.most_noise,
+        f"sample.noise_level={s.noise_level}: {s.kernel} takes at most {kernel.most_noise:g}",
     )
-    require(s.steps >= 2, f"sample.steps={s.steps}: a rollout that trains has at least 2 steps")
     _check_window(config)
+
+
+def _check_terms(config: ConfigDict, algorithm: Algorithm) -> None:
+    """Let the algorithm say whether the rollout has what it trains on."""
+    sigmas = tuple(np.linspace(1, 0, config.sample.steps + 1).tolist())
+    size = window(config) if algorithm.window else 0
+    setup = Setup(Process(sigmas, window=size), config.sample.group_size)
+    jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0))
 
 
 def _check_window(config: ConfigDict) -> None:
@@ -307,12 +316,6 @@ def _check_window(config: ConfigDict) -> None:
 
 
 def _check_training(config: ConfigDict) -> None:
-    steps, size = config.train.steps, window(config)
-    require(
-        0 <= steps <= size,
-        f"train.steps={steps}: the window has {size} steps to train; choose 1 to {size}, or 0 for"
-        " all of them",
-    )
     rank, alpha = config.lora.rank, config.lora.alpha
     require(
         rank >= 0, f"lora.rank={rank}: must be at least 1, or 0 to train all of the transformer"
@@ -370,12 +373,3 @@ def window_range(config: ConfigDict) -> tuple[int, int]:
     """Where the window may lie; (0, window) is a fixed one."""
     low, high = config.sample.window_range
     return (low, high) if (low, high) != (0, 0) else (0, window(config))
-
-
-def trained_steps(config: ConfigDict, key: jax.Array, epoch: int) -> jax.Array:
-    """Which of the window's steps this epoch trains: i32 [K], in order."""
-    size, k = window(config), config.train.steps or window(config)
-    if k == size or config.train.step_choice == "first":
-        return jnp.arange(k)
-    key = jax.random.fold_in(jax.random.fold_in(key, epoch), 2**31 - 2)
-    return jnp.sort(jax.random.permutation(key, size)[:k])

@@ -174,9 +174,15 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: _put(x, replicated(mesh)), tree)
 
 
-def split_rows(mesh: Mesh, tree: Any) -> Any:
-    """Arrays [M, ...] cut along their first axis. Host arrays are whole, in every process."""
-    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, ROWS)), tree)
+def split_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
+    """Cut arrays [M, ...] along their first axis, or along another one, over the devices. Host
+    arrays are whole, in every process."""
+
+    def put(x: Any) -> jax.Array:
+        spec = PartitionSpec(*(None,) * (axis % x.ndim), *ROWS)
+        return _put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, tree)
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:

@@ -31,9 +31,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
+    advantages,
     checkpoint,
     cli,
-    grpo,
     lifecycle,
     logs,
     recipe,
@@ -46,19 +46,16 @@ from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.lifecycle import RunFailed
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.scoring import graph, host
-from flowgrpo_jax.types import Conditioning, PromptBatch, Scores, TrainState, Trajectory
+from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, Scores, TrainState
 
 log = logging.getLogger(__name__)
 
 
 def one_epoch(
-    run: Recipe,
-    state: TrainState,
-    null: Conditioning,
-    epoch: int,
-    stop: cli.Stop,
+    run: Recipe, state: TrainState, epoch: int, stop: cli.Stop
 ) -> tuple[TrainState, dict[str, float]]:
-    """One epoch of Flow-GRPO: the new state and its figures. Raises cli.Stopped when asked to."""
+    """Train for one epoch and return the new state and its figures. Raises cli.Stopped when asked
+    to stop."""
     config, plan = run.config, run.plan
 
     # Prompts, encoded once each.
@@ -66,134 +63,137 @@ def one_epoch(
     cond = run.encode(batch.prompts)
 
     # Rollouts, micro-batch by micro-batch; in overlap mode each is scored while the next is drawn.
-    start = sampler.window_start(
-        state.key, epoch, run.process.window, settings.window_range(config)
-    )
     with host.threads(config.reward.threads) as pool:
-        trajectories, scored = rollouts(run, state, cond, null, batch, epoch, start, pool, stop)
+        rollouts, finite, scored = draw(run, state, cond, batch, epoch, pool, stop)
         parts = [stop.wait(part) for part in scored]
 
     # Rewards and advantages.
-    scores, weights = gather(run, parts, batch)
-    total, valid = map(np.asarray, grpo.weighted(jnp.asarray(scores), jnp.asarray(weights)))
-    failed = 1.0 - float(np.mean(valid))
-    if failed > config.reward.max_failed:
-        raise RunFailed(
-            f"the reward failed on {failed:.0%} of epoch {epoch}'s images, more than"
-            f" reward.max_failed={config.reward.max_failed:.0%}: see the warnings above"
-        )
-    advantages = grpo.combined_advantages(
-        jnp.asarray(scores),
-        jnp.asarray(weights),
-        group_size=plan.group_size,
-        combine=config.reward.combine,
-        std=config.train.advantage_std,
-        clip=config.train.advantage_clip,
+    scores, weights = gather(run, parts, finite, batch)
+    total, valid = map(np.asarray, advantages.weighted(jnp.asarray(scores), jnp.asarray(weights)))
+    broken = 1.0 - float(np.concatenate(finite).mean())
+    check_failed(config, epoch, 1.0 - float(np.mean(valid)), broken)
+    advantage, memory = run.advantage.compute(
+        state.memory, jnp.asarray(scores), jnp.asarray(weights), jnp.asarray(batch.ids)
     )
+    state = dataclasses.replace(state, memory=sharding.put_state(run.mesh, memory))
 
     # Policy updates, each on its own groups.
-    state, figures = improve(run, state, cond, null, epoch, start, trajectories, advantages, stop)
+    state, figures = improve(run, state, cond, rollouts, advantage, epoch, stop)
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": mean(s) for name, s in zip(run.scorer.mix.names, scores)}
-    return state, figures | {"window_start": int(start)}
+    return state, figures | {"window_start": int(rollouts[0].start), "broken": broken}
 
 
-def rollouts(
+def draw(
     run: Recipe,
     state: TrainState,
     cond: Conditioning,
-    null: Conditioning,
     batch: PromptBatch,
     epoch: int,
-    start: jax.Array,
     pool: Executor,
     stop: cli.Stop,
-) -> tuple[list[Trajectory], list[Any]]:
-    """Each micro-batch's trajectory, and parts of its scores, some of which are still to come.
+) -> tuple[list[Rollout], list[np.ndarray], list[Any]]:
+    """Draw the epoch's images.
 
     Args:
-      start: i32, the window's first step; pool: calls the host's rewards, in overlap mode.
+      pool: calls the host's rewards, in overlap mode.
+
+    Returns each micro-batch's rollout, which of its pictures are finite, bool [M], and parts of
+    their scores, some of which are still to come.
     """
+    policy = run.named_policy(state, run.algorithm.draws)
+    start = sampler.window_start(
+        state.key, epoch, run.setup.process.window, settings.window_range(run.config)
+    )
     prepared = graph.prepare(run.scorer.in_graph, batch.prompts, batch.metadata)
     on_host = set(run.scorer.mix.names) - set(run.scorer.in_graph)
-    trajectories: list[Trajectory] = []
+    rollouts: list[Rollout] = []
+    finite: list[jax.Array] = []
     scored: list[Any] = []
     for ids, rows, images_of in micro_batches(run, batch):
         stop.check()
-        trajectory, images, called = run.programs.sample(
-            state.lora, run.weights, cond, null, state.key, epoch, start, ids, rows, images_of
+        rollout, pictures, called = run.programs.sample(
+            policy, run.weights, cond, run.empty, state.key, epoch, start, ids, rows, images_of
         )
-        jax.block_until_ready(trajectories[-1:])  # two at a time, or a stop would wait for all
-        trajectories.append(trajectory)
-        scored.append(run.scorer.graph(images, prepared, rows))
+        jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
+        rollouts.append(rollout)
+        finite.append(pictures.finite)
+        scored.append(run.scorer.graph(pictures.pixels, prepared, rows))
         if called or not on_host:
             scored.append(called)
         else:
-            scored.append(host.overlap(pool, run.scorer.host, images, ids))
-    return trajectories, scored
+            scored.append(host.overlap(pool, run.scorer.host, pictures.pixels, ids))
+    return rollouts, [sharding.whole(part) for part in finite], scored
 
 
 def improve(
     run: Recipe,
     state: TrainState,
     cond: Conditioning,
-    null: Conditioning,
+    rollouts: list[Rollout],
+    advantage: jax.Array,
     epoch: int,
-    start: jax.Array,
-    trajectories: list[Trajectory],
-    advantages: jax.Array,
     stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
-    """The epoch's policy updates, each on its own groups; the first one is on policy.
+    """Take the epoch's policy updates, each on its own groups.
 
     Args:
-      start: the window's first step; trajectories: of each micro-batch; advantages: f32 [B].
+      rollouts: of each micro-batch; advantage: f32 [B] or, for each transition, [W, B].
     """
-    config, plan = run.config, run.plan
-    trained = settings.trained_steps(config, state.key, epoch)
-    reference = run.model.reference(state.lora)
-    per_micro = np.split(np.asarray(advantages), plan.updates * plan.micro_batches)
+    plan, algorithm = run.plan, run.algorithm
+    terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
+    per_micro = np.split(np.asarray(advantage), plan.updates * plan.micro_batches, axis=-1)
     figures: dict[str, float] = {}
     for u in range(plan.updates):
+        others = {name: run.named_policy(state, name) for name in algorithm.reads}
         # Where the program leaves them, or it would be compiled once more for the second call.
-        gradient, sums = sharding.put_state(run.mesh, update.empty(state.lora))
+        gradient, sums = sharding.put_state(run.mesh, update.empty(algorithm, state.policy))
         for m in range(u * plan.micro_batches, (u + 1) * plan.micro_batches):
             stop.check()
             before = sums
             gradient, sums = run.programs.accumulate(
                 gradient,
                 sums,
-                state.lora,
-                reference,
+                state.policy,
+                others,
                 run.model.base,
                 cond,
-                null,
-                trajectories[m],
-                sharding.split_rows(run.mesh, per_micro[m]),
-                start,
-                trained,
+                run.empty,
+                rollouts[m],
+                sharding.split_rows(run.mesh, per_micro[m], axis=-1),
+                terms,
             )
-            jax.block_until_ready(before)  # as in sampling
-        gap = float(sums.pop("ratio_gap"))
-        if u == 0:  # the ratio is 1 only before the first update; later ones are off policy
-            figures["ratio_gap"] = gap
-            warn_of_gap(epoch, gap, config.train.clip_range)
+            jax.block_until_ready(before)  # two at a time, as in sampling
+        worst = {name: float(sums.pop(name)) for name in algorithm.worst}
+        if u == 0:  # the policy that drew the images is only before the first update the same
+            figures |= worst
+            if problem := algorithm.warning(worst | {k: float(v) for k, v in sums.items()}):
+                log.warning("epoch %d: %s", epoch, problem)
         state, applied = run.programs.apply(state, gradient)
         for name, value in (sums | applied).items():
             figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
-    return state, figures
+    return run.programs.end_epoch(state), figures
 
 
-def warn_of_gap(epoch: int, gap: float, clip_range: float) -> None:
-    """Say so, before the update, where the policy that drew and the one that learns differ."""
-    if not gap <= clip_range:  # NaN included
-        log.warning(
-            "epoch %d: ratio_gap %.2g exceeds train.clip_range %.2g: update and sampler disagree"
-            " on the same policy; use a higher precision or train earlier steps",
-            epoch,
-            gap,
-            clip_range,
+def check_failed(config: ConfigDict, epoch: int, failed: float, broken: float) -> None:
+    """Raise RunFailed when too many of an epoch's images have no reward.
+
+    Args:
+      failed: share of the images without a reward; broken: share that is not finite.
+    """
+    if failed <= config.reward.max_failed:
+        return
+    cause = "see the warnings above"
+    if broken > 0:
+        cause = (
+            f"{broken:.0%} of the pictures have pixels that are not finite, so the policy has"
+            " diverged: resume from an earlier checkpoint with a lower train.learning_rate, or in"
+            " float32"
         )
+    raise RunFailed(
+        f"the reward failed on {failed:.0%} of epoch {epoch}'s images, more than"
+        f" reward.max_failed={config.reward.max_failed:.0%}: {cause}"
+    )
 
 
 def micro_batches(run: Recipe, batch: PromptBatch):
@@ -206,10 +206,13 @@ def micro_batches(run: Recipe, batch: PromptBatch):
         yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
 
-def gather(run: Recipe, parts: list[Scores], batch: PromptBatch) -> tuple[np.ndarray, np.ndarray]:
-    """The epoch's scores and weights, f32 [K, B] each, from those of all micro-batches.
+def gather(
+    run: Recipe, parts: list[Scores], finite: list[np.ndarray], batch: PromptBatch
+) -> tuple[np.ndarray, np.ndarray]:
+    """Collect the epoch's scores and weights, f32 [K, B] each, from those of all micro-batches.
 
-    Both are NaN where a reward does not apply to the prompt, the scores also where it failed.
+    Both are NaN where a reward does not apply to the prompt; the scores also where it failed, and
+    where the picture is not finite.
     """
     merged = [
         np.concatenate([sharding.whole(part[name]) for part in parts if name in part])
@@ -217,7 +220,8 @@ def gather(run: Recipe, parts: list[Scores], batch: PromptBatch) -> tuple[np.nda
     ]
     weights = np.repeat(run.scorer.mix.table(batch.metadata), run.plan.group_size, axis=1)
     scores = host.merge(np.stack(merged))
-    return np.where(np.isnan(weights), np.nan, scores), weights
+    scored = ~np.isnan(weights) & np.concatenate(finite)
+    return np.where(scored, scores, np.nan), weights
 
 
 def reward_figures(total: np.ndarray, group_size: int) -> dict[str, float]:
@@ -237,14 +241,13 @@ def evaluate_into(
     workdir: epath.Path,
     run: Recipe,
     state: TrainState,
-    null: Conditioning,
     epoch: int,
     kept: checkpoint.Kept,
     stop: cli.Stop,
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
     state where it is the best so far."""
-    result, images, batch = evaluate(run, state.ema, null, check=stop.check)
+    result, images, batch = evaluate(run, state.copies["ema"], check=stop.check)
     with logs.spared("a sample grid"):
         file = workdir / "samples" / f"epoch-{epoch:05d}.png"
         save_grid(file, images, batch, run.config.eval.grid)
@@ -255,7 +258,15 @@ def evaluate_into(
     }
     report = {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
     best = run.config.checkpoint.best
-    if (failed := result["failures"].get(best, 0.0)) <= run.config.reward.max_failed:
+    failed = result["failures"].get(best, 0.0)
+    if result["broken"]:
+        log.warning(
+            "epoch %d: %.0f%% of the evaluated pictures have pixels that are not finite; the state"
+            " cannot be the best",
+            epoch,
+            100 * result["broken"],
+        )
+    elif failed <= run.config.reward.max_failed:
         kept.offer(epoch, state, report)
     else:
         log.warning(
@@ -267,8 +278,15 @@ def evaluate_into(
 def first_state(run: Recipe) -> TrainState:
     """The state before the first update, on the devices."""
     key = jax.random.key(run.config.seed)
+    memory = run.advantage.initial(len(run.train_prompts))
     # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
-    state = update.init(sharding.put_state(run.mesh, run.model.init_lora(key)), run.optimiser, key)
+    state = update.init(
+        sharding.put_state(run.mesh, run.model.init_lora(key)),
+        run.algorithm.copies,
+        memory,
+        run.optimiser,
+        key,
+    )
     return sharding.put_state(run.mesh, state)
 
 
@@ -281,8 +299,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     if first_process := jax.process_index() == 0:
         print(recipe.describe(run))
     state = first_state(run)
-    run = dataclasses.replace(run, model=recipe.release(config, run.model))
-    null = run.encode([""])
+    run = dataclasses.replace(run, model=recipe.drop_frozen(run.model, run.algorithm))
     kept = checkpoint.Kept(
         workdir, config.to_dict(), keep=config.checkpoint.keep or None, best=config.checkpoint.best
     )
@@ -302,9 +319,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 stop.check()
                 report: dict[str, float] = {}
                 if evaluation_is_due(run, epoch):
-                    report = evaluate_into(workdir, run, state, null, epoch, kept, stop)
+                    report = evaluate_into(workdir, run, state, epoch, kept, stop)
                 begun = time.perf_counter()
-                trained, figures = one_epoch(run, state, null, epoch, stop)
+                trained, figures = one_epoch(run, state, epoch, stop)
                 kept.lost = lifecycle.count_lost(
                     kept.lost, figures["skipped"], config.train.max_skipped
                 )
@@ -317,7 +334,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                     kept.save(epoch, state)
             kept.finish(epoch, state)
             if run.test_prompts and config.eval.every and epoch == config.epochs:
-                last = evaluate_into(workdir, run, state, null, epoch, kept, stop)
+                last = evaluate_into(workdir, run, state, epoch, kept, stop)
                 metrics.write(epoch, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]

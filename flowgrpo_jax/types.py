@@ -48,14 +48,26 @@ class Conditioning:
     pooled: jax.Array  # [P, V]
 
 
-@flax.struct.dataclass
-class Trajectory:
-    """What a rollout leaves behind, stored exactly as the sampler carried it."""
+class Pictures(NamedTuple):
+    """Decoded images. One whose pixels were not all finite shows something, and must not count."""
 
-    x: jax.Array  # f32 [window + 1, M, H, W, C]: the latents between which the window's steps lie
-    log_prob: jax.Array  # f32 [window, M], of each of its transitions
-    latents: jax.Array  # f32 [M, H, W, C]: the end of the rollout, to be decoded
+    pixels: jax.Array  # uint8 [M, H, W, 3]
+    finite: jax.Array  # bool [M]
+
+
+@flax.struct.dataclass
+class Rollout:
+    """M sampled images, and the transitions of the window exactly as the sampler carried them.
+
+    A rollout by the plain ODE has a window of W = 0 steps.
+    """
+
+    latents: jax.Array  # f32 [M, H, W, C]: x_0, the end of the rollout, to be decoded
     prompt: jax.Array  # i32 [M], row of the epoch's Conditioning
+    keys: jax.Array  # [M] image keys: whatever else is drawn for an image is folded from its key
+    start: jax.Array  # i32, the window's first step
+    x: jax.Array  # f32 [W + 1, M, H, W, C]: the latents between which the window's steps lie
+    log_prob: jax.Array  # f32 [W, M], of each of the window's transitions
 
 
 @flax.struct.dataclass
@@ -63,9 +75,10 @@ class TrainState:
     """All that changes in training. The frozen base is not state."""
 
     step: jax.Array  # i32, optimiser steps taken
-    lora: Params
-    ema: Params
+    policy: Params  # what is trained: an adapter or, with lora.rank=0, the transformer itself
+    copies: dict[str, Params]  # "ema", which is evaluated, and the copies that an algorithm keeps
     opt_state: Any
+    memory: dict[str, Any]  # what the advantages remember of earlier epochs
     key: jax.Array  # the run's root key: every other key is folded from it
 
 

@@ -1,139 +1,83 @@
-"""The policy step: replay the stored transitions, accumulate the gradient, update the adapter.
-
-A micro-batch is replayed exactly as it was sampled (same images, same velocity function, latents in
-f32), so before the first optimiser step of an epoch every ratio is 1 (`ratio_gap` says how nearly).
-"""
+"""The policy step: the accumulated loss of an algorithm, then the optimiser, EMA and copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flowgrpo_jax import grpo, sde
-from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Params, TrainState, Trajectory
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup
+from flowgrpo_jax.types import Params, Rollout, TrainState
 
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised: a row of `grpo.LOSSES` plus `kl_beta` times the KL to the reference."""
-
-    clip_range: float
-    kl_beta: float = 0.0
-    kl_weighting: str = "exact"
-    loss: str = "clip"
-
-
-# Per-transition figures that are averaged over an update; `ratio_gap` is the largest instead.
-METRICS = ("policy_loss", "kl", "approx_kl", "clip_fraction")
-
-
-def transition_loss(
-    velocity: Callable[..., jax.Array],
-    process: Process,
-    objective: Objective,
-    lora: Params,
-    reference: Params,
-    x: jax.Array,
-    x_next: jax.Array,
-    old_log_prob: jax.Array,
-    advantage: jax.Array,
-    step: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Summed loss of one stored transition of M images, and its figures.
-
-    Args:
-      velocity: v(lora, x [M, H, W, C], sigma) -> f32 [M, H, W, C].
-      reference: the adapter of the policy that the KL holds on to.
-      x, x_next: f32 [M, H, W, C]; old_log_prob, advantage: f32 [M]; step: i32, its place in T.
-    """
-    sigmas = jnp.asarray(process.sigmas, jnp.float32)
-    sigma, dt = sigmas[step], sigmas[step + 1] - sigmas[step]
-    new = process.transition(x, velocity(lora, x, sigma), step, x_next=x_next)
-    loss, ratio = grpo.LOSSES[objective.loss](
-        new.log_prob, old_log_prob, advantage, objective.clip_range
-    )
-    kl = jnp.zeros_like(loss)
-    if objective.kl_beta:
-        v_ref = jax.lax.stop_gradient(velocity(reference, x, sigma))
-        ref = process.transition(x, v_ref, step, x_next=x_next)
-        kl = sde.kl(
-            new.mean,
-            ref.mean,
-            new.std,
-            dt,
-            weighting=objective.kl_weighting,
-            reduction=process.reduction,
-        )
-    total = (loss + objective.kl_beta * kl).sum()
-    figures = {
-        "policy_loss": loss.sum(),
-        "kl": kl.sum(),
-        "approx_kl": 0.5 * jnp.square(new.log_prob - old_log_prob).sum(),
-        "clip_fraction": (jnp.abs(ratio - 1) > objective.clip_range).sum().astype(jnp.float32),
-        "ratio_gap": jnp.abs(ratio - 1).max(),
-    }
-    return total, figures
+Carry = tuple[Params, Figures]  # the gradient and the figures of an update, so far
 
 
 def accumulate(
+    algorithm: Algorithm,
+    setup: Setup,
     velocity: Callable[..., jax.Array],
-    process: Process,
-    objective: Objective,
-    lora: Params,
-    reference: Params,
-    trajectory: Trajectory,
+    policy: Params,
+    others: Mapping[str, Params],
+    rollout: Rollout,
     advantage: jax.Array,
-    start: jax.Array,
-    trained: jax.Array,
+    terms: jax.Array,
     images: int,
-    gradient: Params,
-    figures: dict[str, jax.Array],
-) -> tuple[Params, dict[str, jax.Array]]:
-    """Add one micro-batch's share to the update's gradient and figures.
+    carry: Carry,
+) -> Carry:
+    """Add one micro-batch's share to the gradient and figures of an update.
 
     Args:
-      trajectory: M images; advantage: f32 [M].
-      start: i32, the window's first step; trained: i32 [K], which of the window's steps to train.
+      velocity: v(policy, x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C].
+      others: the policies that `algorithm.reads` names; no gradient reaches them.
+      rollout: M images; advantage: f32 [M] or [W, M]; terms: i32 [K].
       images: images of the whole update. The loss is the mean over images x K, however they are
         cut into micro-batches.
+
+    Raises ValueError when the loss returns other figures than the algorithm names.
     """
-    scale = 1.0 / (images * trained.shape[0])
+    scale = 1.0 / (images * terms.shape[0])
+    fixed = {name: partial(velocity, jax.lax.stop_gradient(p)) for name, p in others.items()}
 
-    def body(carry: Any, i: jax.Array) -> tuple[Any, None]:
-        total, sums = carry
-        loss = jax.value_and_grad(transition_loss, argnums=3, has_aux=True)
-        (_, new), grads = loss(
-            velocity,
-            process,
-            objective,
-            lora,
-            reference,
-            trajectory.x[i],
-            trajectory.x[i + 1],
-            trajectory.log_prob[i],
-            advantage,
-            start + i,
-        )
-        total = jax.tree.map(lambda a, g: a + scale * g, total, grads)
-        means = {k: sums[k] + scale * new[k] for k in METRICS}
-        gap = jnp.maximum(sums["ratio_gap"], new["ratio_gap"])
-        return (total, {**means, "ratio_gap": gap}), None
+    def total(policy: Params, term: jax.Array) -> tuple[jax.Array, Figures]:
+        views = {**fixed, "policy": partial(velocity, policy)}
+        loss, figures = algorithm.loss(setup, views, rollout, term, advantage)
+        if set(figures) != set(algorithm.figures):
+            raise ValueError(
+                f"the loss returns the figures {sorted(figures)}, and the algorithm names"
+                f" {sorted(algorithm.figures)}: correct its `figures`"
+            )
+        reduced = {
+            name: value.max() if name in algorithm.worst else value.sum()
+            for name, value in figures.items()
+        }
+        return loss.sum(), reduced
 
-    return jax.lax.scan(body, (gradient, figures), trained)[0]
+    def add(carry: Carry, term: jax.Array) -> tuple[Carry, None]:
+        gradient, sums = carry
+        (_, new), grads = jax.value_and_grad(total, has_aux=True)(policy, term)
+        gradient = jax.tree.map(lambda a, g: a + scale * g, gradient, grads)
+        sums = {
+            name: jnp.maximum(sums[name], value)
+            if name in algorithm.worst
+            else sums[name] + scale * value
+            for name, value in new.items()
+        }
+        return (gradient, sums), None
+
+    return jax.lax.scan(add, carry, terms)[0]
 
 
-def empty(lora: Params) -> tuple[Params, dict[str, jax.Array]]:
-    """The gradient and figures that `accumulate` starts from."""
-    figures = {k: jnp.zeros(()) for k in (*METRICS, "ratio_gap")}
-    return jax.tree.map(jnp.zeros_like, lora), figures
+def empty(algorithm: Algorithm, policy: Params) -> Carry:
+    """Return the gradient and figures that `accumulate` starts from."""
+    return jax.tree.map(jnp.zeros_like, policy), {name: jnp.zeros(()) for name in algorithm.figures}
 
 
+@lru_cache(maxsize=32)  # programs of the same optimiser are then the same as well
 def optimiser(
     learning_rate: float,
     *,
@@ -169,29 +113,56 @@ def optimiser(
     )
 
 
-def init(lora: Params, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state before the first step; `key` is the run's root key."""
-    ema = jax.tree.map(jnp.copy, lora)
-    return TrainState(jnp.int32(0), lora, ema, tx.init(lora), key)
+def init(
+    policy: Params,
+    copies: Mapping[str, Any],
+    memory: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+) -> TrainState:
+    """Return the state before the first step.
+
+    Args:
+      copies: names of the copies that the algorithm keeps beside the EMA.
+      memory: what the advantages remember; key: the run's root key.
+    """
+    started = {name: jax.tree.map(jnp.copy, policy) for name in ("ema", *copies)}
+    return TrainState(jnp.int32(0), policy, started, tx.init(policy), dict(memory), key)
+
+
+def blend(slow: Params, policy: Params, decay: Any) -> Params:
+    """Return decay x slow + (1 - decay) x policy."""
+    return jax.tree.map(lambda s, p: s * decay + p * (1 - decay), slow, policy)
 
 
 def apply_gradient(
     state: TrainState, gradient: Params, tx: optax.GradientTransformation, ema_decay: float
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser step and one EMA step. A gradient that is not finite changes nothing.
+) -> tuple[TrainState, Figures]:
+    """Take one optimiser step and one EMA step. A gradient that is not finite changes nothing.
 
     EMA decay is min((1 + n) / (10 + n), ema_decay) at optimiser step n, once per optimiser step;
     upstream steps it per micro-batch, so that its horizon depends on the batch layout.
     """
 
     def step(state: TrainState) -> TrainState:
-        updates, opt_state = tx.update(gradient, state.opt_state, state.lora)
-        lora = optax.apply_updates(state.lora, updates)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.policy)
+        policy = optax.apply_updates(state.policy, updates)
         decay = jnp.minimum((1 + state.step) / (10 + state.step), ema_decay)
-        ema = jax.tree.map(lambda e, p: e * decay + p * (1 - decay), state.ema, lora)
-        return TrainState(state.step + 1, lora, ema, opt_state, state.key)
+        copies = {**state.copies, "ema": blend(state.copies["ema"], policy, decay)}
+        return replace(
+            state, step=state.step + 1, policy=policy, copies=copies, opt_state=opt_state
+        )
 
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
     state = jax.lax.cond(finite, step, lambda unchanged: unchanged, state)
     return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+
+
+def end_epoch(state: TrainState, algorithm: Algorithm) -> TrainState:
+    """Move the algorithm's copies, once the updates of an epoch are done."""
+    moved = {
+        name: blend(state.copies[name], state.policy, decay(state.step))
+        for name, decay in algorithm.copies.items()
+    }
+    return replace(state, copies={**state.copies, **moved})

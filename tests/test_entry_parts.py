@@ -3,12 +3,22 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import shapes
-from flowgrpo_jax import checkpoint, evaluate, generate, logs, policies, seeds
+from flowgrpo_jax import (
+    algorithms,
+    checkpoint,
+    evaluate,
+    generate,
+    logs,
+    policies,
+    seeds,
+    update,
+)
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.lora_files import write
@@ -98,3 +108,48 @@ def test_a_guidance_of_at_most_one_draws_the_prompt_alone(drawn):
 def test_a_guidance_that_makes_no_sense(scale, drawn):
     with pytest.raises(ValueError, match=rf"guidance={scale}: .*at least 0"):
         drawn("a red circle", scale)
+
+
+def small_state(algorithm="nft"):
+    row = algorithms.load(algorithm, {})
+    memory = {"rewards": jnp.array([[jnp.nan, 1.5]])}
+    policy = {"a/lora_a": jnp.ones((2, 3))}
+    return update.init(policy, row.copies, memory, update.optimiser(0.1), jax.random.key(0))
+
+
+def kept(workdir, algorithm="nft"):
+    config = {
+        "seed": 0,
+        "lora": {"alpha": 1.0},
+        "algorithm": {"name": algorithm},
+        "advantage": {"name": "per_prompt"},
+    }
+    return checkpoint.Kept(workdir, config, keep=None, best="")
+
+
+def test_copies_and_memory_are_resumed(tmp_path):
+    """What an algorithm and its advantages keep from epoch to epoch is part of the state."""
+    state = small_state()
+    state = state.replace(copies={**state.copies, "old": {"a/lora_a": jnp.full((2, 3), 7.0)}})
+    run = kept(tmp_path)
+    run.save(3, state)
+    run.close()
+    again, epoch = kept(tmp_path).resume(small_state())
+    assert epoch == 3 and set(again.copies) == {"ema", "old"}
+    jax.tree.map(np.testing.assert_array_equal, again.replace(key=0), state.replace(key=0))
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"format": None}, r"written by another version .*format 1, .*from format 2"),
+        ({"config": {"algorithm": {"name": "awm"}}}, r"trained with algorithm\.name=awm, .*nft"),
+    ],
+)
+def test_a_state_that_cannot_go_on_is_refused_by_name(tmp_path, change, problem):
+    run, state = kept(tmp_path), small_state()
+    record = {k: v for k, v in (run._record(1) | change).items() if v is not None}
+    run.last.save(1, state, record)
+    run.close()
+    with pytest.raises(ValueError, match=problem):
+        kept(tmp_path).resume(state)

@@ -16,6 +16,7 @@ from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models import convert, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.train import one_epoch, train
+from flowgrpo_jax.types import Conditioning
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,8 +49,8 @@ def rows(workdir):
 def test_every_weight_is_trained(run):
     workdir, state = run
     model = sd3.load("shapes", t5_length=10)
-    assert set(model.base) - set(state.lora) == {"pos_embed/pos_embed"}
-    still = {k for k, x in state.lora.items() if np.array_equal(x, model.base[k])}
+    assert set(model.base) - set(state.policy) == {"pos_embed/pos_embed"}
+    still = {k for k, x in state.policy.items() if np.array_equal(x, model.base[k])}
     # The last block drops the text tokens' output, so their queries there have no effect.
     last = "transformer_blocks/5:6/attn"
     idle = ("add_q_proj/kernel", "add_q_proj/bias", "norm_added_q/scale")
@@ -69,11 +70,10 @@ def test_what_is_trained_is_float32_whatever_computes(rank):
 def test_before_training_it_is_the_base():
     trained = recipe.build(load(), training=False)
     adapted = recipe.build(load(lora__rank=2), training=False)
-    null = trained.encode([""])
     everything = trained.model.init_lora(jax.random.key(0))
-    ours, *_ = evaluate(trained, everything, null)
-    theirs, *_ = evaluate(adapted, policies.load("base", adapted.model), null)
-    base, *_ = evaluate(trained, policies.load("base", trained.model), null)
+    ours, *_ = evaluate(trained, everything)
+    theirs, *_ = evaluate(adapted, policies.load("base", adapted.model))
+    base, *_ = evaluate(trained, policies.load("base", trained.model))
     assert ours["metrics"] == base["metrics"] == pytest.approx(theirs["metrics"])
 
 
@@ -82,7 +82,7 @@ def test_the_export_is_the_trained_transformer(run, tmp_path):
     (file,) = export.export(workdir, tmp_path)
     shapes = sd3.describe(sd3.find_architecture("shapes")).base
     exported = convert.load(file.parent, shapes)
-    for path, x in state.ema.items():
+    for path, x in state.copies["ema"].items():
         np.testing.assert_array_equal(exported[path], x)
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -100,7 +100,7 @@ def test_the_export_is_the_trained_transformer(run, tmp_path):
             timestep=torch.from_numpy(1000 * sigma),
         ).sample.numpy()
     model = recipe.build(load(), training=False).model
-    ours = model.velocity(state.ema, model.base, x, sigma, tokens, pooled)
+    ours = model.velocity(state.copies["ema"], model.base, x, sigma, Conditioning(tokens, pooled))
     expected = expected.transpose(0, 2, 3, 1)
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -109,8 +109,8 @@ def test_it_resumes_bit_for_bit(run, tmp_path):
     _, state = run
     train(load(epochs=1), tmp_path / "resumed")
     again = train(load(), tmp_path / "resumed", resume=True)
-    for path, x in state.lora.items():
-        np.testing.assert_array_equal(again.lora[path], x)
+    for path, x in state.policy.items():
+        np.testing.assert_array_equal(again.policy[path], x)
 
 
 @pytest.mark.parametrize("kl_beta", [0.0, 0.1])
@@ -122,17 +122,17 @@ def test_frozen_weights_are_kept_for_the_kl_alone(tmp_path, monkeypatch, kl_beta
         kernels.append(weakref.ref(built.model.base["proj_out/kernel"]))
         return built
 
-    def epoch(run, state, null, number, *rest):
+    def epoch(run, state, number, *rest):
         gc.collect()
         assert (kernels[0]() is None) == (kl_beta == 0)
         if first:  # nor are the weights that training began with
             assert first[0]() is None
-        first.append(weakref.ref(state.lora["proj_out/kernel"]))
-        return one_epoch(run, state, null, number, *rest)
+        first.append(weakref.ref(state.policy["proj_out/kernel"]))
+        return one_epoch(run, state, number, *rest)
 
     real = recipe.build
     monkeypatch.setattr("flowgrpo_jax.recipe.build", build)
     monkeypatch.setattr("flowgrpo_jax.train.one_epoch", epoch)
-    train(load(epochs=2, eval__every=0, train__kl_beta=kl_beta), tmp_path / "run")
+    train(load(epochs=2, eval__every=0, algorithm__options__kl_beta=kl_beta), tmp_path / "run")
     first, second = rows(tmp_path / "run")
     assert first["kl"] == 0 and (second["kl"] > 0) == (kl_beta > 0)

@@ -15,6 +15,7 @@ from flowgrpo_jax.models.architecture import PUBLISHED
 from flowgrpo_jax.models.layers import Linear, LoRAParam, functional
 from flowgrpo_jax.models.lora import JOINT_ATTENTION, LoRASpec
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from flowgrpo_jax.types import Conditioning
 
 SMALL = MMDiTConfig(
     num_layers=3,
@@ -395,22 +396,22 @@ def test_factors_that_do_not_fit_are_one_error(tmp_path):
 
 
 def inputs(model):
-    """For one call of the transformer: latents, sigma, text states, pooled states."""
+    """For one call of the transformer: latents, sigma and text."""
     rng = np.random.default_rng(0)
     channels = model.latent_shape(model.default_size, model.default_size)[-1]
     shapes = ((2, 6, 8, channels), (2,), (2, 5, 64), (2, 40))
     x, _, tokens, pooled = (rng.normal(size=s).astype(np.float32) for s in shapes)
-    return x, np.array([0.9, 0.2], np.float32), tokens, pooled
+    return x, np.array([0.9, 0.2], np.float32), Conditioning(tokens, pooled)
 
 
-def their_velocity(transformer, x, sigma, tokens, pooled):
+def their_velocity(transformer, x, sigma, text):
     from torch_models import channels_first, channels_last, torch
 
     with torch.no_grad():
         v = transformer(
             channels_first(x),
-            torch.tensor(tokens),
-            torch.tensor(pooled),
+            torch.tensor(text.tokens),
+            torch.tensor(text.pooled),
             torch.tensor(1000 * sigma),
         )
     return channels_last(v[0])

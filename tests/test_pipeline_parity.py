@@ -23,12 +23,12 @@ def ours(model, prompts, noise, guidance):
     rows = jnp.arange(len(prompts))
 
     @jax.jit
-    def run(lora, weights, cond, null, x):
+    def run(lora, weights, cond, empty, x):
         def v(x, sigma):
-            return velocity(lora, weights["transformer"], x, sigma, cond, null, rows)
+            return velocity(lora, weights["transformer"], x, sigma, cond, empty, rows)
 
         latents = sampler.ode(v, sigmas, x)
-        return latents, model.decode(weights["vae"], latents)
+        return latents, model.decode(weights["vae"], latents).pixels
 
     lora = model.init_lora(jax.random.key(0))
     return run(lora, model.params, model.encode(prompts), model.encode([""]), noise)

@@ -53,11 +53,11 @@ def test_full_is_the_papers_table(name, beta):
     assert (c.lora.rank, c.lora.alpha) == (32, 64.0)
     assert (c.sample.steps, c.eval.steps, c.sample.guidance_scale) == (10, 40, 4.5)
     assert (c.sample.kernel, c.sample.noise_level, c.sample.window) == ("flow_sde", 0.7, 0)
-    assert (c.train.learning_rate, c.train.clip_range) == (3e-4, 1e-4)
+    assert (c.train.learning_rate, c.algorithm.options.clip_range) == (3e-4, 1e-4)
     # Upstream steps its EMA after each micro-batch, 2 for an update on its 32 devices, but only
     # while (updates + 1) % 8 == 0: a factor of 0.9 twice every 8 updates.
     assert c.train.ema_decay == pytest.approx((0.9**2) ** (1 / 8), abs=1e-3)
-    assert (c.train.kl_beta, c.train.kl_weighting) == (beta, "no_dt")
+    assert (c.algorithm.options.kl_beta, c.algorithm.options.kl_weighting) == (beta, "no_dt")
     assert list(c.reward.weights.items()) == [(name, 1.0)]
 
 
@@ -68,14 +68,14 @@ def test_fast_is_upstreams_fast_without_guidance(name):
     assert (c.sample.kernel, c.sample.noise_level) == ("cps", 0.8)
     assert (c.sample.window, tuple(c.sample.window_range)) == (3, (0, 5))
     assert c.sample.guidance_scale == c.eval.guidance_scale == 1
-    assert (c.train.clip_range, c.train.kl_beta) == (1e-5, 0)
+    assert (c.algorithm.options.clip_range, c.algorithm.options.kl_beta) == (1e-5, 0)
 
 
 @pytest.mark.parametrize("name, variant", EACH)
 def test_a_variant_changes_only_a_few_lines(name, variant):
     flat = [dict(flatten(load(name, v).to_dict())) for v in ("full", variant)]
     changed = {k for k in flat[0] if flat[0][k] != flat[1][k]}
-    fast = {"name", "train.clip_range", "train.kl_beta"}
+    fast = {"name", "algorithm.options.clip_range", "algorithm.options.kl_beta"}
     fast |= {"sample.guidance_scale", "eval.guidance_scale"}
     fast |= {f"sample.{k}" for k in ("kernel", "noise_level", "window", "window_range")}
     small = {"eval.images", "eval.every"}
@@ -131,7 +131,10 @@ def test_it_lists_every_option_of_its_rewards(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_an_error_says_to_set_can_be_set(name):
-    sources = "".join(f.read_text() for f in (ROOT / "flowgrpo_jax" / "rewards").glob("*.py"))
+    files = [
+        f for part in ("rewards", "detection") for f in (ROOT / "flowgrpo_jax" / part).iterdir()
+    ]
+    sources = "".join(f.read_text() for f in files if f.suffix == ".py")
     said = set(re.findall(r"reward\.options\.([a-z]\w*)\.([a-z]\w*)", sources))
     listed = load(name).reward.options
     changes = {f"reward.options.{r}.{option}": "/x" for r, option in said if r in listed}

@@ -20,7 +20,7 @@ from PIL import Image
 
 from configs import ocr as ocr_recipe
 from configs import shapes
-from flowgrpo_jax import grpo, prompts, recipe, rewards, sharding
+from flowgrpo_jax import advantages, prompts, recipe, rewards, sharding
 from flowgrpo_jax.rewards import geneval, imagereward, ocr, remote
 from flowgrpo_jax.rewards import shapes as shapes_rewards
 from flowgrpo_jax.scoring import graph, host
@@ -225,7 +225,7 @@ def combine(rewards, weights):
     mix = Mix(weights)
     scores = host.composite(rewards, lookup, mix.applies)(PICTURES[:4], np.arange(4))
     stacked = np.stack([scores[name] for name in mix.names])
-    return scores, *grpo.weighted(stacked, mix.table(RECORDS))
+    return scores, *advantages.weighted(stacked, mix.table(RECORDS))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_every_task_has_its_own_rewards():
     scores = score(PICTURES[:4], np.arange(4))
     assert seen == ["a", "d"]
     mean = PICTURES[:4].reshape(4, -1).mean(1)
-    total, valid = grpo.weighted(np.stack([scores[n] for n in mix.names]), mix.table(records))
+    total, valid = advantages.weighted(np.stack([scores[n] for n in mix.names]), mix.table(records))
     assert valid.all()
     np.testing.assert_allclose(total, [20, mean[1], mean[2], 20], rtol=1e-6)
 

@@ -2,7 +2,6 @@
 
 from functools import partial
 from itertools import combinations, pairwise
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from scipy.stats import kstest
 
 from flowgrpo_jax import programs, sampler, sde, sharding
 from flowgrpo_jax.sampler import ODE_KEY, SDE_KEY, Process
-from flowgrpo_jax.types import Conditioning
+from flowgrpo_jax.types import Conditioning, Pictures
 
 SHAPE = (4, 4, 2)
 SIGMAS = tuple(sde.sigma_schedule(6).tolist())
@@ -47,33 +46,37 @@ def compiled(process, start, epoch, ids, places):
 # ---------------------------------------------------------------------------- guidance
 
 
-@pytest.mark.parametrize("scale, rows", [(1.0, 3), (0.0, 6), (4.5, 6)])
-def test_guidance(scale, rows):
-    """A model that answers sigma x tokens + pooled; the forward counts its rows."""
+@pytest.mark.parametrize("sigma", [0.5, jnp.array([0.5, 0.25, 0.75])])
+@pytest.mark.parametrize("scale, rows", [(1.0, 3), (0.0, 3), (4.5, 6)])
+def test_guidance(scale, rows, sigma):
+    """A model that answers sigma x tokens + pooled; the forward counts its rows. A scale of at
+    most 1 means no guidance, as in diffusers, and images may have noise levels of their own."""
     seen = []
 
-    def model(lora, base, x, sigma, tokens, pooled):
-        assert x.shape[0] == sigma.shape[0] == tokens.shape[0] == pooled.shape[0]
+    def model(policy, frozen, x, sigma, text):
+        assert x.shape[0] == sigma.shape[0] == text.tokens.shape[0] == text.pooled.shape[0]
         seen.append(x.shape[0])
-        return lora * base * (sigma * x * tokens[:, 0, 0] + pooled[:, 0])
+        return policy * frozen * (sigma * x * text.tokens[:, 0, 0] + text.pooled[:, 0])
 
     cond = Conditioning(jnp.array([2.0, 3.0]).reshape(2, 1, 1), jnp.array([[10.0], [20.0]]))
-    null = Conditioning(jnp.full((1, 1, 1), 5.0), jnp.full((1, 1), 7.0))
+    empty = Conditioning(jnp.full((1, 1, 1), 5.0), jnp.full((1, 1), 7.0))
     x, prompt = jnp.array([1.0, 2.0, 4.0]), jnp.array([1, 0, 1])
-    v = sampler.guided(model, scale)(2.0, 0.5, x, 0.5, cond, null, prompt)
-    with_prompt = np.array([0.5 * 1 * 3 + 20, 0.5 * 2 * 2 + 10, 0.5 * 4 * 3 + 20])
-    without = np.array([0.5 * 1 * 5 + 7, 0.5 * 2 * 5 + 7, 0.5 * 4 * 5 + 7])
-    np.testing.assert_allclose(v, without + scale * (with_prompt - without), rtol=1e-6)
+    v = sampler.guided(model, scale)(2.0, 0.5, x, sigma, cond, empty, prompt)
+    s = np.broadcast_to(sigma, 3)
+    with_prompt = s * [1 * 3, 2 * 2, 4 * 3] + [20, 10, 20]
+    without = s * [1 * 5, 2 * 5, 4 * 5] + 7
+    wanted = without + scale * (with_prompt - without) if scale > 1 else with_prompt
+    np.testing.assert_allclose(v, wanted, rtol=1e-6)
     assert seen == [rows]
 
 
 # ----------------------------------------------------------------------------- rollout
 
 
-@pytest.mark.parametrize("kernel", sde.KERNELS)
+@pytest.mark.parametrize("kernel", sde.TABLE)
 @pytest.mark.parametrize("start", [0, 2])
 def test_outside_the_window_a_rollout_is_the_ode(kernel, start):
-    process = Process(SIGMAS, kernel, window=3)
+    process = Process(SIGMAS, sde.load(kernel), window=3)
     out = sample(process, start)
     noise = sampler.normal(sampler.image_keys(KEY, 0, IDS, PLACES), ODE_KEY, SHAPE)
     assert out.x.shape == (4, 8, *SHAPE) and out.log_prob.shape == (3, 8)
@@ -85,9 +88,9 @@ def test_outside_the_window_a_rollout_is_the_ode(kernel, start):
         assert (moved.mean(axis=(1, 2, 3)) > 0.1 * SIGMAS[start + t + 1]).all()
 
 
-@pytest.mark.parametrize("kernel", sde.KERNELS)
+@pytest.mark.parametrize("kernel", sde.TABLE)
 def test_the_stored_latents_score_what_was_recorded(kernel):
-    process = Process(SIGMAS, kernel, window=3)
+    process = Process(SIGMAS, sde.load(kernel), window=3)
     out = sample(process, 2)
     for t, (x, x_next) in enumerate(pairwise(out.x)):
         v = velocity(x, SIGMAS[2 + t])
@@ -109,11 +112,19 @@ def test_a_rollout_ends_on_the_data(kernel, noise_level, steps):
 
     @jax.jit
     def end():
-        process = Process(tuple(np.linspace(1, 0, steps + 1)), kernel, noise_level, window=steps)
+        sigmas = tuple(np.linspace(1, 0, steps + 1))
+        process = Process(sigmas, sde.load(kernel), noise_level, window=steps)
         x = sampler.normal(keys, ODE_KEY, (8, 16, 1))
         return sampler.rollout(exact, process, x, keys, 0, keys).latents
 
     assert kstest((np.asarray(end()).ravel() - M) / S0, "norm").pvalue > 1e-3
+
+
+def test_without_a_window_a_rollout_is_the_ode():
+    out = sample(Process(SIGMAS), 0)
+    noise = sampler.normal(sampler.image_keys(KEY, 0, IDS, PLACES), ODE_KEY, SHAPE)
+    np.testing.assert_allclose(out.latents, by_hand(noise, range(6)), atol=1e-5)
+    assert out.x.shape == (1, 8, *SHAPE) and out.log_prob.shape == (0, 8)
 
 
 # -------------------------------------------------------------------------------- keys
@@ -129,7 +140,7 @@ def test_every_image_and_every_step_has_its_own_noise():
 
 
 def test_an_image_is_the_same_in_whatever_batch_it_is_drawn():
-    process = Process(SIGMAS, "cps", window=3)
+    process = Process(SIGMAS, sde.CPS, window=3)
     whole = sample(process, 1)
     for size in (2, 4):
         for i in range(0, 8, size):
@@ -143,7 +154,7 @@ def test_an_image_is_the_same_in_whatever_batch_it_is_drawn():
 
 
 def test_epochs_differ():
-    process = Process(SIGMAS, "cps", window=3)
+    process = Process(SIGMAS, sde.CPS, window=3)
     first, again, second = (sample(process, 1, epoch=e) for e in (0, 0, 1))
     np.testing.assert_array_equal(first.latents, again.latents)
     assert (np.abs(first.latents - second.latents).mean(axis=(1, 2, 3)) > 0.1).all()
@@ -189,15 +200,12 @@ def test_the_ode_is_exact_for_a_straight_path():
 @pytest.mark.parametrize("same_noise", [False, True])
 def test_a_group_may_start_from_the_same_noise(same_noise):
     """Its images then differ by the transitions' noise alone; other prompts' start elsewhere."""
-    model = SimpleNamespace(
-        velocity=lambda lora, base, x, sigma, tokens, pooled: x - 1,
-        decode=lambda vae, latents: latents,
-    )
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = programs.sample(
-        model,
+        lambda policy, frozen, x, sigma, text: x - 1,
+        lambda vae, latents: Pictures(latents, jnp.ones(4, bool)),
         mesh,
-        Process(SIGMAS, "cps", window=2),
+        Process(SIGMAS, sde.CPS, window=2),
         guidance=1.0,
         latent=(2, 2, 1),
         same_noise=same_noise,
@@ -206,8 +214,8 @@ def test_a_group_may_start_from_the_same_noise(same_noise):
     cond = Conditioning(jnp.zeros((2, 1, 1)), jnp.zeros((2, 1)))
     weights = {"transformer": {}, "vae": {}}
     ids, images = jnp.array([3, 3, 5, 5]), jnp.array([0, 1, 0, 1])
-    trajectory, _, _ = run({}, weights, cond, cond, KEY, 0, 0, ids, ids // 5, images)
-    first, last = trajectory.x[0], trajectory.latents
+    rollout, _, _ = run({}, weights, cond, cond, KEY, 0, 0, ids, ids // 5, images)
+    first, last = rollout.x[0], rollout.latents
     for a, b in combinations(range(4), 2):
         together = same_noise and ids[a] == ids[b]
         assert bool((first[a] == first[b]).all()) == together

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from flowgrpo_jax import sde
 
-KERNELS = tuple(sde.KERNELS)
+KERNELS = tuple(sde.TABLE)
 SIGMAS = sde.sigma_schedule(10)
 SHAPE = (3, 4, 4, 2)
 
@@ -21,7 +21,7 @@ CPS_STD = [0.913, 0.869, 0.816, 0.752, 0.673, 0.573, 0.442, 0.264, 0.0085, 0.0] 
 
 
 def step(kernel, x, v, i, noise_level, sigmas=SIGMAS):
-    return sde.KERNELS[kernel](
+    return sde.load(kernel).gaussian(
         x, v, sigmas[i], sigmas[i + 1], noise_level=noise_level, sigma_max=sigmas[1]
     )
 
@@ -103,7 +103,7 @@ def final_error(kernel, steps, noise_level, first):
     mean, variance = (1 - first) * M, (1 - first) ** 2 * S0**2 + first**2
     for sigma, sigma_next in pairwise(sigmas):
         x = np.array([0.0, 1.0])
-        (offset, end), std = sde.KERNELS[kernel](
+        (offset, end), std = sde.load(kernel).gaussian(
             x,
             gaussian_velocity(x, sigma),
             sigma,
@@ -159,14 +159,14 @@ def test_squared_error_is_the_density_without_its_constants(reduction):
 def test_a_transition_is_drawn_and_scored_alike(kernel):
     x, v, noise = normals(3)
     at = dict(noise_level=0.7, sigma_max=SIGMAS[1])
-    drawn = sde.transition(kernel, x, v, *SIGMAS[3:5], noise=noise, **at)
-    scored = sde.transition(kernel, x, v, *SIGMAS[3:5], x_next=drawn.x_next, **at)
+    drawn = sde.transition(sde.load(kernel), x, v, *SIGMAS[3:5], noise=noise, **at)
+    scored = sde.transition(sde.load(kernel), x, v, *SIGMAS[3:5], x_next=drawn.x_next, **at)
     density = norm.logpdf(noise) - np.log(drawn.std)  # of x' as a change of variables
     np.testing.assert_allclose(drawn.log_prob, density.mean((1, 2, 3)), rtol=1e-5)
     np.testing.assert_array_equal(scored.log_prob, drawn.log_prob)
     np.testing.assert_array_equal(scored.x_next, drawn.x_next)
     with pytest.raises(ValueError, match="noise"):
-        sde.transition(kernel, x, v, *SIGMAS[3:5], **at)
+        sde.transition(sde.load(kernel), x, v, *SIGMAS[3:5], **at)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -176,7 +176,7 @@ def test_a_drawn_transition_is_a_constant_to_the_gradient(kernel):
 
     def draw(v):
         return sde.transition(
-            kernel, x, v, *SIGMAS[3:5], noise_level=0.7, sigma_max=SIGMAS[1], noise=noise
+            sde.load(kernel), x, v, *SIGMAS[3:5], noise_level=0.7, sigma_max=SIGMAS[1], noise=noise
         )
 
     assert not jax.grad(lambda v: draw(v).x_next.sum())(v).any()

@@ -26,8 +26,8 @@ from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.mmdit import MMDiT
 from flowgrpo_jax.models.text import CLIPText, T5Encoder, encode_prompt
 from flowgrpo_jax.models.tokenizers import Tokenizers
-from flowgrpo_jax.models.vae import VAE, to_uint8
-from flowgrpo_jax.types import Conditioning
+from flowgrpo_jax.models.vae import VAE, to_pictures
+from flowgrpo_jax.types import Conditioning, Pictures
 
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
 FEW_BLOCKS = 8  # so many are compiled one by one: then none copies its weights out of a stack
@@ -44,17 +44,17 @@ class SD3:
     """A model. `params` is frozen: {"transformer", "vae"}, each {path: array}, or {path:
     ShapeDtypeStruct} where it is only described. The text encoders are read when they are needed.
 
-    velocity(lora, base, latents [B, H, W, C] f32, sigma [B], tokens [B, L, E], pooled [B, V])
+    velocity(lora, base, latents [B, H, W, C] f32, sigma [B], text Conditioning of B rows)
       -> f32 [B, H, W, C]; `lora` is what is trained: an adapter, or f32 weights that take the place
       of the transformer's own (full fine-tuning)
-    decode(vae, latents [B, H, W, C]) -> uint8 [B, 8H, 8W, 3]
+    decode(vae, latents [B, H, W, C]) -> Pictures uint8 [B, 8H, 8W, 3]
     encode_text(text, ids) -> Conditioning of P prompts
     latent_shape(height, width) -> latent [H, W, C] of an image of so many pixels
     """
 
     params: dict[str, Params]
     velocity: Callable[..., jax.Array]
-    decode: Callable[[Params, jax.Array], jax.Array]
+    decode: Callable[[Params, jax.Array], Pictures]
     encode_text: Callable[[dict[str, Params], Any], Conditioning]
     latent_shape: Callable[[int, int], tuple[int, int, int]]
     lora_shapes: Params
@@ -207,7 +207,7 @@ def describe(
     return SD3(
         params={"transformer": base, "vae": vae_shapes},
         velocity=velocity,
-        decode=lambda params, z: to_uint8(vae(params, z, method="decode")),
+        decode=lambda params, z: to_pictures(vae(params, z, method="decode")),
         encode_text=encode_text,
         latent_shape=parts.latent_shape,
         # What is trained is f32, whatever the model computes in.
@@ -260,14 +260,14 @@ def _transformer(
     adapter, base = lora.split(shapes)
     trained = adapter if spec.rank else {k: x for k, x in base.items() if k not in CONSTANTS}
 
-    def velocity(lora, base, latents, sigma, tokens, pooled):
+    def velocity(lora, base, latents, sigma, text):
         x = latents.astype(dtype)
         if not spec.rank:  # as the frozen weights are: bit for bit the same policy before training
             lora = {path: w.astype(dtype) for path, w in lora.items()}
         params = {**base, **lora}
         if gather:  # blocks do it themselves, one by one
             params = {k: w if ":" in k else gather(k, w) for k, w in params.items()}
-        v = mmdit(params, x, 1000 * sigma, tokens.astype(dtype), pooled.astype(dtype))
+        v = mmdit(params, x, 1000 * sigma, text.tokens.astype(dtype), text.pooled.astype(dtype))
         return v.astype(jnp.float32)
 
     return velocity, base, trained

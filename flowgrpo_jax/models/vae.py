@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flowgrpo_jax.models.layers import Linear
+from flowgrpo_jax.types import Pictures
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,12 @@ class VAE(nnx.Module):
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
         return self.decoder(z)
+
+
+def to_pictures(images: jax.Array) -> Pictures:
+    """Return pictures of floats [M, H, W, 3] in [-1, 1]; NaN is neither black nor any other colour,
+    so that an image with a pixel that is not finite is marked."""
+    return Pictures(to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3)))
 
 
 def to_uint8(images: jax.Array) -> jax.Array:

@@ -1,12 +1,14 @@
-"""Advantages against scipy and hand computation, the clipped loss in each of its regimes."""
+"""Advantages against scipy, hand computation and a deque."""
 
-import jax
+from collections import deque
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import zscore
 
-from flowgrpo_jax.grpo import LOSSES, STD_MODES, advantages, combined_advantages, policy_loss
+from flowgrpo_jax import advantages
+from flowgrpo_jax.advantages import DIVISORS, normalised
 
 REWARDS = np.random.default_rng(0).normal(20, 3, size=(4, 6)).astype(np.float32)
 
@@ -15,7 +17,7 @@ def score(rewards, valid=None, **kwargs):
     """Advantages [P, G] of rewards [P, G]."""
     rewards = jnp.asarray(rewards, jnp.float32)
     valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid)
-    out = advantages(rewards.ravel(), valid.ravel(), group_size=rewards.shape[1], **kwargs)
+    out = normalised(rewards.ravel(), valid.ravel(), group_size=rewards.shape[1], **kwargs)
     return np.asarray(out).reshape(rewards.shape)
 
 
@@ -41,7 +43,7 @@ def test_clip():
     assert score(-rewards)[0, 0] == -5
 
 
-@pytest.mark.parametrize("std", STD_MODES)
+@pytest.mark.parametrize("std", DIVISORS)
 @pytest.mark.parametrize("junk", [np.nan, -1e6])
 def test_an_invalid_image_is_as_if_it_had_never_been(std, junk):
     valid = np.arange(6) != 2
@@ -51,7 +53,7 @@ def test_an_invalid_image_is_as_if_it_had_never_been(std, junk):
     assert not ours[:, ~valid].any()
 
 
-@pytest.mark.parametrize("std", STD_MODES)
+@pytest.mark.parametrize("std", DIVISORS)
 def test_groups_may_lose_different_images_or_all(std):
     valid = np.ones(REWARDS.shape, bool)
     valid[0], valid[1, :3] = False, False
@@ -62,7 +64,7 @@ def test_groups_may_lose_different_images_or_all(std):
     assert not ours[~valid].any()
 
 
-@pytest.mark.parametrize("std", STD_MODES)
+@pytest.mark.parametrize("std", DIVISORS)
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 23.4, -7.7])
 @pytest.mark.parametrize("group_size", [3, 24])
 def test_a_constant_reward_gives_exactly_nothing(std, reward, group_size):
@@ -73,7 +75,7 @@ def test_a_constant_reward_gives_exactly_nothing(std, reward, group_size):
     assert not score(rewards, np.broadcast_to(valid, rewards.shape), std=std).any()
 
 
-@pytest.mark.parametrize("std", STD_MODES)
+@pytest.mark.parametrize("std", DIVISORS)
 def test_symmetries(std):
     ours = score(REWARDS, std=std)
     order = np.random.default_rng(1).permutation(REWARDS.shape[1])
@@ -96,10 +98,15 @@ def test_only_group_std_forgets_a_groups_own_scale():
 # --------------------------------------------------------------------------- several rewards
 
 
-def several(scores, weights, **kwargs):
+IDS = jnp.arange(3)
+
+
+def several(scores, weights, name):
     weights = np.broadcast_to(np.array(weights, np.float32)[:, None], np.shape(scores))
-    scores = np.asarray(scores, np.float32)
-    return np.asarray(combined_advantages(scores, weights, group_size=4, **kwargs))
+    row = advantages.load(name, {}, group_size=4, clip=5.0)
+    advantage, memory = row.compute({}, jnp.asarray(scores, jnp.float32), weights, IDS)
+    assert memory == {}
+    return np.asarray(advantage)
 
 
 def test_advantages_of_several_rewards_do_not_depend_on_their_ranges():
@@ -107,79 +114,94 @@ def test_advantages_of_several_rewards_do_not_depend_on_their_ranges():
     a, b = np.random.default_rng(1).normal(size=(2, 12))
     large = 1000 * b + 7
     np.testing.assert_allclose(
-        several([a, large], [1, 1], combine="advantages"),
-        several([a, b], [1, 1], combine="advantages"),
+        several([a, large], [1, 1], "gdpo"),
+        several([a, b], [1, 1], "gdpo"),
         atol=1e-3,
     )
-    drowned = several([a, large], [1, 1], combine="rewards")
-    np.testing.assert_allclose(drowned, several([large], [1]), atol=2e-2)
-    assert np.corrcoef(several([a, large], [1, 1], combine="advantages"), a)[0, 1] > 0.5
+    drowned = several([a, large], [1, 1], "group")
+    np.testing.assert_allclose(drowned, several([large], [1], "group"), atol=2e-2)
+    assert np.corrcoef(several([a, large], [1, 1], "gdpo"), a)[0, 1] > 0.5
 
 
 def test_advantages_of_several_rewards_are_sums_of_z_scores():
     a, b = np.random.default_rng(2).normal(size=(2, 12))
     z = [zscore(x.reshape(3, 4), axis=1).reshape(-1) for x in (a, b)]
     mixed = 0.25 * z[0] + 0.75 * z[1]
-    ours = several([a, b], [0.25, 0.75], combine="advantages")
+    ours = several([a, b], [0.25, 0.75], "gdpo")
     np.testing.assert_allclose(ours, mixed / mixed.std(), atol=1e-3)  # the epsilons
 
 
-@pytest.mark.parametrize("combine", ["rewards", "advantages"])
-def test_a_failed_score_takes_its_image_out_unless_it_is_a_monitors(combine):
+@pytest.mark.parametrize("name", ["group", "gdpo"])
+def test_a_failed_score_takes_its_image_out_unless_it_is_a_monitors(name):
     a, b = np.random.default_rng(3).normal(size=(2, 12))
     failing = np.where(np.arange(12) == 5, np.nan, b)
-    assert several([a, failing], [1, 1], combine=combine)[5] == 0
-    assert np.isfinite(several([a, failing], [1, 1], combine=combine)).all()
-    watched = several([a, failing], [1, 0], combine=combine)
-    np.testing.assert_allclose(watched, several([a], [1], combine=combine), rtol=1e-6)
-    absent = several([a, failing], [1, np.nan], combine=combine)  # does not apply
+    assert several([a, failing], [1, 1], name)[5] == 0
+    assert np.isfinite(several([a, failing], [1, 1], name)).all()
+    watched = several([a, failing], [1, 0], name)
+    np.testing.assert_allclose(watched, several([a], [1], name), rtol=1e-6)
+    absent = several([a, failing], [1, np.nan], name)  # does not apply
     np.testing.assert_array_equal(absent, watched)
 
 
-# ------------------------------------------------------------------------------ the loss
+# ---------------------------------------------------------------- statistics of each prompt
+
+
+def ddpo(rewards, ids, buffers, *, size, least):
+    """The advantages [P, G] of an epoch by a deque for each prompt, which is changed in place."""
+    for prompt, values in zip(ids, rewards):
+        buffers.setdefault(prompt, deque(maxlen=size)).extend(values)
+    out = []
+    for prompt, values in zip(ids, rewards):
+        known = np.array(buffers[prompt]) if len(buffers[prompt]) >= least else rewards
+        out.append((values - known.mean()) / (known.std() + 1e-6))
+    return np.array(out)
+
+
+def remembered(row, epochs, ids):
+    memory, found = row.initial(6), []
+    for rewards in epochs:
+        scores = jnp.asarray(rewards, jnp.float32).reshape(1, -1)
+        advantage, memory = row.compute(memory, scores, jnp.ones_like(scores), jnp.asarray(ids))
+        found.append(np.asarray(advantage).reshape(len(ids), -1))
+    return found, memory
+
+
+@pytest.mark.parametrize("size, least", [(16, 16), (7, 5), (32, 16)])
+def test_statistics_of_each_prompt_are_a_deques(size, least):
+    """A prompt may come twice in an epoch; first the batch is used, later the prompt."""
+    options = {"buffer_size": size, "min_count": least}
+    row = advantages.load("per_prompt", options, group_size=4, clip=99.0)
+    ids = [4, 0, 4]
+    epochs = np.random.default_rng(0).normal(3, 2, size=(8, 3, 4)).round(2)
+    buffers = {}
+    wanted = [ddpo(e, ids, buffers, size=size, least=least) for e in epochs]
+    found, memory = remembered(row, epochs, ids)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    stored = np.asarray(memory["rewards"][4])
+    np.testing.assert_allclose(stored[np.isfinite(stored)], buffers[4], rtol=1e-6)
+    assert np.isnan(memory["rewards"][1]).all()  # a prompt that never came
+
+
+def test_a_failed_reward_is_not_remembered():
+    row = advantages.load("per_prompt", {"min_count": 2}, group_size=3, clip=5.0)
+    [first, second], memory = remembered(row, [[[1.0, np.nan, 3.0]], [[2.0, 2.0, np.nan]]], [1])
+    np.testing.assert_allclose(first, [[-1, 0, 1]], rtol=1e-5)
+    np.testing.assert_allclose(second, [[0, 0, 0]], atol=1e-6)
+    stored = np.asarray(memory["rewards"][1])
+    np.testing.assert_array_equal(stored[np.isfinite(stored)], [1, 3, 2, 2])
 
 
 @pytest.mark.parametrize(
-    "advantage, ratio, loss, slope",  # slope = d loss / d log_prob, 0 where the clip holds
+    "name, options, problem",
     [
-        (2, 1.5, -2.4, 0.0),  # better and already likelier: clipped
-        (2, 0.5, -1.0, -1.0),  # better but less likely: pulled back, unclipped
-        (-2, 1.5, 3.0, 3.0),  # worse but likelier: pushed back, unclipped
-        (-2, 0.5, 1.6, 0.0),  # worse and already less likely: clipped
-        (2, 1.1, -2.2, -2.2),  # within the range
-        (-2, 0.9, 1.8, 1.8),
-        (2, 1.0, -2.0, -2.0),  # on policy the slope is -A
-        (-2, 1.0, 2.0, 2.0),
-        (0, 1.5, 0.0, 0.0),
+        ("groups", {}, r"advantage 'groups' is unknown: choose from gdpo, global, group"),
+        ("group", {"std": 1}, r"advantage.options of group: std is unknown"),
+        ("gdpo", {"std": "prompt"}, r"std='prompt': choose from group, global, none"),
+        ("per_prompt", {"min_count": 99}, r"min_count=99 must be between 1 and buffer_size=32"),
+        ("nowhere.at_all:make", {}, r"'nowhere.at_all:make' cannot be imported: No module named"),
+        ("flowgrpo_jax.advantages:nothing", {}, r"cannot be imported: .*no attribute 'nothing'"),
     ],
 )
-def test_clipped_loss(advantage, ratio, loss, slope):
-    old = jnp.float32(-0.7)
-
-    def value(log_prob):
-        return policy_loss(log_prob, old, jnp.float32(advantage), 0.2)
-
-    (ours, its_ratio), gradient = jax.value_and_grad(value, has_aux=True)(old + np.log(ratio))
-    np.testing.assert_allclose([ours, its_ratio, gradient], [loss, ratio, slope], atol=1e-6)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_on_policy_the_gradient_is_the_policy_gradient(name):
-    log_prob, advantage = jnp.linspace(-3, 3, 7), jnp.linspace(-5, 5, 7)
-    gradient = jax.grad(lambda p: LOSSES[name](p, log_prob, advantage, 1e-5)[0].sum())(log_prob)
-    np.testing.assert_allclose(gradient, -advantage)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("log_ratio", [-1e4, 19.9, 45.0, 100.0, 1e4])
-def test_far_off_policy_loss_and_gradient_are_finite(name, log_ratio):
-    """Log-probs that are sums over 65,536 dimensions move by as much, and one such image must not
-    take the whole update with it, least of all one without an advantage."""
-    advantage, old = jnp.array([1.0, 0.0, -1.0]), jnp.zeros(3)
-
-    def total(log_prob):
-        return LOSSES[name](log_prob, old, advantage, 0.2)[0].sum()
-
-    value, gradient = jax.value_and_grad(total)(old + log_ratio)
-    assert np.isfinite(value) and gradient[1] == 0
-    assert np.isfinite((1e6 * gradient) ** 2).all()  # in its norm, by a steep log-prob
+def test_a_wrong_row_is_named(name, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        advantages.load(name, options, group_size=2, clip=5.0)

@@ -1,0 +1,29 @@
+"""DiffusionNFT on the model in the box: `configs/shapes.py` with another algorithm.
+
+    python -m flowgrpo_jax.train --config configs/algorithms/nft.py
+
+The images are drawn by the plain ODE, without noise. The policy that draws them keeps up to half of
+itself at the end of an epoch, as in the paper's first schedule.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shapes
+
+
+def get_config() -> ConfigDict:
+    c = shapes.get_config()
+    c.name = "shapes-nft"
+    c.algorithm.name = "nft"
+    c.algorithm.options = ConfigDict(
+        {
+            "beta": 1.0,
+            "advantage_clip": 5.0,
+            "anchor": 1e-4,
+            "old_flat": 0,
+            "old_rate": 1e-3,
+            "old_most": 0.5,
+        }
+    )
+    c.sample.steps = 10  # nine noise levels are trained
+    return c

@@ -1,0 +1,99 @@
+"""Algorithms: how images and their advantages become a gradient. One file and one row each.
+
+An algorithm looks at every micro-batch K times. One look is a *term*: a recorded transition of the
+rollout (coupled algorithms, such as GRPO), or a noise level to which the finished image is noised
+again (decoupled algorithms, such as DiffusionNFT and AWM). A term is a number. Whatever else is
+random is drawn from the images' own keys, so that nothing depends on how the batch is cut.
+
+To add one: write a file with a function `make(**options) -> Algorithm`, give it a row in `TABLE`,
+test it (tests/test_algorithms.py runs over the table). An algorithm of the user's own is named in
+the recipe as "package.module:make" and needs no row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jax
+
+from flowgrpo_jax import tables
+from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.types import Rollout
+
+# v(x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C]: the guided velocity of one policy
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+Figures = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the images of a run are drawn. Static under jit."""
+
+    process: Process
+    group_size: int
+
+
+# loss(setup, {name of a policy: Velocity}, rollout, term i32, advantage) -> loss [M], {figure: [M]}
+# The advantage is f32 [M], or f32 [W, M] with one value for each transition of the window.
+Loss = Callable[
+    [Setup, Mapping[str, Velocity], Rollout, jax.Array, jax.Array], tuple[jax.Array, Figures]
+]
+
+
+@dataclass(frozen=True, eq=False)  # told apart by identity; `load` caches
+class Algorithm:
+    """What the trainer needs to know of an algorithm. It holds no arrays.
+
+    Attributes:
+      loss: one value an image, not reduced; only the velocity of "policy" is differentiated.
+      terms: (setup, key of the epoch) -> i32 [K], the terms that an epoch trains.
+      figures: the names of the figures that the loss returns.
+      draws: the policy whose images are learned from, "policy" or the name of a copy.
+      window: whether the loss reads recorded transitions, so that a rollout needs noise.
+      reads: further policies that the loss reads: "reference" (before training), "ema", copies.
+      copies: copies of the policy that are kept beside the EMA. At the end of an epoch
+        copy = decay x copy + (1 - decay) x policy, with decay(optimiser steps taken).
+      worst: figures of which the largest value counts, and not the mean.
+      warning: (figures of an epoch's first update) -> a sentence, or "" when all is well.
+      summary: one line about the options, for the first lines that a run prints.
+    """
+
+    loss: Loss
+    terms: Callable[[Setup, jax.Array], jax.Array]
+    figures: tuple[str, ...]
+    draws: str = "policy"
+    window: bool = False
+    reads: tuple[str, ...] = ()
+    copies: Mapping[str, Callable[[jax.Array], Any]] = field(default_factory=dict)
+    worst: tuple[str, ...] = ()
+    warning: Callable[[Mapping[str, float]], str] = lambda figures: ""
+    summary: str = ""
+
+
+TABLE = {
+    "grpo": "flowgrpo_jax.algorithms.grpo:make",
+    "nft": "flowgrpo_jax.algorithms.nft:make",
+    "awm": "flowgrpo_jax.algorithms.awm:make",
+}
+
+
+def load(name: str, options: Mapping[str, Any]) -> Algorithm:
+    """Return the algorithm of a row with its options.
+
+    Raises ValueError that names the rows, or the row's options, where one is unknown.
+    """
+    return _load(name, tuple(sorted(options.items())))
+
+
+@lru_cache(maxsize=32)  # programs of the same algorithm are then the same as well
+def _load(name: str, options: tuple[tuple[str, Any], ...]) -> Algorithm:
+    factory = tables.find(TABLE, name, "algorithm")
+    return tables.make(factory, dict(options), f"algorithm.options of {name}")
+
+
+def advantage_of(advantage: jax.Array, term: jax.Array) -> jax.Array:
+    """Return a term's advantage f32 [M], of advantages [M] or [W, M]."""
+    return advantage[term] if advantage.ndim == 2 else advantage

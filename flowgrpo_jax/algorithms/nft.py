@@ -1,0 +1,98 @@
+"""DiffusionNFT: good images pull an implicit positive policy, bad ones push a negative one.
+
+Source: DiffusionNFT (arXiv 2509.16117), equations 7 to 9, and the constants of NVlabs/DiffusionNFT.
+It needs no log-probs and no noise in the rollout. The images are drawn by a slow copy of the
+policy, "old". With r = clip(A / (2 C) + 1/2, 0, 1), v+ = (1 - beta) v_old + beta v and
+v- = (1 + beta) v_old - beta v, and the image that a velocity predicts, x_0(v) = x - sigma v:
+
+    C / beta (r |x_0(v+) - x_0|^2 / w+ + (1 - r) |x_0(v-) - x_0|^2 / w-) + anchor |v - v_ref|^2
+
+where w is the mean absolute error itself, as a constant. The noise levels are those of the
+rollout's schedule without the last one.
+
+Deviations from NVlabs/DiffusionNFT: the levels are visited in order, and not in an order of each
+image's own, which is the same because one optimiser step sums over all of them; the rollout's
+solver is Euler's; errors are f32 in place of f64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocity, advantage_of
+from flowgrpo_jax.algorithms.renoise import mean, renoise, spread
+from flowgrpo_jax.types import Rollout
+
+FLOOR = 1e-5  # least size of an error that it is divided by
+
+
+def make(
+    beta: float = 1.0,
+    advantage_clip: float = 5.0,
+    anchor: float = 1e-4,
+    old_flat: int = 0,
+    old_rate: float = 1e-3,
+    old_most: float = 0.5,
+) -> Algorithm:
+    """
+    Args:
+      beta: how far the implicit policies lie from the old one.
+      advantage_clip: the advantage C at which an image counts as wholly good; keep it at
+        `advantage.clip`.
+      anchor: weight of the squared distance to the velocity before training; 0 spares its forward.
+      old_flat, old_rate, old_most: after n optimiser steps the old policy keeps
+        min(max(n - old_flat, 0) x old_rate, old_most) of itself at the end of an epoch. The paper's
+        three schedules are (0, 0, 0), the default, and (75, 0.0075, 0.999).
+    """
+    for name, value in {"beta": beta, "advantage_clip": advantage_clip}.items():
+        if not value > 0:
+            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
+    if not 0 <= old_most < 1:
+        raise ValueError(f"algorithm.options.old_most={old_most}: must be in [0, 1)")
+
+    def loss(
+        setup: Setup,
+        v: Mapping[str, Velocity],
+        rollout: Rollout,
+        term: jax.Array,
+        advantage: jax.Array,
+    ) -> tuple[jax.Array, Figures]:
+        sigmas = jnp.asarray(setup.process.sigmas, jnp.float32)
+        level = jnp.broadcast_to(sigmas[term], rollout.prompt.shape)
+        x, sigma, _ = renoise(rollout, level, term)
+        new, old = v["policy"](x, sigma), v["old"](x, sigma)
+
+        def error(velocity: jax.Array) -> jax.Array:
+            miss = x - spread(sigma, x) * velocity - rollout.latents
+            size = jax.lax.stop_gradient(jnp.maximum(mean(jnp.abs(miss)), FLOOR))
+            return mean(jnp.square(miss)) / size
+
+        good = jnp.clip(advantage_of(advantage, term) / (2 * advantage_clip) + 0.5, 0, 1)
+        positive = error((1 - beta) * old + beta * new)
+        negative = error((1 + beta) * old - beta * new)
+        value = (good * positive + (1 - good) * negative) * advantage_clip / beta
+        distance = jnp.zeros_like(value)
+        if anchor:
+            distance = mean(jnp.square(new - v["reference"](x, sigma)))
+        figures = {
+            "policy_loss": value,
+            "kl": distance,
+            "old_distance": mean(jnp.square(new - old)),
+        }
+        return value + anchor * distance, figures
+
+    def decay(step: jax.Array) -> jax.Array:
+        return jnp.minimum(jnp.maximum(step - old_flat, 0) * old_rate, old_most)
+
+    return Algorithm(
+        loss,
+        terms=lambda setup, key: jnp.arange(max(setup.process.steps - 1, 1)),
+        figures=("policy_loss", "kl", "old_distance"),
+        draws="old",
+        reads=("old", "reference") if anchor else ("old",),
+        copies={"old": decay},
+        summary=f"DiffusionNFT, beta {beta:g}, anchor {anchor:g}, old policy keeps {old_most:g}",
+    )

@@ -1,0 +1,59 @@
+"""What decoupled algorithms share: finished images noised again, and the size of an error.
+
+A decoupled algorithm learns from clean images x_0 that any sampler may have drawn. It noises them
+to x = (1 - sigma) x_0 + sigma noise and looks at the velocity there, whose target is noise - x_0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flowgrpo_jax import sampler
+from flowgrpo_jax.types import Rollout
+
+
+class Renoised(NamedTuple):
+    """Images at a noise level."""
+
+    x: jax.Array  # f32 [M, H, W, C]
+    sigma: jax.Array  # f32 [M]
+    target: jax.Array  # f32 [M, H, W, C], the velocity that leads from x_0 to the noise
+
+
+def renoise(rollout: Rollout, sigma: jax.Array, term: jax.Array) -> Renoised:
+    """Noise a rollout's images to the level sigma [M], with fresh noise for each image and term."""
+    x_0 = rollout.latents
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, sampler.RENOISE_KEY))(rollout.keys)
+    noise = sampler.normal(keys, term, x_0.shape[1:])
+    level = spread(sigma, x_0)
+    return Renoised((1 - level) * x_0 + level * noise, sigma, noise - x_0)
+
+
+def uniform(rollout: Rollout, term: jax.Array) -> jax.Array:
+    """Draw a number in [0, 1) for each image and term, f32 [M], from the images' keys."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(key, sampler.LEVEL_KEY)
+        return jax.random.uniform(jax.random.fold_in(key, term))
+
+    return jax.vmap(draw)(rollout.keys)
+
+
+def stratum(rollout: Rollout, term: jax.Array, terms: int, low: int, high: int) -> jax.Array:
+    """Draw a step in [low, high) for each image, i32 [M]: term k draws from the k-th of `terms`
+    equal parts of the range, which have to be at least one step wide."""
+    place = (term + uniform(rollout, term)) / terms
+    return low + jnp.minimum(jnp.floor(place * (high - low)), high - low - 1).astype(jnp.int32)
+
+
+def spread(value: jax.Array, like: jax.Array) -> jax.Array:
+    """Reshape [M] so that it broadcasts over an array [M, ...]."""
+    return value.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def mean(x: jax.Array) -> jax.Array:
+    """Average [M, ...] over all but the images."""
+    return x.mean(tuple(range(1, x.ndim)))

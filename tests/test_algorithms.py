@@ -1,0 +1,432 @@
+"""Algorithms: every row of the table alike, then each against what is known of it alone."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import approx_fprime
+
+from flowgrpo_jax import advantages, algorithms, sampler, sde, update
+from flowgrpo_jax.algorithms import Setup, renoise
+from flowgrpo_jax.algorithms.grpo import clipped
+from flowgrpo_jax.sampler import ODE_KEY, Process
+from flowgrpo_jax.types import Rollout
+
+KEY = jax.random.key(0)
+SIGMAS = tuple(sde.sigma_schedule(8).tolist())
+IMAGES, SHAPE = 8, (2, 2, 3)
+ADVANTAGE = jnp.linspace(-2, 1, IMAGES)
+ROWS = {  # options that suit a rollout of eight steps
+    "grpo": {"clip_range": 0.2},
+    "nft": {},
+    "awm": {"levels": 3},
+}
+
+
+def load(name):
+    return algorithms.load(name, ROWS[name])
+
+
+def setup_of(algorithm, sigmas=SIGMAS, kernel=sde.CPS, noise_level=0.8):
+    window = len(sigmas) - 2 if algorithm.window else 0
+    return Setup(Process(sigmas, kernel, noise_level, window=window), group_size=IMAGES)
+
+
+def linear(params, x, sigma):
+    """A velocity with a 3 x 3 matrix and a bias; sigma is one number or one an image."""
+    return x @ params["w"] + jnp.reshape(sigma, (-1, 1, 1, 1)) * params["b"]
+
+
+def weights(seed, scale=0.3):
+    w, b = np.split(np.random.default_rng(seed).normal(scale=scale, size=(4, 3)), [3])
+    return {"w": jnp.asarray(w, jnp.float32), "b": jnp.asarray(b[0], jnp.float32)}
+
+
+def draw(velocity, process, key=KEY, count=IMAGES, shape=SHAPE):
+    places = jnp.arange(count)
+    keys = sampler.image_keys(key, 0, jnp.zeros_like(places), places)
+    x = sampler.normal(keys, ODE_KEY, shape)
+    return sampler.rollout(velocity, process, x, keys, 0, places)
+
+
+def gradient_of(algorithm, setup, params, others, rollout, advantage, velocity=linear, images=None):
+    """The gradient and figures of an update on one micro-batch, with the policies of `reads`."""
+    read = {name: others[name] for name in algorithm.reads}
+    return accumulated(algorithm, setup, velocity, images, params, read, rollout, advantage)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def accumulated(algorithm, setup, velocity, images, params, read, rollout, advantage):
+    return update.accumulate(
+        algorithm,
+        setup,
+        velocity,
+        params,
+        read,
+        rollout,
+        advantage,
+        algorithm.terms(setup, KEY),
+        images or rollout.prompt.shape[0],
+        update.empty(algorithm, params),
+    )
+
+
+def everywhere(params):
+    return dict.fromkeys(("reference", "ema", "old", "anchor"), params)
+
+
+def close(a, b, **tolerance):
+    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), a, b)
+
+
+# --------------------------------------------------------------------------- every row
+
+
+def test_every_row_has_options_here():
+    assert set(ROWS) == set(algorithms.TABLE)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_without_advantages_nothing_is_learned(name):
+    """On policy, with the reference and all copies where the policy is."""
+    algorithm, params = load(name), weights(0)
+    setup = setup_of(algorithm)
+    rollout = draw(partial(linear, params), setup.process)
+    nothing = jnp.zeros(IMAGES)
+    gradient, _ = gradient_of(algorithm, setup, params, everywhere(params), rollout, nothing)
+    close(gradient, jax.tree.map(jnp.zeros_like, gradient), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_opposite_advantages_have_opposite_gradients(name):
+    algorithm, params = load(name), weights(0)
+    setup = setup_of(algorithm)
+    rollout = draw(partial(linear, params), setup.process)
+    others = everywhere(params)
+    up, down = (
+        gradient_of(algorithm, setup, params, others, rollout, sign * ADVANTAGE)[0]
+        for sign in (1, -1)
+    )
+    assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(up))
+    close(up, jax.tree.map(jnp.negative, down), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_cut_into_micro_batches_does_not_matter(name):
+    """Off policy. What is drawn for an image depends on its key alone."""
+    algorithm = load(name)
+    setup, params, others = setup_of(algorithm), weights(2), everywhere(weights(1))
+    rollout = draw(partial(linear, weights(0)), setup.process)
+    whole, figures = gradient_of(algorithm, setup, params, others, rollout, ADVANTAGE)
+    parts = []
+    for i in range(0, IMAGES, 2):
+        part = slice(i, i + 2)
+        piece = rollout.replace(
+            latents=rollout.latents[part],
+            prompt=rollout.prompt[part],
+            keys=rollout.keys[part],
+            x=rollout.x[:, part],
+            log_prob=rollout.log_prob[:, part],
+        )
+        args = (params, others, piece, ADVANTAGE[part])
+        parts.append(gradient_of(algorithm, setup, *args, images=IMAGES))
+    total = jax.tree.map(lambda *gs: sum(gs), *[gradient for gradient, _ in parts])
+    close(total, whole, rtol=1e-4, atol=1e-5)
+    for figure, value in figures.items():
+        values = [found[figure] for _, found in parts]
+        joined = max(values) if figure in algorithm.worst else sum(values)
+        np.testing.assert_allclose(joined, value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_far_off_policy_the_gradient_is_finite(name):
+    algorithm = load(name)
+    setup, others = setup_of(algorithm), everywhere(weights(1, scale=30.0))
+    rollout = draw(partial(linear, weights(0)), setup.process)
+    gradient, _ = gradient_of(algorithm, setup, weights(2, 30.0), others, rollout, ADVANTAGE)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_advantage_may_differ_by_term(name):
+    """The same advantage for every term is the plain advantage."""
+    algorithm, params = load(name), weights(0)
+    setup = setup_of(algorithm)
+    rollout = draw(partial(linear, params), setup.process)
+    others = everywhere(weights(1))
+    by_term = jnp.broadcast_to(ADVANTAGE, (len(SIGMAS), IMAGES))
+    plain, each = (
+        gradient_of(algorithm, setup, params, others, rollout, a)[0] for a in (ADVANTAGE, by_term)
+    )
+    close(each, plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, kernel", [("grpo", "flow_sde"), ("grpo", "cps"), ("nft", "cps"), ("awm", "cps")]
+)
+def test_it_finds_a_known_optimum(name, kernel):
+    """The policy is one vector, the reward -|end - target|^2: the mean end must become target."""
+    target = jnp.array([1.0, -0.6])
+    algorithm = load(name)
+    sigmas = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
+    setup = setup_of(algorithm, sigmas, sde.load(kernel), noise_level=0.5)
+    tx = update.optimiser(0.03)
+
+    def velocity(params, x, sigma):
+        return jnp.broadcast_to(params["v"], x.shape)
+
+    def epoch(state, number):
+        key = jax.random.fold_in(state.key, number)
+        policies = {"policy": state.policy, "reference": {"v": jnp.zeros(2)}, **state.copies}
+        drawn_by = partial(velocity, policies[algorithm.draws])
+        rollout = draw(drawn_by, setup.process, key, 64, (1, 1, 2))
+        reward = -jnp.square(rollout.latents - target).sum((1, 2, 3))
+        advantage = advantages.normalised(reward, jnp.ones(64, bool), group_size=16)
+        gradient, _ = gradient_of(
+            algorithm, setup, state.policy, policies, rollout, advantage, velocity
+        )
+        state, _ = update.apply_gradient(state, gradient, tx, 0.9)
+        return update.end_epoch(state, algorithm), rollout.latents.mean((0, 1, 2))
+
+    state = update.init({"v": jnp.zeros(2)}, algorithm.copies, {}, tx, KEY)
+    _, ends = jax.jit(lambda s: jax.lax.scan(epoch, s, jnp.arange(150)))(state)
+    assert np.abs(ends[:10].mean(0) - target).min() > 0.4
+    np.testing.assert_allclose(ends[-50:].mean(0), target, atol=0.1)
+
+
+def test_copies_move_at_the_end_of_an_epoch():
+    """DiffusionNFT's copy after its n-th optimiser step keeps n / 1000 of itself, at most half."""
+    algorithm, tx = load("nft"), update.optimiser(0.1)
+    state = update.init({"v": jnp.zeros(1)}, algorithm.copies, {}, tx, KEY)
+    state = state.replace(policy={"v": jnp.ones(1)})
+    for step, kept in ((1, 0.001), (100, 0.1), (500, 0.5), (2000, 0.5)):
+        moved = update.end_epoch(state.replace(step=jnp.int32(step)), algorithm)
+        np.testing.assert_allclose(moved.copies["old"]["v"], 1 - kept, rtol=1e-6)
+        np.testing.assert_array_equal(moved.copies["ema"]["v"], 0)
+
+
+@pytest.mark.parametrize(
+    "name, options, problem",
+    [
+        ("ppo", {}, r"algorithm 'ppo' is unknown: choose from awm, grpo, nft"),
+        ("nft", {"clip_range": 1}, r"clip_range is unknown; .*nft takes beta=1.0"),
+        ("grpo", {"clip_range": 0.0}, r"clip_range=0.0: must be above 0"),
+        ("grpo", {"kl_beta": -0.1}, r"kl_beta=-0.1: must be at least 0"),
+        ("grpo", {"kl_weighting": "dt"}, r"kl_weighting='dt': choose from 'exact', 'no_dt'"),
+        ("grpo", {"step_choice": "last"}, r"step_choice='last': choose from 'random', 'first'"),
+        ("nft", {"beta": 0.0}, r"beta=0.0: must be above 0"),
+        ("awm", {"share": 2.0}, r"share=2.0 must be at most 1"),
+    ],
+)
+def test_wrong_options_are_named(name, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        algorithms.load(name, options)
+
+
+@pytest.mark.parametrize(
+    "name, options, problem",
+    [
+        ("grpo", {"steps": 9}, r"steps=9: the window has 7 steps to train; choose 1 to 7, or 0"),
+        ("awm", {"levels": 8}, r"levels=8: sample.steps=8 and share=0.9 leave 7 noise levels"),
+    ],
+)
+def test_more_terms_than_the_rollout_has_are_refused(name, options, problem):
+    algorithm = algorithms.load(name, options)
+    with pytest.raises(ValueError, match=problem):
+        algorithm.terms(setup_of(algorithm), KEY)
+
+
+def test_a_loss_with_other_figures_is_refused():
+    algorithm, params = load("nft"), weights(0)
+    setup = setup_of(algorithm)
+    rollout = draw(partial(linear, params), setup.process)
+    wrong = algorithms.Algorithm(algorithm.loss, algorithm.terms, ("loss",), reads=algorithm.reads)
+    with pytest.raises(ValueError, match=r"returns the figures .*names \['loss'\]"):
+        gradient_of(wrong, setup, params, everywhere(params), rollout, ADVANTAGE)
+
+
+# ------------------------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, loss, slope",  # slope = d loss / d log_prob, 0 where the clip holds
+    [
+        (2, 1.5, -2.4, 0.0),  # better and already likelier: clipped
+        (2, 0.5, -1.0, -1.0),  # better but less likely: pulled back, unclipped
+        (-2, 1.5, 3.0, 3.0),  # worse but likelier: pushed back, unclipped
+        (-2, 0.5, 1.6, 0.0),  # worse and already less likely: clipped
+        (2, 1.1, -2.2, -2.2),  # within the range
+        (-2, 0.9, 1.8, 1.8),
+        (2, 1.0, -2.0, -2.0),  # on policy the slope is -A
+        (-2, 1.0, 2.0, 2.0),
+        (0, 1.5, 0.0, 0.0),
+    ],
+)
+def test_clipped_loss(advantage, ratio, loss, slope):
+    old = jnp.float32(-0.7)
+
+    def value(log_prob):
+        return clipped(log_prob - old, jnp.float32(advantage), 0.2)
+
+    (ours, its_ratio), gradient = jax.value_and_grad(value, has_aux=True)(old + np.log(ratio))
+    np.testing.assert_allclose([ours, its_ratio, gradient], [loss, ratio, slope], atol=1e-6)
+
+
+def test_on_policy_the_gradient_is_the_policy_gradient():
+    log_prob, advantage = jnp.linspace(-3, 3, 7), jnp.linspace(-5, 5, 7)
+    gradient = jax.grad(lambda p: clipped(p - log_prob, advantage, 1e-5)[0].sum())(log_prob)
+    np.testing.assert_allclose(gradient, -advantage)
+
+
+@pytest.mark.parametrize("log_ratio", [-1e4, 19.9, 45.0, 100.0, 1e4])
+def test_far_off_policy_loss_and_gradient_are_finite(log_ratio):
+    """Log-probs that are sums over 65,536 dimensions move by as much, and one such image must not
+    take the whole update with it, least of all one without an advantage."""
+    advantage, old = jnp.array([1.0, 0.0, -1.0]), jnp.zeros(3)
+
+    def total(log_prob):
+        return clipped(log_prob - old, advantage, 0.2)[0].sum()
+
+    value, gradient = jax.value_and_grad(total)(old + log_ratio)
+    assert np.isfinite(value) and gradient[1] == 0
+    assert np.isfinite((1e6 * gradient) ** 2).all()  # in its norm, by a steep log-prob
+
+
+@pytest.mark.parametrize("gap, warned", [(0.9e-5, False), (1.1e-5, True), (np.nan, True)])
+def test_a_policy_that_learns_from_another_is_a_warning(gap, warned):
+    warning = algorithms.load("grpo", {"clip_range": 1e-5}).warning({"ratio_gap": gap})
+    assert ("exceeds clip_range 1e-05" in warning) == warned
+
+
+# ------------------------------------------------------------------------ decoupled rows
+
+
+def finished(count=4):
+    """Finished images, as a rollout by the ODE leaves them."""
+    rng = np.random.default_rng(3)
+    latents = jnp.asarray(rng.normal(size=(count, *SHAPE)), jnp.float32)
+    keys = jax.random.split(KEY, count)
+    nothing = jnp.zeros((0, count))
+    return Rollout(latents, jnp.arange(count), keys, jnp.int32(0), latents[None], nothing)
+
+
+def test_renoised_images_lie_between_the_image_and_the_noise():
+    rollout, sigma = finished(), jnp.array([0.0, 0.25, 0.5, 1.0])
+    x, _, target = renoise.renoise(rollout, sigma, 3)
+    noise = target + rollout.latents
+    s = np.reshape(sigma, (-1, 1, 1, 1))
+    np.testing.assert_allclose(x, (1 - s) * rollout.latents + s * noise, atol=1e-6)
+    other = renoise.renoise(rollout, sigma, 4).target + rollout.latents
+    assert np.abs(np.corrcoef(np.ravel(noise), np.ravel(other))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("low, high, terms", [(1, 13, 6), (0, 20, 4), (0, 10, 3)])
+def test_strata_cover_the_range_evenly(low, high, terms):
+    """1..12 of 14 in six parts are AWM's; 20 in four are [0, 5), [5, 10), [10, 15), [15, 20)."""
+    rollout = finished(6000)
+    drawn = [np.asarray(renoise.stratum(rollout, k, terms, low, high)) for k in range(terms)]
+    width = (high - low) / terms
+    for k, steps in enumerate(drawn):
+        assert low + int(k * width) == steps.min()
+        assert steps.max() == low + int(np.ceil((k + 1) * width)) - 1
+    counts = np.bincount(np.concatenate(drawn))[low:]
+    np.testing.assert_allclose(counts, 6000 * terms / (high - low), rtol=0.15)
+
+
+def flat(params):
+    return np.concatenate([np.ravel(params["w"]), np.ravel(params["b"])])
+
+
+def unflat(theta):
+    return {"w": theta[:9].reshape(3, 3), "b": theta[9:]}
+
+
+def matching(rollout, term, sigma, params):
+    """(target, velocity, x) at the noise that the rows draw, as float64 arrays of numpy."""
+    x, _, target = renoise.renoise(rollout, sigma, term)
+    x, target = np.asarray(x, np.float64), np.asarray(target, np.float64)
+    s = np.reshape(np.asarray(sigma, np.float64), (-1, 1, 1, 1))
+    w, b = (np.asarray(params[k], np.float64) for k in "wb")
+    return target, x @ w + s * b, x, s
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+def test_nft_on_policy_is_the_normalised_error_times_the_advantage(beta):
+    """With old = current and |A| <= C the gradient is A d[|x_0(v) - x_0|^2 / w], whatever beta and
+    C are: an identity between the methods, checked by finite differences in numpy."""
+    advantage = np.array([1.0, -2.0, 0.5, -0.3])
+    algorithm, rollout, params = algorithms.load("nft", {"beta": beta}), finished(), weights(0)
+    setup = setup_of(algorithm)
+    terms = range(setup.process.steps - 1)
+
+    def error(theta, sizes=None):
+        total, new = 0.0, []
+        for k in terms:
+            sigma = jnp.full(4, SIGMAS[k])
+            target, v, _, s = matching(rollout, k, sigma, unflat(theta))
+            miss = s * (target - v)  # of the image that the velocity predicts
+            new.append(np.abs(miss).mean((1, 2, 3)))
+            size = sizes[k] if sizes else new[-1]
+            total += np.sum(advantage * np.square(miss).mean((1, 2, 3)) / size)
+        return total / (4 * len(terms)), new
+
+    theta = flat(params).astype(np.float64)
+    sizes = error(theta)[1]
+    wanted = approx_fprime(theta, lambda t: error(t, sizes)[0], 1e-6)
+    found, _ = gradient_of(
+        algorithm, setup, params, everywhere(params), rollout, jnp.asarray(advantage, jnp.float32)
+    )
+    np.testing.assert_allclose(flat(found), wanted, rtol=2e-3, atol=2e-4)
+
+
+def test_nft_learns_from_the_positive_policy_alone_where_the_advantage_is_full():
+    """At A = C the weight of the negative policy is 0: v+ = v with beta = 1, so that the loss is
+    C |x_0(v) - x_0|^2 / w, wherever the old policy is."""
+    algorithm, rollout = algorithms.load("nft", {"anchor": 0.0}), finished()
+    setup, params = setup_of(algorithm), weights(0)
+    velocities = {"policy": partial(linear, params), "old": partial(linear, weights(1, 9.0))}
+    loss, _ = algorithm.loss(setup, velocities, rollout, jnp.int32(2), jnp.full(4, 5.0))
+    target, v, _, s = matching(rollout, 2, jnp.full(4, SIGMAS[2]), params)
+    miss = s * (target - v)
+    wanted = 5 * np.square(miss).mean((1, 2, 3)) / np.abs(miss).mean((1, 2, 3))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-4)
+
+
+def test_awm_is_the_weighted_error_by_finite_differences():
+    options = {"levels": 3, "kl_beta": 0.25, "anchor_beta": 0.5}
+    algorithm, rollout, params = algorithms.load("awm", options), finished(), weights(0)
+    setup, reference, anchor = setup_of(algorithm), weights(1), weights(2)
+    advantage = np.array([1.0, -2.0, 0.5, -0.3])
+
+    def loss(theta):
+        total = 0.0
+        for k in range(3):
+            step = renoise.stratum(rollout, k, 3, 1, 8)  # 90 % of eight steps, less the first
+            sigma = jnp.asarray(SIGMAS)[step]
+            target, v, x, s = matching(rollout, k, sigma, unflat(theta))
+            error = np.square(v - target).mean((1, 2, 3))
+            score = -s.ravel() * ((error + 1e-10) ** 0.25 - 1e-10**0.25) / 0.25
+            total -= np.sum(advantage / 5 * score)
+            for other, beta in ((reference, 0.25), (anchor, 0.5)):
+                w, b = (np.asarray(other[name], np.float64) for name in "wb")
+                total += beta * np.sum(np.square(v - (x @ w + s * b)).mean((1, 2, 3)))
+        return total / 12
+
+    theta = flat(params).astype(np.float64)
+    others = {"reference": reference, "anchor": anchor}
+    found, figures = gradient_of(
+        algorithm, setup, params, others, rollout, jnp.asarray(advantage, jnp.float32)
+    )
+    np.testing.assert_allclose(flat(found), approx_fprime(theta, loss, 1e-6), rtol=2e-3, atol=1e-4)
+    assert figures["ratio_gap"] == 0
+
+
+def test_awm_with_a_clip_compares_with_the_policy_that_drew():
+    algorithm = algorithms.load("awm", {"levels": 3, "clip_range": 0.1, "anchor_beta": 0.0})
+    assert set(algorithm.reads) == {"old", "reference"} and set(algorithm.copies) == {"old"}
+    setup, rollout, params = setup_of(algorithm), finished(), weights(0)
+    on = gradient_of(algorithm, setup, params, everywhere(params), rollout, ADVANTAGE[:4])[1]
+    off = gradient_of(algorithm, setup, params, everywhere(weights(1)), rollout, ADVANTAGE[:4])[1]
+    assert on["ratio_gap"] < 1e-6 and off["ratio_gap"] > 0.01
