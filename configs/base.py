@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
 
     c.reward = ConfigDict()
     # {name: weight}; weight 0 is logged and never trained on.
-    c.reward.weights = ConfigDict()
+    c.reward.weights = ConfigDict(allow_dotted_keys=True)
     # {name: {option: value}}; a recipe lists all that its rewards take.
     c.reward.options = ConfigDict()
     # Overlap (threads between programs) or callback (inside the program)

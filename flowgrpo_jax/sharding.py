@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -127,6 +128,7 @@ def place(mesh: Mesh) -> Any:
     return of
 
 
+@lru_cache(maxsize=16)  # one function a mesh, by which models and their programs are cached
 def gather(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array] | None:
     """What a block does to its weights before it runs: fetch what other devices keep of them.
 

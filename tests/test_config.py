@@ -311,19 +311,23 @@ def test_a_guidance_of_at_most_one_is_none(scale, taken):
     assert settings.guidance(scale, "guidance") == taken
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"sample.guidance_scale": 0.0, "eval.guidance_scale": 0.5}]
-)
-def test_training_and_evaluation_take_a_guidance_of_zero_for_none(changes, monkeypatch):
-    """Their programs get the same scale as with a guidance of 1, which configs/shapes.py has."""
-    config, scales = load("shapes", changes), []
-    monkeypatch.setattr(recipe.programs.sampler, "guided", lambda _, scale: scales.append(scale))
+def built(changes):
+    config = load("shapes", changes)
     mesh = AbstractMesh((1, 1, 1), sharding.AXES)
     model, _ = compile.describe(config, mesh)
     algorithm, plan = recipe.make_algorithm(config), settings.make_plan(config, 1)
     setup = recipe.make_setup(config, 3.0, algorithm)
-    recipe.make_programs(config, model, mesh, plan, setup, algorithm, None)
-    assert scales == [1.0, 1.0, 1.0]
+    optimiser = recipe.make_optimiser(config)
+    return recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
+
+
+def test_training_and_evaluation_take_a_guidance_of_zero_for_none():
+    """Their programs are those of a guidance of 1, which configs/shapes.py has; 2 has others."""
+    plain = built({})
+    assert built({"sample.guidance_scale": 0.0, "eval.guidance_scale": 0.5}) == plain
+    guided = built({"sample.guidance_scale": 2.0})
+    assert guided.sample is not plain.sample and guided.accumulate is not plain.accumulate
+    assert guided.generate is plain.generate
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,8 @@ def _check_files(directory: Path, components: dict[str, Params], patch_size: int
         raise type(problems[0])("\n".join(map(str, problems)))
 
 
+@lru_cache(maxsize=16)  # a second model of the same settings has the same functions, so that the
+# programs that were traced for the first serve it too
 def describe(
     parts: Architecture,
     *,

@@ -7,6 +7,7 @@ Sources by name:
   ocr:train  :test                       generated (ocr.py)
   shapes:train  :test                    the bundled world (worlds/shapes/grammar.py)
   signs:train  :test                     the world of short words (worlds/signs/grammar.py)
+  package.module:function:split          records of the user's own: function(split, exclude)
 
 The files of yifan123/flow_grpo (`dataset/*/{train,test}.txt`, `{train,test}_metadata.jsonl`) are
 read as they are. A record is what rewards get as metadata. Keys with a meaning here:
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flowgrpo_jax import tables
 from flowgrpo_jax.prompts import geneval, ocr, prompt_file
 from flowgrpo_jax.types import Metadata, PromptBatch
 from flowgrpo_jax.worlds.shapes import grammar as shapes
@@ -50,6 +52,8 @@ def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
     if name in GENERATORS and split:
         return GENERATORS[name](split, exclude)
     path = Path(source).expanduser()
+    if source.count(":") == 2 and not path.is_file():
+        return _own(source, exclude)
     if not path.is_file():
         generated = ", ".join(f"{name}:train" for name in GENERATORS)
         raise FileNotFoundError(
@@ -61,6 +65,21 @@ def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
     if not unique:
         raise ValueError(f"prompt source {source!r} holds no prompt")
     return list(unique.values())
+
+
+def _own(source: str, exclude: Iterable[Metadata]) -> list[Metadata]:
+    """Return the records of the user's own function. Raises ValueError for what is no record."""
+    name, _, split = source.rpartition(":")
+    records = list(tables.find({}, name, "prompt source")(split, exclude))
+    for i, record in enumerate(records):
+        if not isinstance(record, Mapping) or not isinstance(record.get("prompt"), str):
+            raise ValueError(
+                f"prompt source {source!r}: record {i}, {record!r}, must be a dict with the text"
+                " of the prompt under 'prompt'"
+            )
+    if not records:
+        raise ValueError(f"prompt source {source!r} holds no prompt")
+    return records
 
 
 def place(prompt: str, source: str) -> str:

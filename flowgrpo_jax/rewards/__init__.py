@@ -5,15 +5,16 @@ bool [B])`, on the host, or a `types.GraphReward`, whose scores are computed whe
 A host reward may have a method `ready()`: it is called before training starts, and raises when the
 reward cannot work; and a method `check(record)`, called then with the metadata of every prompt that
 it is for, which raises ValueError for what it cannot judge. To add a reward: write it in a file of
-this folder, give it a row in `TABLE`, test it.
+this folder, give it a row in `TABLE`, test it. A reward of the user's own needs no row: its name in
+the recipe is "package.module:function", or "package.module:make()" for one that takes options.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flowgrpo_jax import tables
 from flowgrpo_jax.types import GraphReward, Reward
 
 # "module:function" is a reward itself; "module:make()" makes one from the recipe's options.
@@ -69,9 +70,9 @@ def load(
         row = row_of(name)
         base, changes = VIEWS.get(row, (row, {}))
         chosen = {**given.get(base, {}), **changes, **given.get(row, {}), **given.get(name, {})}
-        module, _, attribute = TABLE[row].partition(":")
-        found = getattr(importlib.import_module(module), attribute.removesuffix("()"))
-        if attribute.endswith("()"):
+        target = TABLE.get(row, row)
+        found = tables.find({}, target.removesuffix("()"), "reward")
+        if target.endswith("()"):
             try:
                 found = found(**chosen)
             except TypeError as error:
@@ -85,8 +86,14 @@ def load(
 
 
 def row_of(name: str) -> str:
-    """The row of `TABLE` that a name means. Raises ValueError where there is none."""
-    row = name.partition(":")[0]
-    if row not in TABLE:
-        raise ValueError(f"reward {name!r} is unknown: choose from {', '.join(sorted(TABLE))}")
-    return row
+    """Return the row of `TABLE` that a name means, or the name itself for a reward of the user's
+    own. Raises ValueError where there is no such row."""
+    row, _, own = name.partition(":")
+    if row in TABLE:
+        return row
+    if not own:
+        raise ValueError(
+            f"reward {name!r} is unknown: choose from {', '.join(sorted(TABLE))}, or give one of"
+            " your own as 'package.module:function' or 'package.module:make()'"
+        )
+    return name
