@@ -8,9 +8,10 @@ HERE = Path(__file__).parent
 ENVIRONMENTS = ("torch", "newest")
 # Files about what JAX itself computes, shards, compiles and restores.
 ON_BOTH = {
+    "test_advantages",
+    "test_algorithms",
     "test_compile_cache",
     "test_cost",
-    "test_grpo",
     "test_lora",
     "test_sampler",
     "test_sde",
