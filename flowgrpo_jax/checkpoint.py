@@ -17,6 +17,8 @@ import numpy as np
 from etils import epath
 
 from flowgrpo_jax import files, sharding
+from flowgrpo_jax.models.base_model import BaseModel
+from flowgrpo_jax.run_record import same_base, same_settings
 from flowgrpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -191,8 +193,14 @@ def rescue(epoch: int, state: TrainState, record: dict[str, Any], error: OSError
 class Best:
     """The checkpoint with the highest value of an evaluated reward, in a directory of its own."""
 
-    def __init__(self, directory: epath.PathLike, reward: str, config: dict[str, Any]):
-        self.config = config
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        reward: str,
+        config: dict[str, Any],
+        base: BaseModel,
+    ):
+        self.config, self.base = config, base
         # Not the newest one: a run may have gone on from a checkpoint before it.
         self.checkpoints = Checkpoints(directory, own=True)
         self.figure = f"eval/{reward}"
@@ -217,8 +225,8 @@ class Best:
         if not value > self.value:
             return
         try:
-            record = {"epoch": epoch, "config": self.config, self.figure: value}
-            self.checkpoints.save(epoch, state, record)
+            record = {"epoch": epoch, "config": self.config, "base": self.base.mark}
+            self.checkpoints.save(epoch, state, record | {self.figure: value})
             self.checkpoints.wait()
             self.checkpoints.keep_only(epoch)
             self.value = value
@@ -238,36 +246,27 @@ def versions() -> dict[str, str]:
     return found
 
 
-def same_settings(
-    record: dict[str, Any], config: dict[str, Any], path: Sequence[str], where: epath.Path
-) -> None:
-    """Raises ValueError when a state was made with another value than the config's of a setting
-    that it cannot go on without; the others, rank and targets, show in its shapes."""
-    if not (then := record.get("config")):
-        return
-    now: Any = config
-    for part in path:
-        then, now = then[part], now[part]
-    if then != now:
-        name = ".".join(path)
-        raise ValueError(
-            f"{where} was trained with {name}={then}, and the config has {name}={now}: set"
-            f" --config.{name}={then}"
-        )
-
-
 class Kept:
     """What a run keeps in its work directory: its last states, and its best one if asked to.
 
     Args:
       config: the resolved one, kept with every state.
+      base: the model that is trained, which a resumed run must have started from.
       best: a reward's name, or "": the state with its highest value in evaluation is kept.
     """
 
-    def __init__(self, workdir: epath.Path, config: dict[str, Any], *, keep: int | None, best: str):
-        self.config = config
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: dict[str, Any],
+        base: BaseModel,
+        *,
+        keep: int | None,
+        best: str,
+    ):
+        self.config, self.base = config, base
         self.last = Checkpoints(workdir / "checkpoints", keep=keep, own=True)
-        self.best = Best(workdir / "best", best, config) if best else None
+        self.best = Best(workdir / "best", best, config, base) if best else None
         self.saved = -1  # epochs that the newest state has behind it
         self.lost = 0  # epochs in a row without a finite gradient
 
@@ -279,6 +278,7 @@ class Kept:
             return like, 0
         self._check_format()
         state, record = self.last.resume(like)
+        same_base(record, self.base, self.last.directory)
         same_settings(record, self.config, ("seed",), self.last.directory)
         same_settings(record, self.config, ("lora", "alpha"), self.last.directory)
         self.saved, self.lost = int(record["epoch"]), int(record.get("lost", 0))
@@ -341,6 +341,7 @@ class Kept:
             "epoch": epoch,
             "lost": self.lost,
             "config": self.config,
+            "base": self.base.mark,
             "versions": versions(),
         }
 

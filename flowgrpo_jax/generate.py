@@ -128,7 +128,9 @@ def main(_: list[str]) -> None:
     length = args.t5_length or t5_limit(directory)
     dtype = jnp.dtype(args.dtype)
     with cli.compiling():
-        model = sd3.load(directory, lora_spec=spec, dtype=dtype, t5=args.t5, t5_length=length)
+        model = sd3.load(
+            directory, name=args.model, lora_spec=spec, dtype=dtype, t5=args.t5, t5_length=length
+        )
         adapter = policies.load(args.lora or policies.BASE, model)
         images = generate(
             model,

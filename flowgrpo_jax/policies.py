@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from flowgrpo_jax import sharding
-from flowgrpo_jax.checkpoint import FOLDERS, Checkpoints, same_settings
-from flowgrpo_jax.models import lora_files
+from flowgrpo_jax.checkpoint import FOLDERS, Checkpoints
+from flowgrpo_jax.models import base_model, lora_files
+from flowgrpo_jax.models.base_model import BaseModel
 from flowgrpo_jax.models.sd3 import SD3
+from flowgrpo_jax.run_record import base_of, same_settings
 from flowgrpo_jax.types import Params
 
+log = logging.getLogger(__name__)
 BASE = "base"  # the name of the policy before training
 
 
 def load(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> Params:
     """Read the trained weights of a policy: an adapter, or those of the whole transformer.
+
+    A policy that was trained from another base model of equal shapes is read with a warning.
 
     Args:
       source: "base"; a work directory or its `checkpoints` (newest), `checkpoints/STEP` or `best`;
@@ -79,15 +85,32 @@ def _of_run(folder: epath.Path, step: int | None, model: SD3, mesh: Mesh | None)
     checkpoints.close()
     ours = {"lora": dataclasses.asdict(model.lora_spec)}
     same_settings(record, ours, ("lora", "alpha"), folder)
+    _warn_of_another_base(base_of(record), model, str(folder))
     return trees["ema"]
 
 
 def _of_export(path: epath.Path, model: SD3) -> Params:
     """Read the factors of an exported LoRA."""
-    file, spec, _ = lora_files.read_spec(str(path))
+    file, spec, base = lora_files.read_spec(str(path))
     if spec.scale != model.lora_spec.scale:
         raise ValueError(
             f"{file} has alpha / rank = {spec.scale}, the config {model.lora_spec.scale}: set"
             f" lora.rank={spec.rank} and lora.alpha={spec.alpha}"
         )
+    _warn_of_another_base(BaseModel(base), model, str(file))
     return lora_files.read(file, model.lora_shapes)
+
+
+def _warn_of_another_base(then: BaseModel, model: SD3, where: str) -> None:
+    """Warn where a policy was trained from another model; one that is only described is none."""
+    if not model.name:
+        return
+    now = base_model.of(model)
+    if base_model.is_another(then, now):
+        log.warning(
+            "%s was trained from the base model %s and is used here with %s, which has other"
+            " weights: it will not draw what it was trained to",
+            where,
+            then.name,
+            now.name,
+        )

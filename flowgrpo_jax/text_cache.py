@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
+from flowgrpo_jax import files
 from flowgrpo_jax.models.weight_files import component_files
 from flowgrpo_jax.types import Conditioning
 
@@ -32,32 +33,16 @@ def fingerprint(directory: Path, *, t5: bool, **settings: object) -> str:
     The same on every machine that has the same files, wherever they lie and whatever lies beside
     them: those count that are read. Raises FileNotFoundError where weights are missing.
     """
-    files: list[Path] = []
+    read: list[Path] = []
     for folder in sorted([*directory.glob("text_encoder*"), *directory.glob("tokenizer*")]):
         if folder.name.endswith("_3") and not t5:
             continue
         if folder.name.startswith("text_encoder"):
-            files += [folder / "config.json", *component_files(folder)]
+            read += [folder / "config.json", *component_files(folder)]
         else:
-            files += sorted(f for f in folder.iterdir() if f.is_file())
-    seen = [(f.relative_to(directory).as_posix(), _sample(f)) for f in files]
+            read += sorted(f for f in folder.iterdir() if f.is_file())
+    seen = [(f.relative_to(directory).as_posix(), files.digest(f)) for f in read]
     return hashlib.sha256(repr((seen, t5, sorted(settings.items()))).encode()).hexdigest()
-
-
-def _sample(file: Path, parts: int = 64, length: int = 2**16) -> str:
-    """A hash of a file's size and of `parts` pieces of it, or of all of a small one: to read all of
-    T5-XXL's 9.5 GB would take longer than to encode the prompts. It tells trained weights apart,
-    but may not see that a single row was edited by hand: empty the cache then."""
-    size = file.stat().st_size
-    seen = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        if size <= parts * length:
-            seen.update(opened.read())
-        else:
-            for i in range(parts):
-                opened.seek(i * (size - length) // (parts - 1))
-                seen.update(opened.read(length))
-    return seen.hexdigest()
 
 
 def encode_cached(

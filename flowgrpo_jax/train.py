@@ -44,6 +44,7 @@ from flowgrpo_jax import (
 )
 from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.lifecycle import RunFailed
+from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, Scores, TrainState
@@ -301,7 +302,11 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     state = first_state(run)
     run = dataclasses.replace(run, model=recipe.drop_frozen(run.model, run.algorithm))
     kept = checkpoint.Kept(
-        workdir, config.to_dict(), keep=config.checkpoint.keep or None, best=config.checkpoint.best
+        workdir,
+        config.to_dict(),
+        base_model.of(run.model),
+        keep=config.checkpoint.keep or None,
+        best=config.checkpoint.best,
     )
     state, epoch = kept.resume(state) if resume else (state, 0)
     if epoch > config.epochs:

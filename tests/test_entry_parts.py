@@ -1,12 +1,15 @@
 """Parts of the entry points that need no model: evaluation's record, and where a LoRA is."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
 from configs import shapes
 from flowgrpo_jax import (
@@ -16,10 +19,12 @@ from flowgrpo_jax import (
     generate,
     logs,
     policies,
+    run_record,
     seeds,
     update,
 )
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import base_model, sd3
+from flowgrpo_jax.models.base_model import BaseModel
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.lora_files import write
 
@@ -58,6 +63,70 @@ def test_the_seeds_that_are_taken_give_different_keys():
     kept = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (0, 1, seeds.MOST)]
     assert len({tuple(key) for key in kept}) == 3
     assert jax.random.key_data(jax.random.key(seeds.MOST + 1)).tolist() in kept
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Two models of equal shapes and other weights, and a copy of the first: transformers alone."""
+    for i, name in enumerate(("one/base", "other/base", "copy/of-it")):
+        folder = tmp_path / name / "transformer"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        weights = {"proj_out.weight": np.full((2, 2), i % 2, np.float32)}
+        save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    return [str(tmp_path / name) for name in ("one/base", "other/base", "copy/of-it")]
+
+
+def test_a_model_is_known_by_its_weights_and_not_by_its_place(models):
+    one, other, copy = (BaseModel(name, base_model.mark(Path(name))) for name in models)
+    assert one.mark == copy.mark != other.mark
+    for mark in (one.mark, ""):  # of a run, and of an export, which has the name alone
+        then = BaseModel(one.name, mark)
+        assert not base_model.is_another(then, one)
+        assert not base_model.is_another(then, copy)
+        assert base_model.is_another(then, other)
+    assert base_model.is_another(BaseModel(one.name + "/transformer"), other)  # as PEFT has it
+    assert not base_model.is_another(BaseModel(), one)  # a file that says nothing
+
+
+@pytest.mark.parametrize(
+    "then, now, another",
+    [
+        ("stabilityai/stable-diffusion-3.5-medium", "/data/stable-diffusion-3.5-medium", False),
+        ("stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3.5-large", True),
+        ("/gone/base/transformer", "/data/base", False),
+        ("shapes", "signs", True),
+    ],
+)
+def test_without_weights_to_compare_the_names_decide(then, now, another):
+    assert base_model.is_another(BaseModel(then), BaseModel(now)) == another
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_run_of_another_base_is_not_resumed(models, marked):
+    one, other, copy = (BaseModel(name, base_model.mark(Path(name))) for name in models)
+    record = {"config": {"model": {"path": one.name}}} | ({"base": one.mark} if marked else {})
+    run_record.same_base(record, one, "run")
+    run_record.same_base(record, copy, "run")
+    names = f"from the base model {one.name}, and the config has model.path={other.name}, which"
+    with pytest.raises(ValueError, match=f"run was trained {names} .*config.model.path={one.name}"):
+        run_record.same_base(record, other, "run")
+    if marked:
+        with pytest.raises(ValueError, match=f"{one.name}, whose weights have changed since"):
+            run_record.same_base(record, one._replace(mark=other.mark), "run")
+
+
+def test_a_policy_of_another_base_is_used_with_a_warning(models, tmp_path, caplog):
+    spec = LoRASpec(2, 4.0, ("attn.to_q",))
+    write({}, spec, tmp_path / "lora", models[0])
+    for name in models:
+        model = SimpleNamespace(
+            name=name, directory=Path(name), lora_spec=spec, lora_shapes={}, base={}
+        )
+        policies.load(tmp_path / "lora", model)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    wanted = f"from the base model {models[0]} and is used here with {models[1]}, which has other"
+    assert wanted in warning
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/20", "best"])

@@ -29,6 +29,7 @@ from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.export import export
 from flowgrpo_jax.generate import generate, t5_limit
 from flowgrpo_jax.models import directories, sd3
+from flowgrpo_jax.models.base_model import BaseModel
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.scoring.mix import Mix
@@ -597,10 +598,11 @@ def test_the_best_evaluation_is_kept(folder, whole):
 def test_the_best_may_be_older_than_one_of_before(folder, tmp_path):
     """A run that goes on from an earlier checkpoint with another reward begins anew."""
     state = first_state(recipe.build(load(folder)))
-    checkpoint.Best(tmp_path, "shapes", {}).offer(4, state, {"eval/shapes": 0.75})
-    checkpoint.Best(tmp_path, "shapes_strict", {}).offer(2, state, {"eval/shapes_strict": 0.25})
+    checkpoint.Best(tmp_path, "shapes", {}, BaseModel()).offer(4, state, {"eval/shapes": 0.75})
+    strict = checkpoint.Best(tmp_path, "shapes_strict", {}, BaseModel())
+    strict.offer(2, state, {"eval/shapes_strict": 0.25})
     assert Checkpoints(tmp_path).steps() == [2]
-    again = checkpoint.Best(tmp_path, "shapes_strict", {})
+    again = checkpoint.Best(tmp_path, "shapes_strict", {}, BaseModel())
     assert again.value == 0.25
     again.offer(6, state, {"eval/shapes_strict": 0.25})  # not better
     assert Checkpoints(tmp_path).steps() == [2]

@@ -41,6 +41,20 @@ def resolve(model: str | Path, *, t5: bool = True) -> Path:
         raise FileNotFoundError(_no_download(str(model), error)) from error
 
 
+def on_this_machine(model: str) -> Path | None:
+    """The directory of a model if it is here, in the cache of the hub for one; else None."""
+    if model in BUNDLED:
+        return _bundled(model)
+    if (path := Path(model).expanduser()).is_dir():
+        return path
+    if model.count("/") != 1 or path.is_absolute():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(model, "transformer/config.json")
+    return Path(file).parent.parent if isinstance(file, str) else None
+
+
 def _bundled(name: str) -> Path:
     directory = Path(__file__).parent.parent / "worlds" / name / "model"
     if not (directory / "model_index.json").is_file():

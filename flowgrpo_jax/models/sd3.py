@@ -1,9 +1,8 @@
 """Stable Diffusion 3 and 3.5 as plain functions and flat parameter dicts.
 
-`load` reads a directory in diffusers layout and returns an `SD3`: pure functions (velocity, decode,
-encode_text), the frozen weights they take, and the shapes of the trainable adapter. `describe`
-makes the same from an architecture alone, with shapes in place of weights. This is where modules
-end: nothing outside `models/` knows about Flax.
+`load` reads a directory in diffusers layout and returns an `SD3`: pure functions, the frozen
+weights they take, and the shapes of the trainable adapter. `describe` makes the same from an
+architecture alone, with shapes in place of weights. Nothing outside `models/` knows about Flax.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.mmdit import MMDiT
 from flowgrpo_jax.models.text import CLIPText, T5Encoder, encode_prompt
-from flowgrpo_jax.models.tokenizers import Tokenizers
+from flowgrpo_jax.models.tokenizers import Tokenizers, require_t5
 from flowgrpo_jax.models.vae import VAE, to_pictures
 from flowgrpo_jax.types import Conditioning, Pictures
 
@@ -66,6 +65,7 @@ class SD3:
     read_text: Callable[[], dict[str, Params]] | None = None  # their weights, from then on kept
     tokenizers: Tokenizers | None = None
     directory: Path = Path()
+    name: str = ""  # what the user calls it; "" of one that is only described
 
     @property
     def base(self) -> Params:
@@ -109,6 +109,7 @@ def load(
     t5_length: int = 256,
     place: convert.Place | None = None,
     texts_alone: bool = False,
+    name: str = "",
     **settings: Any,
 ) -> SD3:
     """Load a model of the SD3 family.
@@ -120,6 +121,7 @@ def load(
       t5_length: T5 tokens of a prompt (the paper: 128; diffusers: 256).
       place: sharding of each frozen parameter, given component/path and its shape.
       texts_alone: leave `params` described, for who only encodes prompts.
+      name: what messages call the model, where `model` is the directory of it.
       settings: `describe` takes the rest.
     Raises:
       FileNotFoundError: a missing directory or file, by name.
@@ -128,11 +130,8 @@ def load(
     directory = resolve(model, t5=t5)
     parts = architecture.read(directory, t5=t5)
     t5 = parts.text_encoder_3 is not None
-    if t5 and not (directory / "tokenizer_3").is_dir():
-        raise FileNotFoundError(
-            f"{directory}/tokenizer_3 does not exist, though text_encoder_3 does: download it as"
-            " well, or set config.model.t5=False (of generate: --not5)"
-        )
+    if t5:
+        require_t5(directory)
     described = describe(parts, t5_length=t5_length, **settings)
 
     def read(name: str, shapes: Params) -> Params:
@@ -158,6 +157,7 @@ def load(
         read_text=cache(lambda: read_all(described.text_shapes)),
         tokenizers=tokenizers,
         directory=directory,
+        name=name or str(model),
     )
 
 

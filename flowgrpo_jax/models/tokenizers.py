@@ -111,6 +111,15 @@ def load_t5(folder: Path) -> Any:
     return T5TokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
+def require_t5(directory: Path) -> None:
+    """Raise FileNotFoundError where the tokenizer of a model's T5 is missing."""
+    if not (directory / "tokenizer_3").is_dir():
+        raise FileNotFoundError(
+            f"{directory}/tokenizer_3 does not exist, though text_encoder_3 does: download it as"
+            " well, or set config.model.t5=False (of generate: --not5)"
+        )
+
+
 def importable(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
