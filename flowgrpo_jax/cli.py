@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,10 +30,12 @@ from flowgrpo_jax import (
     usage,
     user_errors,
 )
+from flowgrpo_jax.scoring import host
 
 CONFIG_FILE = "config.json"
 RESTART = 75  # exit status after SIGTERM: saved, to be started again (sysexits.h: EX_TEMPFAIL)
 ECHO = 2.0  # seconds within which a second signal is the first one, come by another way
+MEETING = 10.0  # seconds that a process waits at its end for the others of the run
 COORDINATES = ("COORDINATOR", "PROCESSES", "PROCESS")
 
 
@@ -66,9 +70,10 @@ def compiling(workdir: epath.PathLike | None = None) -> Iterator[None]:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run an entry point: read its flags, and end with one line for a user's mistake."""
+    """Run an entry point: read its flags, and end with one line for a user's mistake, and with the
+    status that is meant though a program or a reward is still at work."""
     with user_errors.in_one_line():
-        app.run(main, flags_parser=usage.parse)
+        app.run(ending()(main), flags_parser=usage.parse)
 
 
 CLUSTERS = {  # environment variable -> does it say that there are several processes?
@@ -123,6 +128,51 @@ def has_all_devices() -> bool:
         return env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     # every node of a step has a task, so as many tasks as nodes are one on each
     return "SLURM_NTASKS" in env and env["SLURM_NTASKS"] == env.get("SLURM_STEP_NUM_NODES")
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Let a whole program end with the status that it means to end with. `run` does so.
+
+    After Ctrl-C, SIGTERM or a reward that does not return, threads may still be inside of compiled
+    programs or of a reward. Python's own shutdown can kill such a process by SIGSEGV or SIGABRT, or
+    wait for ever. So it ends without that shutdown, once everything has been saved.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        leave(-signal.SIGINT)
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            raise  # a message for the user, which Python prints
+        leave(end.code or 0)
+    except BaseException:
+        if not host.hung():
+            raise
+        traceback.print_exc()
+        leave(1)
+    else:
+        if host.hung():
+            leave(0)
+
+
+def leave(status: int) -> None:
+    """End this process at once, by the signal `-status` if `status` is negative."""
+    for number in Stop.signals:  # the echo of a signal must not change the status any more
+        signal.signal(number, signal.SIG_IGN)
+    if any(not call.done() for call in tuple(host.running)):
+        print("a reward has not returned: leaving without it", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized():  # the other processes meet this one there
+        meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        meeting.start()
+        meeting.join(MEETING)
+    if status < 0:  # so that a shell, too, sees the Ctrl-C and does not go on with its script
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
 
 
 @contextmanager

@@ -202,7 +202,6 @@ def check_out(out: epath.Path) -> None:
     outputs.check_file(out, "--out")
 
 
-@host.leaving_hung_calls()
 def main(_: list[str]) -> None:
     cli.connect()
     config = cli.config()

@@ -82,7 +82,8 @@ class Metrics:
             if self.wandb:
                 self.wandb.log(row, step=epoch)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is still to be written. Weights & Biases marks a `failed` run as such."""
         with spared(str(self.file)):
             if self.active and self.unwritten:
                 files.replace(self.file, self.text + self.unwritten)
@@ -91,7 +92,7 @@ class Metrics:
                 self.events.close()
         with spared("Weights & Biases"):
             if self.wandb:
-                self.wandb.finish()
+                self.wandb.finish(exit_code=int(failed))
 
 
 class Events:

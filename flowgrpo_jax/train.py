@@ -292,8 +292,11 @@ def first_state(run: Recipe) -> TrainState:
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) -> TrainState:
-    """Train until `config.epochs`. Ctrl-C saves the last whole epoch and returns; SIGTERM saves and
-    exits with `cli.RESTART`, on which the launchers start again."""
+    """Train until `config.epochs`, and return the last state.
+
+    Raises SystemExit after Ctrl-C and SIGTERM, once the last whole epoch has been saved. Its code
+    is 0 after Ctrl-C, and after SIGTERM `cli.RESTART`, on which the launchers start again.
+    """
     workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
     cli.prepare(workdir, resume)
     run = recipe.build(config)
@@ -347,16 +350,17 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 lifecycle.save_at_stop(kept, epoch, state)
         except Exception as error:
             lifecycle.save_at_error(error, kept, epoch, state, began=first)
+            metrics.close(failed=True)
             raise
-    bar.close()
-    kept.close()
-    metrics.close()
-    if last and first_process:
-        print(json.dumps({k: round(v, 4) for k, v in last.items() if np.isfinite(v)}))
-    if epoch < config.epochs and first_process:
-        print(f"stopped after epoch {epoch}; go on with --resume")
-    if asked == signal.SIGTERM:
-        raise SystemExit(cli.RESTART)
+        bar.close()
+        kept.close()
+        metrics.close()
+        if last and first_process:
+            print(json.dumps({k: round(v, 4) for k, v in last.items() if np.isfinite(v)}))
+        if epoch < config.epochs and first_process:
+            print(f"stopped after epoch {epoch}; go on with --resume")
+        if asked:  # still within `stop`, where the signal's echo does not interrupt
+            raise SystemExit(cli.RESTART if asked == signal.SIGTERM else 0)
     return state
 
 
@@ -367,7 +371,7 @@ def evaluation_is_due(run: Recipe, epoch: int) -> bool:
 
 
 def main(_: list[str]) -> None:
-    with host.leaving_hung_calls(), cli.restarting():
+    with cli.restarting():
         cli.connect()
         config = cli.config()
         settings.split_cpu(config)

@@ -21,7 +21,6 @@ from flowgrpo_jax.models import layers
 from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.models.vae import VAE, VAEConfig
-from flowgrpo_jax.scoring import host
 from flowgrpo_jax.train import first_state, train
 from flowgrpo_jax.worlds.pretraining import flow, package
 from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
@@ -151,7 +150,7 @@ def run(folder, name, mesh, host_call, epochs):
     if os.environ.get("LOADS_LONG"):
         recipe.build = lambda *_, **__: print("loading", flush=True) or time.sleep(300)
     config.epochs = epochs
-    with host.leaving_hung_calls(), cli.restarting():
+    with cli.ending(), cli.restarting():
         train(config, place(folder, name), resume=True)
     Path(folder, f"scored-{Path(name).name}-{jax.process_index()}").write_text(str(sum(calls)))
 

@@ -449,8 +449,7 @@ def test_the_warning_comes_before_the_update(folder, monkeypatch):
 
 HANGING = """
 import threading, concurrent.futures as futures, pathlib, runpy, sys
-from flowgrpo_jax import rewards
-from flowgrpo_jax.scoring import host
+from flowgrpo_jax import cli, rewards
 from flowgrpo_jax.train import train
 
 pool = futures.ThreadPoolExecutor(1)  # whose thread Python joins before it ends
@@ -462,7 +461,7 @@ sys.modules["hanging"] = sys.modules["__main__"]
 rewards.TABLE["shapes"] = "hanging:hangs"
 config = runpy.run_path("tiny.py")["get_config"]()
 config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, 0.5, 1.0
-with host.leaving_hung_calls():
+with cli.ending():
     train(config, pathlib.Path("hung"))
 """
 
@@ -484,7 +483,6 @@ def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(folder):
 SLEEPING = """
 import pathlib, runpy, sys, time
 from flowgrpo_jax import cli, rewards
-from flowgrpo_jax.scoring import host
 from flowgrpo_jax.train import train
 
 limit, seconds, calls = float(sys.argv[1]), float(sys.argv[2]), []
@@ -501,7 +499,7 @@ rewards.TABLE["shapes"] = "sleeping:sleeps"
 config = runpy.run_path("tiny.py")["get_config"]()
 config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, limit, 1.0
 config.checkpoint.every = 100
-with host.leaving_hung_calls(), cli.restarting():
+with cli.ending(), cli.restarting():
     train(config, pathlib.Path("slept"))
 """
 

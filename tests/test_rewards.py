@@ -468,6 +468,23 @@ def compare_calls(devices):
     jax.tree.map(np.testing.assert_array_equal, called, overlapped)
 
 
+def test_a_reward_that_computes_with_jax_is_refused_inside_of_a_program():
+    """On one core both would wait for each other, and on a GPU always. Outside it may."""
+
+    def reward(images, prompts, metadata):
+        means = jnp.asarray(images).astype(jnp.float32).mean((1, 2, 3))
+        return np.asarray(means), np.ones(len(images), bool)
+
+    limited = {"mean": host.Limited(reward, 60.0)}
+    scorer = host.composite(limited, lambda ids: ([""] * len(ids), [{}] * len(ids)))
+    ids = np.arange(len(PICTURES), dtype=np.int32)
+    np.testing.assert_allclose(scorer(PICTURES, ids)["mean"], PICTURES.mean((1, 2, 3)), rtol=1e-5)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    inside = jax.jit(host.callback(scorer, ("mean",), mesh, sharding.ROWS))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"set reward\.host_call='overlap'"):
+        jax.block_until_ready(inside(PICTURES, ids))
+
+
 def test_callback_and_overlap_agree_on_one_device():
     compare_calls(1)
 

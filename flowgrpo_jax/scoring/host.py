@@ -9,13 +9,11 @@ Both return the same scores.
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import jax
@@ -43,7 +41,8 @@ def guarded(
     """A reward's scores f32 [B] and validity bool [B]; whatever goes wrong makes images invalid.
 
     A reward that raises, or returns the wrong shape, invalidates its batch and is logged; a score
-    that is not finite invalidates its image.
+    that is not finite invalidates its image. Raises NeedsOverlap when the reward does: no image
+    could ever be scored that way.
     """
     n = len(images)
     try:
@@ -51,11 +50,41 @@ def guarded(
         scores, valid = np.asarray(raw_scores, np.float32), np.asarray(raw_valid, bool)
         if scores.shape != (n,) or valid.shape != (n,):
             raise ValueError(f"returned shapes {scores.shape} and {valid.shape} for {n} images")
+    except NeedsOverlap:
+        raise
     except (Exception, SystemExit):  # a library that ends the process ends no run
         log.warning("reward %r failed on %d images; they get weight 0", name, n, exc_info=True)
         return np.zeros(n, np.float32), np.zeros(n, bool)
     valid = valid & np.isfinite(scores)
     return np.where(valid, scores, 0).astype(np.float32), valid
+
+
+class NeedsOverlap(RuntimeError):
+    """A reward that computes with JAX was called from inside of a program."""
+
+
+# Whether this thread, or the one that started it, was called from inside of a program.
+inside_program: ContextVar[bool] = ContextVar("inside_program", default=False)
+
+
+@contextmanager
+def no_jax() -> Iterator[None]:
+    """Raise NeedsOverlap, instead of waiting for ever, where this thread computes with JAX.
+
+    The computation would wait for the device, or on the CPU for a thread of XLA's pool, which the
+    program that waits for this call may hold. It is recognised when it puts its first array onto a
+    device; threads that the reward itself starts are not watched.
+    """
+    try:
+        with jax.transfer_guard_host_to_device("disallow_explicit"):
+            yield
+    except jax.errors.JaxRuntimeError as error:
+        if "Disallowed host-to-device transfer" not in str(error):
+            raise
+        raise NeedsOverlap(
+            "the reward computes with JAX, which it cannot do inside of a program: set"
+            " reward.host_call='overlap', or make it a GraphReward"
+        ) from error
 
 
 GRACE = 2.0  # seconds that a program waits at its end for calls that it does not need any more
@@ -73,7 +102,7 @@ class Limited:
     TimeoutError.
 
     A thread cannot be stopped from outside. The call that took too long goes on in its own; until
-    it returns, further calls raise at once. `leaving_hung_calls` ends the process in spite of it.
+    it returns, further calls raise at once. `cli.ending` ends the process in spite of it.
     """
 
     def __init__(self, reward: Reward, seconds: float | None):
@@ -86,8 +115,8 @@ class Limited:
         if self._last and not self._last.done():
             raise TimeoutError("an earlier call has not returned yet")
         result: Future[Any] = _track(Future())
-        work = (result, images, prompts, metadata)
-        threading.Thread(target=self._call, args=work, daemon=True).start()
+        work = (self._call, result, images, prompts, metadata)
+        threading.Thread(target=copy_context().run, args=work, daemon=True).start()
         if not wait([result], self.seconds).done:
             self._last = result
             raise TimeoutError(f"no scores after reward.timeout={self.seconds:g} seconds")
@@ -95,47 +124,19 @@ class Limited:
 
     def _call(self, result: Future[Any], *batch: Any) -> None:
         try:
-            result.set_result(self.reward(*batch))
+            with no_jax() if inside_program.get() else nullcontext():
+                scored = self.reward(*batch)
+            result.set_result(scored)
         except BaseException as error:
             result.set_exception(error)
 
 
-@contextmanager
-def leaving_hung_calls() -> Iterator[None]:
-    """Around a whole program: if a reward has not returned at its end, leave without it.
-
-    Python would wait for the threads that wait for it, and for the reward's own, such as those of a
-    pool.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not _hung():
-            raise
-        if isinstance(error, SystemExit) and isinstance(error.code, int):
-            _leave(error.code)
-        traceback.print_exc()
-        _leave(1)
-    if _hung():
-        _leave(0)
-
-
-def _hung() -> bool:
+def hung() -> bool:
+    """Whether a call is still at work after GRACE seconds, or when Ctrl-C ends the waiting."""
     try:
         return bool(wait(tuple(running), GRACE).not_done)
     except KeyboardInterrupt:
         return True
-
-
-def _leave(status: int) -> None:
-    print("a reward has not returned: leaving without it", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.distributed.is_initialized():  # the other processes meet this one there
-        meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        meeting.start()
-        meeting.join(5 * GRACE)
-    os._exit(status)
 
 
 @contextmanager
@@ -226,7 +227,11 @@ def callback(
     """
 
     def on_host(images: Any, ids: Any) -> Scores:
-        return score(np.asarray(images), np.asarray(ids))
+        outside = inside_program.set(True)
+        try:
+            return score(np.asarray(images), np.asarray(ids))
+        finally:
+            inside_program.reset(outside)
 
     def per_shard(images: jax.Array, ids: jax.Array) -> Scores:
         shapes = dict.fromkeys(names, jax.ShapeDtypeStruct(ids.shape, jnp.float32))

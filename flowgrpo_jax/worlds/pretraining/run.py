@@ -191,6 +191,7 @@ def begin(args: argparse.Namespace, world: World) -> None:
     files.replace(epath.Path(file), json.dumps(settings, indent=2) + "\n")
 
 
+@cli.ending()
 def main(world: World) -> None:
     args = arguments(world)
     world = dataclasses.replace(world, garbled=args.garbled)
@@ -199,8 +200,8 @@ def main(world: World) -> None:
         print(f"wrote {make(args, world)}")
     except cli.Stopped as stopped:
         print("stopped; the same command goes on")
-        if stopped.args[0] == signal.SIGTERM:
-            raise SystemExit(cli.RESTART) from stopped
+        by_sigterm = stopped.args[0] == signal.SIGTERM
+        raise SystemExit(cli.RESTART if by_sigterm else 0) from stopped
 
 
 def make(args: argparse.Namespace, world: World) -> Path:
