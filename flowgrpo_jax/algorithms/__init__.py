@@ -1,4 +1,4 @@
-"""Algorithms: how images and their advantages become a gradient. One file and one row each.
+"""Algorithms turn images and their advantages into a gradient. Each has one file and one row.
 
 An algorithm looks at every micro-batch K times. One look is a *term*: a recorded transition of the
 rollout (coupled algorithms, such as GRPO), or a noise level to which the finished image is noised
@@ -30,7 +30,7 @@ Figures = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Setup:
-    """How the images of a run are drawn. Static under jit."""
+    """The settings by which a run draws its images. Static under jit."""
 
     process: Process
     group_size: int
@@ -45,7 +45,7 @@ Loss = Callable[
 
 @dataclass(frozen=True, eq=False)  # told apart by identity; `load` caches
 class Algorithm:
-    """What the trainer needs to know of an algorithm. It holds no arrays.
+    """The interface of an algorithm to the trainer. It holds no arrays.
 
     Attributes:
       loss: one value an image, not reduced; only the velocity of "policy" is differentiated.

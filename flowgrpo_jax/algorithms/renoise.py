@@ -1,4 +1,4 @@
-"""What decoupled algorithms share: finished images noised again, and the size of an error.
+"""Shared functions of decoupled algorithms: noise finished images again, and measure an error.
 
 A decoupled algorithm learns from clean images x_0 that any sampler may have drawn. It noises them
 to x = (1 - sigma) x_0 + sigma noise and looks at the velocity there, whose target is noise - x_0.

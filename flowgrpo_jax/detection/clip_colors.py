@@ -21,7 +21,7 @@ SENTENCES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {
 
 
 def load(path: str | None = None, device: str | None = None) -> Classifier:
-    """The classifier.
+    """Load the classifier.
 
     Args:
       path: a local directory or a hub id of a transformers CLIP; None for ViT-L/14 of OpenAI.

@@ -1,4 +1,4 @@
-"""Detectors of COCO's 80 classes: what one hands over, and which there are.
+"""Detectors of COCO's 80 classes: their interface and the table of their names.
 
 A detector is any callable that obeys `Detector`. To add one: a file of this folder with a function
 `load(path, floor, device)`, a row in `DETECTORS`, a test.
@@ -52,7 +52,7 @@ class Detector(Protocol):
 
 
 def load(name: str, path: str | None, floor: float, device: str | None) -> Detector:
-    """The detector of this name.
+    """Load a detector by its name.
 
     Args:
       path: where its weights are; None for its usual ones.

@@ -24,7 +24,7 @@ BATCH = 8  # pictures at once
 
 
 def load(path: str | None, floor: float, device: str | None = None) -> coco.Detector:
-    """The detector.
+    """Load the detector.
 
     Args:
       path: a local directory or a hub id; None for the published Swin-S weights.

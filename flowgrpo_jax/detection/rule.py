@@ -53,7 +53,7 @@ class Score(NamedTuple):
 
 
 def relations(a: Detection, b: Detection) -> set[str]:
-    """Where `a` is relative to `b`: up to two of "left of", "right of", "above", "below"."""
+    """Return at most two relations of `a` to `b`: "left of", "right of", "above", "below"."""
     box_a, box_b = (np.reshape(d.box, (2, 2)) for d in (a, b))
     offset = box_a.mean(0) - box_b.mean(0)
     slack = OFFSET_SLACK * (np.abs(box_a[1] - box_a[0]) + np.abs(box_b[1] - box_b[0]))
@@ -141,7 +141,7 @@ def _correct(found, metadata) -> bool:
 
 
 def _placed(things, position, matched) -> bool:
-    """Whether every thing stands in the relation to every object of the (matched) target."""
+    """Return whether every thing stands in the relation to every object of the (matched) target."""
     relation, target = position
     if matched[target] is None:
         return False
@@ -155,8 +155,10 @@ def check(
     counts: Collection[int],
     colors: Collection[str],
 ) -> None:
-    """Raises ValueError, naming the value, for metadata that `score` cannot judge, or that name
-    what a detector with these classes, counts and colours never sees."""
+    """Raise ValueError for metadata that `score` cannot judge with these classes and colours.
+
+    That includes a class, count or colour that no detection can have. The error names the value.
+    """
     if not metadata.get("include"):
         raise ValueError(
             f"metadata {metadata!r} are not GenEval's: they need `include` with at least one"
@@ -187,6 +189,6 @@ def _clauses(metadata: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 
 def _is_position(value: Any, place: int) -> bool:
-    """Whether it is a relation and the number of a clause before `place`."""
+    """Return whether `value` is a relation and the number of a clause before `place`."""
     pair = isinstance(value, list | tuple) and len(value) == 2
     return pair and value[0] in RELATIONS and value[1] in range(place) and type(value[1]) is int

@@ -92,7 +92,7 @@ def _input(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _objects(outputs, heads, size, floor, image) -> list[Found]:
-    """What the heads say of one picture, each object once, in the picture's own px."""
+    """Return the objects that the heads find in one picture, each once, in px of that picture."""
     parts = [decode(out, head, size) for out, head in zip(outputs, heads)]
     boxes, scores = (np.concatenate(x) for x in zip(*parts))
     best, cls = scores.max(1), scores.argmax(1)

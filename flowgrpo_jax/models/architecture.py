@@ -1,4 +1,4 @@
-"""What a model of the SD3 family is made of: the configs of its parts, from a directory or by name.
+"""The configs of the parts of an SD3 model, read from a model directory or known by name.
 
 The published ones are written down here, so that their programs can be compiled and their memory
 counted without their weights.
@@ -120,7 +120,7 @@ def read(directory: Path, *, t5: bool = True) -> Architecture:
 
 
 def contradictions(parts: Architecture) -> list[str]:
-    """Where the configs of a model's parts disagree about the arrays that go between them."""
+    """List where the configs of a model's parts disagree about the arrays they exchange."""
     transformer, vae, t5 = parts.transformer, parts.vae, parts.text_encoder_3
     clips = (parts.text_encoder, parts.text_encoder_2)
     states, pooled = sum(c.hidden_size for c in clips), sum(c.projection_dim for c in clips)
@@ -178,7 +178,7 @@ def config(directory: Path, component: str, kind: type) -> Any:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON has the type of a config's field."""
+    """Return whether a value from JSON has the type of a config's field."""
     if isinstance(hint, types.UnionType):
         return any(_is_a(value, one) for one in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:

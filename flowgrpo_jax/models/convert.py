@@ -112,7 +112,7 @@ def _fill(buffer: jax.Array, layer: jax.Array, index: int) -> jax.Array:
 
 @cache
 def _filler(sharding: Any) -> Callable[..., jax.Array]:
-    """In place, and the result stays where the buffer lies."""
+    """Return a jitted function that writes a layer into a buffer in place, on the same devices."""
     return jax.jit(_fill, donate_argnums=0, out_shardings=sharding)
 
 
@@ -170,7 +170,7 @@ def from_tensors(
     """Our parameters from a file's tensors, checked whole before the first one is read.
 
     Args:
-      where: what the error calls the file. The others are those of `load`.
+      where: the name of the file in the error. The other arguments are those of `load`.
     """
     found = {name: tensor.shape for name, tensor in tensors.items()}
     _check(found, _expected(shapes, patch_size), ignore, where)
@@ -179,7 +179,7 @@ def from_tensors(
 
 
 def under_own_names(tensors: Tensors, tied: Mapping[str, str]) -> Tensors:
-    """The tensors, where one that is stored under its second name alone gets its first name.
+    """Rename the tensors that are stored only under their second name to their first name.
 
     Args:
       tied: {second name: first name} of tensors that a module uses twice. Files hold one or both.
@@ -198,7 +198,7 @@ def fit(
     ignore: Iterable[str] = (),
     tied: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Raise what `load` would, from the files' headers alone."""
+    """Raise the errors that `load` would raise, after reading only the headers of the files."""
     found = under_own_names(from_safetensors(component_files(Path(directory))), tied)
     shapes_found = {name: tensor.shape for name, tensor in found.items()}
     _check(shapes_found, _expected(shapes, patch_size), ignore, str(directory))

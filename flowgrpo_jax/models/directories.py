@@ -67,7 +67,7 @@ def _bundled(name: str) -> Path:
 
 
 def _no_download(model: str, error: Exception) -> str:
-    """What to do about a model that the hub did not hand out."""
+    """Return the message for a failed download of a model from the hub, with the remedy."""
     from huggingface_hub import errors
 
     page, local = f"https://huggingface.co/{model}", f"set {KNOB} to a local copy"

@@ -1,4 +1,4 @@
-"""The few layers that every model here is made of, and the bridge from Flax NNX to plain functions.
+"""The layers that the models share, and the conversion of Flax NNX modules to plain functions.
 
 NNX is used as a definition language only: a module says which parameters exist and how they
 combine. `functional` turns an (abstract) module into a pure `apply(params, ...)` over a flat dict
@@ -54,11 +54,11 @@ class Linear(nnx.Module):
         return y.reshape(*leading, y.shape[-1])
 
     def merges(self) -> bool:
-        """Whether to add the factors' product to the kernel before it is used.
+        """Return whether the product of the LoRA factors is added to the kernel before its use.
 
-        That saves two thin products a row, and in the backward pass takes one of the kernel's size
-        in place of five thin ones: worth it in a layer that is small beside its rank. In half
-        precision the sum would round away what is learned.
+        Merging saves two thin matrix products per row, and the backward pass takes one product of
+        the kernel's size in place of five thin ones. It pays off in a layer that is small compared
+        with the rank. In half precision the sum would round the adapter's contribution away.
         """
         if not hasattr(self, "lora_a") or self.dtype != jnp.float32:
             return False
@@ -126,7 +126,7 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], Params]:
 
 
 def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[..., Any], Params]:
-    """What `functional` returns, of a model that is described but not allocated."""
+    """Return what `functional` returns, for a model whose parameters are not allocated."""
     return functional(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
 
 

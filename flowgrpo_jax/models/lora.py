@@ -31,9 +31,9 @@ JOINT_ATTENTION = tuple(
 
 @dataclass(frozen=True)
 class LoRASpec:
-    """Which linears get an adapter (by the end of their dotted name, as in PEFT), and its size.
+    """The linears that get an adapter (by the end of their dotted name, as in PEFT), and its size.
 
-    Rank 0 is no adapter: all of the model's weights are trained.
+    Rank 0 means no adapter: all of the model's weights are trained.
     """
 
     rank: int = 32
@@ -93,5 +93,5 @@ def init(key: jax.Array, shapes: Params) -> Params:
 
 
 def reference(lora: Params) -> Params:
-    """The adapter that changes nothing: the policy before training."""
+    """Return the adapter that changes nothing, which is the policy before training."""
     return {k: jnp.zeros_like(v) if k.endswith("lora_b") else v for k, v in lora.items()}

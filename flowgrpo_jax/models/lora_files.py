@@ -161,7 +161,7 @@ def _peft_settings(file: Path) -> dict[str, Any]:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """The settings in a file's header; none at all where it has no such header."""
+    """Read the settings in a file's header; the result is empty if the file has no such header."""
     with open_safetensors(file) as handle:
         header = (handle.metadata() or {}).get(HEADER)
     if header is None:

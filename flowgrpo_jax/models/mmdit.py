@@ -148,7 +148,7 @@ class FeedForward(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention of one stream, or joint attention of two.
 
-    `context` says what the text stream is in it: absent, "full", or "last" (keys and values only).
+    `context` is the role of the text stream: absent, "full", or "last" (keys and values only).
     """
 
     def __init__(self, context: str | None, make: Maker):

@@ -93,7 +93,7 @@ def _targets(config: Mapping[str, Any]) -> Any:
 
 
 def targets_of(modules: Collection[str]) -> set[str]:
-    """The ends of module names: of those in a block what follows its number, of others all."""
+    """Return LoRA targets: in a block the part of the name after its number, else the full name."""
     ends = set()
     for module in modules:
         stack, _, rest = module.partition(".")

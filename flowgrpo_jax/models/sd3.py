@@ -72,18 +72,20 @@ class SD3:
         return self.params["transformer"]
 
     def init_lora(self, key: jax.Array) -> Params:
-        """What is trained: an adapter that changes nothing yet, or the weights in f32."""
+        """Initialise what is trained: an adapter that changes nothing, or all weights in f32."""
         if self.lora_spec.rank:
             return lora.init(key, self.lora_shapes)
         return {path: jnp.array(self.base[path], x.dtype) for path, x in self.lora_shapes.items()}
 
     def reference(self, trained: Params) -> Params:
-        """The policy before training, whatever `trained` is by now."""
+        """Return the policy before training, which does not depend on the values in `trained`."""
         return lora.reference(trained) if self.lora_spec.rank else {}
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Prompts (P strings) to their text states, each prompt once; many go in equal parts, for
-        T5's activations are large."""
+        """Encode P prompts to Conditioning of P rows, in equal parts if there are many of them.
+
+        T5's activations are large, which limits how many prompts are encoded at once.
+        """
         if self.read_text is None or self.tokenizers is None:
             raise ValueError("this model is only described: `load` it to encode prompts")
         text = self.read_text()
@@ -97,7 +99,7 @@ class SD3:
 
 
 def find_architecture(model: str | Path, *, t5: bool = True) -> Architecture:
-    """Of a model that `resolve` knows; for the published ones nothing is downloaded."""
+    """Return the architecture of a path, name or hub id; published ones need no download."""
     parts = PUBLISHED.get(str(model)) or architecture.read(resolve(model, t5=t5), t5=t5)
     return parts if t5 else replace(parts, text_encoder_3=None)
 
@@ -120,7 +122,8 @@ def load(
         [P, t5_length, E] stand for its states. So does a directory that lacks it.
       t5_length: T5 tokens of a prompt (the paper: 128; diffusers: 256).
       place: sharding of each frozen parameter, given component/path and its shape.
-      texts_alone: leave `params` described, for who only encodes prompts.
+      texts_alone: load no weights but those of the text encoders, for callers that only encode
+        prompts; `params` then holds shapes.
       name: what messages call the model, where `model` is the directory of it.
       settings: `describe` takes the rest.
     Raises:
@@ -162,14 +165,16 @@ def load(
 
 
 def _stored(component: str) -> dict[str, Any]:
-    """What `convert` must know of the names in a component's files: `ignore` and `tied`."""
+    """Return the options `ignore` and `tied` of `convert` for a component's files."""
     kind = TEXT.get(component)
     return {"ignore": getattr(kind, "ignored", ()), "tied": getattr(kind, "tied", {})}
 
 
 def _check_files(directory: Path, components: dict[str, Params], patch_size: int) -> None:
-    """Raises one error for all that is wrong with the components' files, before any is read; the
-    text encoders are read much later than the others."""
+    """Raise one error that lists all faults of the components' files, before any file is read.
+
+    Without this check a fault of the text encoders would show up late, for they are read last.
+    """
     problems: list[Exception] = []
     for name, shapes in components.items():
         try:
@@ -200,7 +205,7 @@ def describe(
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
       attention: the implementation of the transformer's, see layers.attention.
-      gather: done to the transformer's parameters right before they are used (sharding.gather).
+      gather: applied to the transformer's parameters right before they are used (sharding.gather).
     """
     spec = lora_spec or LoRASpec(rank=1, alpha=1.0, targets=("attn.to_q",))
     velocity, base, trained = _transformer(parts, spec, dtype, remat, attention, gather)
@@ -278,7 +283,7 @@ def _transformer(
 def _encoders(
     parts: Architecture, dtype: Any, t5_length: int
 ) -> tuple[Callable[..., Conditioning], dict[str, Params]]:
-    """Prompts' ids to what the transformer reads, and the shapes of each text encoder's weights."""
+    """Return the function from token ids to Conditioning, and the shapes of its weights."""
 
     def encoder(name: str) -> tuple[Any, Params]:
         fields = getattr(parts, name)

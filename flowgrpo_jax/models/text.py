@@ -30,7 +30,7 @@ LEGACY_EOS = 2  # configs written before transformers' PR 24773 hold this wrong 
 
 @dataclass(frozen=True)
 class CLIPLayers:
-    """What the transformer layers of a CLIP's towers need to know."""
+    """The sizes of the transformer layers that both towers of a CLIP model have."""
 
     causal: ClassVar[bool]
     hidden_size: int = 768
@@ -293,11 +293,11 @@ def encode_prompt(
     t5_length: int = 256,
     width: int = 4096,
 ) -> tuple[jax.Array, jax.Array]:
-    """What the transformer reads, as `StableDiffusion3Pipeline.encode_prompt` joins it.
+    """Join the text states for the transformer as `StableDiffusion3Pipeline.encode_prompt` does.
 
     Args:
-      clip_l, clip_g: what `CLIPText` returns, [B, 77, D] and [B, V] of each.
-      t5: what `T5Encoder` returns [B, L, E], or None: zeros [B, t5_length, width].
+      clip_l, clip_g: the outputs of `CLIPText` of each encoder, [B, 77, D] and [B, V].
+      t5: the output of `T5Encoder` [B, L, E], or None for zeros [B, t5_length, width].
     Returns:
       tokens [B, 77 + L, E], the CLIP part filled up with zeros; pooled [B, V_l + V_g].
     """

@@ -31,7 +31,7 @@ class Tokenizers:
 
     @classmethod
     def load(cls, directory: str | Path, t5_length: int = 256, t5: bool = True) -> Tokenizers:
-        """From a checkpoint's root; `tokenizer_3` may be missing, and is not read without `t5`.
+        """Load the tokenizers of a model directory; `tokenizer_3` is optional, and needs `t5`.
 
         Raises:
           FileNotFoundError: no checkpoint, no tokenizer folder, or a folder without vocabulary.

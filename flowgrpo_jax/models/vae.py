@@ -22,7 +22,7 @@ from flowgrpo_jax.types import Pictures
 class VAEConfig:
     """Fields of a diffusers `vae/config.json`."""
 
-    known: ClassVar[dict[str, tuple[str, ...]]] = {  # all that other fields may say
+    known: ClassVar[dict[str, tuple[str, ...]]] = {  # the only supported values of other fields
         "act_fn": ("silu", "swish"),
         "down_block_types": ("DownEncoderBlock2D",),
         "up_block_types": ("UpDecoderBlock2D",),
@@ -58,14 +58,14 @@ class GroupNorm(nnx.Module):
         self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> the same."""
+        """Normalise x [B, H, W, C]."""
         y = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
         y = y - self._mean(y)
         y = y * jax.lax.rsqrt(self._mean(jnp.square(y)) + 1e-6)  # the two-pass variance: exact
         return (y * self.scale[...] + self.bias[...]).reshape(x.shape).astype(self.dtype)
 
     def _mean(self, y: jax.Array) -> jax.Array:
-        """Of each channel's group: [B, S, C] -> [B, 1, C]."""
+        """Return the mean of each channel's group: [B, S, C] -> [B, 1, C]."""
         b, _, c = y.shape
         mean = y.mean(1).reshape(b, self.groups, c // self.groups).mean(-1)
         return jnp.repeat(mean, c // self.groups, axis=-1)[:, None]

@@ -92,7 +92,7 @@ def _weight_names(directory: Path) -> list[str]:
 
 
 def _no_weights(directory: Path) -> str:
-    """What to do about a component's folder without weights of the right name."""
+    """Return the message for a component's folder without a weight file of the right name."""
     others = sorted(file.name for file in directory.glob("*.safetensors"))
     if not others:
         return f"{directory} lacks any .safetensors file: download the component again"

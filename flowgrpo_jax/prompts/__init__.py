@@ -1,4 +1,4 @@
-"""Prompt sources, and which prompts an epoch gets: a pure function of (seed, epoch).
+"""Prompt sources, and the prompts of an epoch as a pure function of (seed, epoch).
 
 Sources by name:
   a path ending in .txt           one prompt a line
@@ -41,7 +41,7 @@ GENERATORS: dict[str, Callable[[str, Iterable[Metadata]], list[Metadata]]] = {
 
 
 def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
-    """All records of a source, each with its "prompt". Duplicates are dropped, the first stays.
+    """Return the records of a source, each with its "prompt"; of duplicates only the first stays.
 
     Args:
       exclude: records that a generator leaves out of its training prompts; files are left alone.
@@ -131,7 +131,7 @@ def sample(
 def frequencies(
     records: Sequence[Metadata], tag_weights: Mapping[str, float], task_weights: Mapping[str, float]
 ) -> np.ndarray:
-    """How often each record is drawn first: f64 [len(records)], of sum 1.
+    """Return the probability of each record in the first draw: f64 [len(records)], of sum 1.
 
     Without `task_weights` all records are of one task, whatever "task" they have.
     """

@@ -108,7 +108,7 @@ def twins(record: Metadata) -> set[str]:
 
 
 def draw(tag: str, classes: Sequence[str], n: int, seed: int) -> list[Metadata]:
-    """n distinct prompts of a tag, all of them where there are fewer; always the same."""
+    """Return n distinct prompts of a tag, or every one if there are fewer; always the same ones."""
     colorful = [c for c in classes if c != "person"]  # as the benchmark: no coloured people
     kinds: dict[str, tuple[Any, list[Any]]] = {
         "single_object": (single_object, [classes]),
@@ -131,12 +131,12 @@ def draw(tag: str, classes: Sequence[str], n: int, seed: int) -> list[Metadata]:
 
 
 def plain(prompt: str) -> str:
-    """A prompt as it is compared: without case, outer spaces and a final full stop."""
+    """Return a prompt in the form for comparisons: no case, outer spaces or final full stop."""
     return prompt.strip().rstrip(".").lower()
 
 
 def prompts(split: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
-    """All records of a split, in a fixed order.
+    """Return the records of a split, in a fixed order.
 
     Args:
       split: train, test, seen or unseen.

@@ -24,7 +24,7 @@ UPPER = 0.25  # share of texts in capitals
 
 
 def _listed(text: str) -> tuple[str, ...]:
-    """What commas and line ends separate."""
+    """Split a text at commas and line ends."""
     return tuple(item.strip() for item in text.replace("\n", ",").split(",") if item.strip())
 
 
@@ -127,7 +127,7 @@ TEMPLATES = (
 
 
 def texts() -> list[str]:
-    """All texts, no two of which are equal for the reward, in a fixed shuffled order."""
+    """Return the texts, no two of which are equal for the reward, in a fixed shuffled order."""
     numbers = [*range(10, 100, 3), 42]
     found = [*SINGLE, *NOUNS, *PHRASES]
     found += [f"{a} {n}" for a, n in product(ADJECTIVES, NOUNS)]
@@ -140,7 +140,7 @@ def texts() -> list[str]:
 
 
 def prompts(split: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
-    """All records of a split, in a fixed order; "target" is the text asked for.
+    """Return the records of a split, in a fixed order; "target" is the text asked for.
 
     Args:
       split: train or test.

@@ -20,8 +20,9 @@ KEYS = ("train", "test", "weight", "rewards")
 
 
 def check(tasks: Tasks, weights: Mapping[str, float], evaluated: Collection[str]) -> None:
-    """Raises ValueError for a key or reward that nobody knows, and for a task without a source or
-    without a reward that trains it.
+    """Raise ValueError for an unknown key or reward, and for a task that cannot be trained.
+
+    A task cannot be trained without a prompt source or without a reward that has a weight.
 
     Args:
       weights: of the training rewards; evaluated: names of the evaluation's.
@@ -65,13 +66,16 @@ def splits(tasks: Tasks) -> tuple[list[Metadata], list[Metadata]]:
 
 
 def weights(tasks: Tasks) -> dict[str, float]:
-    """How often each task is drawn, relative to the others."""
+    """Return the relative frequency at which each task is drawn."""
     return {name: float(task.get("weight", 1.0)) for name, task in tasks.items()}
 
 
 def reward_weights(tasks: Tasks, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """{task: {reward: weight}}. A reward that no task names is for all of them; one that judges as
-    another otherwise (`rewards.VIEWS`) goes where that one does."""
+    """Return {task: {reward: weight}}.
+
+    A reward that no task names belongs to every task. A reward that is another view of a named one
+    (`rewards.VIEWS`) belongs to the tasks of that one.
+    """
     named = {reward for task in tasks.values() for reward in task.get("rewards") or ()}
 
     def follows(reward: str) -> str:

@@ -44,8 +44,9 @@ TABLE = {
     "deqa_upstream": "flowgrpo_jax.rewards.upstream:deqa()",
 }
 
-# Rows that see the same as another, and judge it otherwise: they take that row's options, so that
-# one detector serves all, changed by these. Options under their own name come last.
+# Rows that read the same detections as another row and judge them by another rule: {row: (the other
+# row, options)}. They take the other row's options, changed by these, so that one detector serves
+# all of them. Options under a row's own name override both.
 VIEWS: dict[str, tuple[str, dict[str, Any]]] = {
     "geneval_strict": ("geneval", {}),
     "geneval_official": ("geneval", {}),
@@ -57,7 +58,7 @@ VIEWS: dict[str, tuple[str, dict[str, Any]]] = {
 def load(
     names: Iterable[str], options: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Reward | GraphReward]:
-    """The rewards of these names; nothing is imported before it is asked for.
+    """Load the rewards of these names; only the modules of these rewards are imported.
 
     Args:
       names: of rows; "remote:deqa" is the row `remote` once more, under a name of its own.

@@ -1,4 +1,4 @@
-"""How a mark or a verdict is read from what a language model answers.
+"""Parse a mark or a verdict from the answer of a language model.
 
 Only what is clearly an answer counts. Everything else raises `Unclear`, which says why, so that the
 picture gets no score in place of a wrong one.
@@ -81,7 +81,7 @@ def mark(answer: str, pattern: re.Pattern[str] | None, low: float, high: float) 
 
 
 def number(text: str) -> float:
-    """The number that a text is; the decimal sign may be a comma. Raises Unclear for other texts.
+    """Parse a number, whose decimal sign may be a comma. Raises Unclear for any other text.
 
     A comma before three digits may separate thousands as well: this is not clear either.
     """
@@ -91,7 +91,7 @@ def number(text: str) -> float:
 
 
 def verdict(answer: str, pattern: re.Pattern[str]) -> str:
-    """What the one group of the pattern's last match is. Raises Unclear where nothing matches."""
+    """Return the one group of the pattern's last match. Raises Unclear where nothing matches."""
     return _last(conclusion(answer), [pattern])[1]
 
 

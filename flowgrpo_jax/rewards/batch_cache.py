@@ -14,7 +14,7 @@ BATCHES = 8  # that are kept
 
 
 class BatchCache(Generic[Result]):
-    """What `look` makes of a batch, once for all who ask; one thread at a time looks."""
+    """A cache of the results of `look`, one per batch; only one thread at a time calls `look`."""
 
     def __init__(self) -> None:
         self._results: dict[bytes, Result] = {}  # oldest first

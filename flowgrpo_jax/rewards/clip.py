@@ -129,7 +129,7 @@ def image_similarity(
         return {"pixels": np.stack([reference(folder, m, size) for m in metadata])}
 
     def check(record: Metadata) -> None:
-        """Raises ValueError for a record without a picture that can be opened."""
+        """Raise ValueError for a record without a picture that can be opened."""
         file = record.get("image")
         if file is None:
             raise ValueError(
@@ -201,7 +201,7 @@ def agreement(
     preprocess: Callable[..., jax.Array],
     rule: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> GraphReward:
-    """How well image and text agree: rule(cosine f32 [M], logit f32 [M]) -> scores f32 [M]."""
+    """Return the score of agreement: rule(cosine f32 [M], logit f32 [M]) -> scores f32 [M]."""
 
     def score(weights: Any, images: jax.Array, rows: Any) -> jax.Array:
         seen = _look(tower, dtype, weights, images, preprocess)

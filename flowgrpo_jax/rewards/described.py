@@ -1,4 +1,4 @@
-"""The rewards in the graph without their weights: what the compiler needs of them.
+"""The rewards in the graph with shapes in place of weights, for compilation without the weights.
 
 Shapes are those of the published weights, wherever a recipe's options point. Nothing is read.
 """
@@ -27,7 +27,7 @@ def never(prompts: Any, metadata: Any) -> Any:
 
 @functools.cache
 def tower(weights: str, kind: Any, config: Any, dtype: str) -> towers.Tower:
-    """Rewards on the same weights have the same tower, as `towers` has it."""
+    """Describe a tower. Rewards on the same weights share one tower, as they do in `towers`."""
     return towers.describe(kind, config, dtype)
 
 
@@ -73,7 +73,7 @@ TABLE: dict[str, Callable[[str], tuple[GraphReward, Rows]]] = {
 def describe(
     names: Iterable[str], options: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, tuple[GraphReward, Rows]]:
-    """Those of the named rewards that run in the graph, and what they want to know of a prompt."""
+    """Describe the named rewards that run in the graph, and their inputs for a prompt."""
     found = {}
     for name in names:
         row = row_of(name)

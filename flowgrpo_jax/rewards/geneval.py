@@ -102,7 +102,7 @@ def judge(
     position_bug: bool,
     clamp_counts: bool,
 ) -> Judge:
-    """The judge of these options, every one of them given: two calls alike are one judge."""
+    """Return the judge for these options; calls with equal options return the same judge."""
     if isinstance(detector, str):
         floor = min(threshold, counting_threshold)
         detector = coco.load(detector, detector_path, floor, device)
@@ -190,7 +190,7 @@ class Judge:
         return self.kept(images, json.dumps(asked, sort_keys=True), look)
 
     def _detect(self, images: np.ndarray) -> list[Sequence[Found] | None]:
-        """Of each picture, None where it failed."""
+        """Return the objects found in each picture, or None where the detector failed."""
         try:
             found = self.detect(images)
             if len(found) != len(images):
@@ -222,7 +222,7 @@ class Judge:
 
 
 def check(record: Metadata) -> None:
-    """Raises ValueError, naming the value, for metadata that are not GenEval's."""
+    """Raise ValueError, naming the value, for metadata that are not GenEval's."""
     if "tag" not in record:
         raise ValueError(
             f"metadata {record!r} are not GenEval's: they need `tag`. Take prompts from a GenEval"

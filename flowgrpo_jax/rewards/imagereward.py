@@ -24,7 +24,7 @@ def make(
     dtype: str = "float32",
     tokenizer: str | None = "google-bert/bert-base-uncased",
 ) -> GraphReward:
-    """The reward of these weights.
+    """Make the reward with these weights.
 
     Args:
       path: a folder, a weight file or a hub id; med_config.json is read where it lies beside.

@@ -52,7 +52,7 @@ class Judge:
         return np.array([mark or 0.0 for mark in marks], np.float32) / self.high, valid
 
     def question(self, prompt: str, image: np.ndarray) -> Question:
-        """What is asked about an image uint8 [H, W, 3] of this prompt."""
+        """Return the question about an image uint8 [H, W, 3] of this prompt."""
         return self.template.replace("{prompt}", prompt), [image]
 
     def mark(self, answer: str) -> float:

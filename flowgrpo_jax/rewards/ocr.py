@@ -54,7 +54,7 @@ def make(
     detector_side: int = 736,
     workers: int | None = None,
 ) -> Reward:
-    """The reward.
+    """Make the reward.
 
     Args:
       strict: text that was not asked for costs as much as text that is missing.
@@ -100,7 +100,7 @@ def make(
 
 
 def check(record: Metadata) -> None:
-    """Raises ValueError for a prompt that does not say in double quotes which text is wanted."""
+    """Raise ValueError for a prompt that does not say in double quotes which text is wanted."""
     prompt = record["prompt"]
     if target(prompt):
         return
@@ -122,7 +122,7 @@ def reader(
 ) -> Callable[[np.ndarray], list[str | None]]:
     """A function from pictures uint8 [B, H, W, 3] to their texts, None where reading failed.
 
-    One for all rewards of these options, which read a batch once between them.
+    Rewards with these options share one reader, so that each batch is read only once.
     """
     recogniser(confidence, upscale, detector_side)  # says at once what is missing
     local = threading.local()  # engines keep state between their stages: one for each thread
@@ -182,17 +182,18 @@ def enlarged(image: np.ndarray, times: int) -> np.ndarray:
 
 
 def target(prompt: str) -> str:
-    """What stands between the first two double quotes, normalised; "" if nothing does."""
+    """Return the text between the first two double quotes, normalised; "" if there is none."""
     parts = prompt.split('"')
     return normalised(parts[1]) if len(parts) > 2 else ""
 
 
 def normalised(text: str) -> str:
-    """Without spaces and case, of which recognisers are unsure, and in one code point of many.
+    """Return the text without spaces and case, with one code point for those that look alike.
 
-    Compatible forms become one (Unicode's NFKC): a letter and its combining accent, ligatures, full
-    width, an ellipsis and three points, a fraction and its digits. So do quotes and dashes that
-    look alike. Signs that cannot be seen, such as soft hyphens, are dropped.
+    Recognisers are unreliable on spaces and case. Compatible forms become one (Unicode's NFKC): a
+    letter and its combining accent, ligatures, full width, an ellipsis and three points, a fraction
+    and its digits. So do quotes and dashes that look alike. Invisible signs, such as soft hyphens,
+    are dropped.
     """
     seen = "".join(sign for sign in text if unicodedata.category(sign) != "Cf")
     folded = unicodedata.normalize("NFKC", seen.translate(LOOKALIKES)).casefold()

@@ -73,11 +73,11 @@ class Preference:
         return (wins / np.maximum(fought, 1)).astype(np.float32), fought > 0
 
     def question(self, prompt: str, first: np.ndarray, second: np.ndarray) -> Question:
-        """What is asked about two images uint8 [H, W, 3] of this prompt."""
+        """Return the question about two images uint8 [H, W, 3] of this prompt."""
         return self.template.replace("{prompt}", prompt), [first, second]
 
     def verdict(self, answer: str) -> float:
-        """What the image shown first won: 1, 0, or 0.5 for a tie.
+        """Return the win of the image that is shown first: 1, 0, or 0.5 for a tie.
 
         Raises ValueError for an answer that does not clearly say it.
         """
@@ -115,7 +115,7 @@ def make(
     opponents: int | None = None,
     **endpoint: Any,
 ) -> Preference:
-    """The reward.
+    """Make the reward.
 
     Args:
       url: address of the endpoint, such as http://127.0.0.1:8000/v1, or several of them.

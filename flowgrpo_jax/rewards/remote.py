@@ -29,7 +29,7 @@ class Remote:
     form: str
 
     def ready(self) -> None:
-        """Raises RuntimeError unless a server is ready, knows the secret and takes the batch."""
+        """Raise RuntimeError unless a server is ready, knows the secret and takes the batch."""
 
         def probe(url: str) -> None:
             url += "/ready"
@@ -85,7 +85,7 @@ def make(
     backoff: float = 0.5,
     rest: float = 10.0,
 ) -> Remote:
-    """The reward.
+    """Make the reward.
 
     Args:
       urls: addresses of servers of the same reward, http://host:port.

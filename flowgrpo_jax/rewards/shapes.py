@@ -31,12 +31,12 @@ def unknown(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metad
 
 
 def check(record: Metadata) -> None:
-    """Raises ValueError, naming the value, for metadata that no prompt of this world has."""
+    """Raise ValueError, naming the value, for metadata that no prompt of this world has."""
     counts = range(1, max(grammar.COUNTS) + 2)  # `exclude` names one more than is asked for
     rule.check(record, classes=SHAPES, counts=counts, colors=COLORS)
 
 
-# Of every prompt, before training.
+# Both rewards check the metadata of every prompt before training.
 graded.check = strict.check = check  # type: ignore[attr-defined]
 
 

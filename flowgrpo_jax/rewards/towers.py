@@ -180,7 +180,7 @@ def read_image_reward(file: Path, dtype: str) -> Tower:
 
 
 def describe(kind: Any, config: Any, dtype: str) -> Tower:
-    """The model, with shapes in place of its parameters. Raises ValueError for an unknown dtype."""
+    """Describe a model by the shapes of its parameters. Raises ValueError for an unknown dtype."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose from {', '.join(DTYPES)}")
     compute = jnp.dtype(dtype)
@@ -207,6 +207,6 @@ def build(kind: Any, config: Any, tensors: Tensors, dtype: str, file: Path) -> T
 
 
 def precision(dtype: str) -> Any:
-    """float32 means float32: accelerators would multiply in fewer bits by default."""
+    """Compute float32 products in full precision; accelerators use fewer bits by default."""
     full = dtype == "float32"
     return jax.default_matmul_precision("highest") if full else contextlib.nullcontext()

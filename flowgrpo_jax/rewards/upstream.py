@@ -1,9 +1,9 @@
 """Clients of yifan123/reward-server, upstream's servers for GenEval and DeQA, which speak pickle.
 
-Only for who has these servers running; `remote` is what new servers should speak. A pickle can run
-any code where it is read, so the answers are read by an unpickler that knows plain containers,
-strings, numbers, and NumPy's numeric arrays and scalars, and builds the latter itself: nothing that
-the answer names is looked up or called.
+These clients are for users who run such servers already; new servers should use the protocol of
+`remote`. A pickle can run any code where it is read, so the answers are read by an unpickler that
+knows plain containers, strings, numbers, and NumPy's numeric arrays and scalars, and builds the
+latter itself: nothing that the answer names is looked up or called.
 
 The protocol: POST / with the pickle of {"images": [JPEG bytes of quality 75], ...}, at most 64
 images; the answer is the pickle of a dict of lists, or status 500 with a traceback.
@@ -57,7 +57,7 @@ class _Array:
     values = np.zeros(0)
 
     def __init__(self, *_: Any):
-        """What the array is made of comes with its state."""
+        """Ignore the arguments; `__setstate__` gets the contents of the array."""
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
@@ -141,7 +141,7 @@ class Upstream:
     batch: int = 64
 
     def ready(self) -> None:
-        """Raises RuntimeError unless something answers; these servers have no health check."""
+        """Raise RuntimeError unless something answers; these servers have no health check."""
 
         def probe(url: str) -> None:
             try:

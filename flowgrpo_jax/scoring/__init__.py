@@ -1,1 +1,1 @@
-"""Which rewards score a prompt, and where they run: on the host or in the graph."""
+"""Selects the rewards that score a prompt, and runs them on the host or in the graph."""

@@ -17,15 +17,15 @@ Score = Callable[[jax.Array, Any, jax.Array], Scores]
 def prepare(
     rewards: Mapping[str, GraphReward], prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> dict[str, Any]:
-    """What each reward wants to know of P prompts (token ids, mostly): {name: arrays [P, ...]}."""
+    """Prepare each reward's inputs for P prompts (mostly token ids): {name: arrays [P, ...]}."""
     return {name: reward.prepare(prompts, metadata) for name, reward in rewards.items()}
 
 
 def once(place: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`place` for trees of arrays, which puts each array once, whoever brings it again.
+    """Return a version of `place` for trees of arrays that places each array only once.
 
-    Rewards on one tower hold the very same arrays (towers.py), and so do composites of the same
-    reward. Arrays are told apart by identity; all that were brought are kept alive for that.
+    Rewards on one tower share the same arrays (towers.py), and so do composites of the same
+    reward. Arrays are compared by identity; for that, every array that was placed is kept alive.
     """
     placed: dict[int, tuple[Any, Any]] = {}
 
@@ -40,7 +40,9 @@ def once(place: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def composite(
     rewards: Mapping[str, GraphReward], place: Callable[[Any], Any] = lambda weights: weights
 ) -> Score:
-    """All rewards in the graph as one jitted function; its `rows` point into what was prepared.
+    """Combine the rewards in the graph into one jitted function of images, inputs and rows.
+
+    The inputs are those that `prepare` returned; `rows` holds the row of each image in them.
 
     Args:
       place: puts a reward's weights onto the devices; `once` for weights that are shared.

@@ -38,7 +38,7 @@ def guarded(
     prompts: Sequence[str],
     metadata: Sequence[Metadata],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A reward's scores f32 [B] and validity bool [B]; whatever goes wrong makes images invalid.
+    """Return a reward's scores f32 [B] and validity bool [B]; any failure makes images invalid.
 
     A reward that raises, or returns the wrong shape, invalidates its batch and is logged; a score
     that is not finite invalidates its image. Raises NeedsOverlap when the reward does: no image
@@ -87,7 +87,7 @@ def no_jax() -> Iterator[None]:
         ) from error
 
 
-GRACE = 2.0  # seconds that a program waits at its end for calls that it does not need any more
+GRACE = 2.0  # seconds that a program waits at its end for calls that it no longer needs
 running: set[Future[Any]] = set()  # calls of rewards, and the threads' work around them
 
 
@@ -98,8 +98,7 @@ def _track(work: Future[Any]) -> Future[Any]:
 
 
 class Limited:
-    """A reward whose calls may take so many seconds, or any number of them: then they raise
-    TimeoutError.
+    """A reward whose calls raise TimeoutError after `seconds`; None sets no limit.
 
     A thread cannot be stopped from outside. The call that took too long goes on in its own; until
     it returns, further calls raise at once. `cli.ending` ends the process in spite of it.
@@ -132,7 +131,7 @@ class Limited:
 
 
 def hung() -> bool:
-    """Whether a call is still at work after GRACE seconds, or when Ctrl-C ends the waiting."""
+    """Return whether a call still runs after GRACE seconds, or when Ctrl-C ends the wait."""
     try:
         return bool(wait(tuple(running), GRACE).not_done)
     except KeyboardInterrupt:
@@ -141,7 +140,10 @@ def hung() -> bool:
 
 @contextmanager
 def threads(number: int) -> Iterator[Executor]:
-    """A pool for `overlap`. What it has not done at its end is dropped, or left to itself."""
+    """Provide a thread pool for `overlap`. At its end, calls that wait are dropped.
+
+    A call that is running is not waited for.
+    """
     pool = ThreadPoolExecutor(number)
     try:
         yield pool
@@ -154,11 +156,12 @@ def composite(
     lookup: Callable[[np.ndarray], tuple[Sequence[str], Sequence[Metadata]]],
     applies: Callable[[str, Metadata], bool] = lambda name, metadata: True,
 ) -> Score:
-    """All host rewards as one function of images and prompt ids.
+    """Combine the host rewards into one function of images and prompt ids.
 
     Args:
       lookup: prompt ids i32 [M] -> their prompts and metadata.
-      applies: whether the named reward is meant for the prompt; it sees no other images.
+      applies: returns whether the named reward applies to the prompt. A reward sees only the
+        images whose prompts it applies to.
     """
 
     def score(images: np.ndarray, ids: np.ndarray) -> Scores:
@@ -191,9 +194,9 @@ def overlap(pool: Executor, score: Score, images: jax.Array, ids: jax.Array) -> 
 
 
 def shares(ids: np.ndarray, process: int, processes: int, size: int) -> list[np.ndarray]:
-    """Rows of what one process scores, cut into calls of about `size` images, at least one call.
+    """Return the rows that one process scores, cut into at least one call of about `size` images.
 
-    A prompt's images are in one call, whatever their places: rewards may compare them.
+    Images of one prompt are always in one call, because rewards may compare them.
     """
     calls: list[list[int]] = [[]]
     for i in np.unique(ids)[process::processes]:
@@ -205,21 +208,21 @@ def shares(ids: np.ndarray, process: int, processes: int, size: int) -> list[np.
 
 
 def spread(rows: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
-    """Scores [m] at their places among n, NaN elsewhere."""
+    """Put scores [m] at their rows of an array [n] that holds NaN elsewhere."""
     out = np.full(n, np.nan, np.float32)
     out[rows] = scores
     return out
 
 
 def merge(scores: np.ndarray) -> np.ndarray:
-    """One result of all processes', where each has NaN at what it did not score."""
+    """Merge the results of the processes; each result has NaN in the rows it did not score."""
     return np.fmax.reduce(sharding.everyone(scores))
 
 
 def callback(
     score: Score, names: Sequence[str], mesh: Mesh, rows: PartitionSpec
 ) -> Callable[[jax.Array, jax.Array], Scores]:
-    """The same call from inside a jitted program: f(images, ids) -> Scores of jax arrays.
+    """Wrap `score` for a call inside a jitted program: f(images, ids) -> Scores of jax arrays.
 
     Args:
       names: the rewards that `score` returns.

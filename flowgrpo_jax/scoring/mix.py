@@ -1,4 +1,4 @@
-"""Which rewards apply to a prompt, and with which weights."""
+"""The weights of the rewards, and the choice of the rewards that apply to a prompt."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flowgrpo_jax.types import Metadata
 
 @dataclass(frozen=True)
 class Mix:
-    """Weights of several rewards, by the task of a prompt where the prompts are of several tasks.
+    """The weight of each reward; if the prompts are of several tasks, the weights of each task.
 
-    A weight of 0 means: scored and logged, never trained on.
+    A reward of weight 0 is scored and logged, but never trained on.
     """
 
     weights: Mapping[str, float]  # of prompts without a task, or with one that `tasks` lacks
@@ -22,7 +22,7 @@ class Mix:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every reward that may apply to some prompt."""
+        """Return the names of the rewards that may apply to some prompt."""
         return tuple(dict.fromkeys(n for w in (self.weights, *self.tasks.values()) for n in w))
 
     def of(self, metadata: Metadata) -> Mapping[str, float]:
@@ -35,6 +35,6 @@ class Mix:
         return name in self.of(metadata)
 
     def table(self, metadata: Sequence[Metadata]) -> np.ndarray:
-        """f32 [rewards, prompts], in the order of `names`; NaN where a reward does not apply."""
+        """Return the weights f32 [rewards, prompts], in the order of `names`; NaN: not applied."""
         rows = [[self.of(m).get(name, np.nan) for m in metadata] for name in self.names]
         return np.array(rows, np.float32).reshape(len(self.names), len(metadata))

@@ -78,7 +78,7 @@ class Chat:
         self._known: OrderedDict[bytes, Any] = OrderedDict()
 
     def ask_all(self, questions: Sequence[Question], parse: Callable[[str], Any]) -> list[Any]:
-        """What `parse` reads in each answer; None where no answer came or none that is clear.
+        """Return what `parse` reads in each answer; None where no answer came or it is unclear.
 
         Args:
           parse: raises ValueError, with the reason, for an answer that it cannot read.

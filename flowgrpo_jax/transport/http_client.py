@@ -78,7 +78,7 @@ def request(
 
 
 def _read(url: str, answer: Any, deadline: float, limit: int) -> bytes:
-    """All of an answer; a server that lets it trickle does not get round the time limit."""
+    """Read an answer to its end, or to the time limit if the server sends it slowly."""
     parts, size = [], 0
     while part := answer.read1(1 << 20):
         size += len(part)
@@ -101,7 +101,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def secret(option: str, variable: str) -> str:
-    """What an environment variable holds. Errors do not show it."""
+    """Return the secret in an environment variable. Errors do not show the secret."""
     value = os.environ.get(variable, "")
     if not value:
         raise ValueError(f"{option}={variable!r}: the environment variable {variable} is empty")
@@ -119,7 +119,7 @@ def bearer(option: str, variable: str | None) -> dict[str, str]:
 
 
 class Replicas:
-    """The same service at one or more addresses. Requests start at each in turn."""
+    """A service at one or more addresses. Requests go first to each address in turn."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class Replicas:
         raise Unavailable(f"given up after {self.retries + 1} tries, the last: {last}") from last
 
     def _order(self, turn: int) -> list[str]:
-        """All replicas from this turn's on, those that rest at the end."""
+        """Return the replicas, starting with the one of this turn; those that rest come last."""
         now = time.monotonic()
         rotated = self.urls[turn:] + self.urls[:turn]
         return sorted(rotated, key=lambda url: self._resting.get(url, 0.0) > now)
@@ -204,8 +204,9 @@ class Replicas:
         return answer
 
     def check(self, what: str, probe: Callable[[str], None]) -> None:
-        """Try `probe` on every replica; a warning for each that fails. Where all do that may be
-        loading, or be started at this moment beside the run, they are tried again for PATIENCE.
+        """Try `probe` on every replica, and log a warning for each that fails.
+
+        Replicas that may still be starting are tried again for PATIENCE seconds if none is ready.
 
         Raises RuntimeError when all of them fail: it names each and its reason.
         """

@@ -1,11 +1,11 @@
-"""What reward server and client say to each other: JSON, never pickle.
+"""The messages between a reward server and its client: JSON, never pickle.
 
     request   {"images": {"png": [base64, ...]} or {"npy": base64}, "prompts": [...],
                "metadata": [{...}, ...]}
     answer    {"scores": [...], "valid": [...]}
 
-"npy" is one uint8 array [B, H, W, 3] in NumPy's file format. What comes in is checked before memory
-is given to it: a header that promises gigabytes is refused by what it promises.
+"npy" is one uint8 array [B, H, W, 3] in NumPy's file format. A message is checked before memory is
+allocated for it, so that a header which announces gigabytes is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMS = ("png", "npy")
 
 
 class Limits(NamedTuple):
-    """What a server accepts in a request."""
+    """The largest request that a server accepts."""
 
     images: int = 256
     side: int = 2048  # px

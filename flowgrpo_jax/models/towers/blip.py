@@ -49,7 +49,7 @@ class BLIPConfig:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> BLIPConfig:
-        """From `med_config.json`; other fields are passed over.
+        """Read the fields of `med_config.json` that are used here; the others are ignored.
 
         `vision_*` fields are ours: the published file says nothing of the image encoder.
         """
@@ -97,7 +97,7 @@ class VisionBlock(nnx.Module):
 
 
 class ImageEncoder(nnx.Module):
-    """A ViT whose class token and patches are all passed on."""
+    """A ViT that returns the states of the class token and of all patches."""
 
     def __init__(self, config: BLIPConfig, dtype: Any, rngs: nnx.Rngs):
         width, patch = config.vision_width, (config.patch_size, config.patch_size)
@@ -219,5 +219,5 @@ class ImageReward(nnx.Module):
 
     @classmethod
     def needed(cls, tensors: Tensors) -> Tensors:
-        """A checkpoint without BLIP's projections for its pretraining losses, unused here."""
+        """Drop BLIP's projections for its pretraining losses, which are unused here."""
         return {name: x for name, x in tensors.items() if name.startswith(cls.parts)}

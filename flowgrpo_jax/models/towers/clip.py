@@ -52,7 +52,7 @@ class DualConfig:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> DualConfig:
-        """From a transformers `config.json`; fields that we do not use are passed over."""
+        """Read a transformers `config.json`; fields that are not used here are ignored."""
         width = raw.get("projection_dim", 512)  # transformers' default
 
         def fields(kind: type, name: str) -> Any:
@@ -161,7 +161,7 @@ class CLIP(CLIPText):
         return self.visual_projection(self.vision_model(pixels)).astype(jnp.float32)
 
     def scale(self) -> jax.Array:
-        """What cosines are multiplied by to be logits, a scalar (100 in most published weights)."""
+        """Return the scalar that turns a cosine into a logit (100 in most published weights)."""
         return jnp.exp(self.logit_scale[...].astype(jnp.float32))
 
 
@@ -192,7 +192,7 @@ BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|b
 
 
 def from_open_clip(tensors: Tensors) -> Tensors:
-    """The same tensors under the names of transformers; unknown names stay, for the loader to list.
+    """Rename open_clip's tensors as in transformers; unknown names stay, for the loader to list.
 
     open_clip fuses q, k and v into `in_proj` (rows in this order) and keeps both projections
     transposed. A `module.` before every name, left by distributed training, is dropped.

@@ -21,18 +21,18 @@ from typing import Any
 import jax
 import numpy as np
 
-# Of OpenAI's CLIP; the weights of laion, PickScore, HPSv2 and ImageReward keep them.
+# The mean and std of OpenAI's CLIP, which laion, PickScore, HPSv2 and ImageReward use as well.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def down(left: int) -> int:
-    """Where the middle begins when so many pixels are left over, as transformers has it."""
+    """Return where a centre crop begins that cuts off `left` pixels, rounded as in transformers."""
     return left // 2
 
 
 def to_even(left: int) -> int:
-    """The same as torchvision has it."""
+    """Return where a centre crop begins that cuts off `left` pixels, rounded as in torchvision."""
     return round(left / 2)
 
 
@@ -92,7 +92,7 @@ def as_pil(images: Any, size: int, begin: Callable[[int], int] = down) -> Any:
 
 
 def as_tensor(images: Any, size: int) -> Any:
-    """The same as torchvision resizes float tensors."""
+    """Resize and normalise uint8 images as torchvision resizes float tensors; see `as_pil`."""
     return _normalised(_resized(images, size, bilinear, to_even, lambda x: x))
 
 
@@ -103,8 +103,10 @@ def _resized(
     begin: Callable[[int], int],
     after_each: Callable[[Any], Any],
 ) -> Any:
-    """Levels f32 [..., 3, size, size] of images uint8 [..., H, W, 3]. Methods and operators only,
-    so that numpy stays numpy and jax stays jax."""
+    """Resize images uint8 [..., H, W, 3] to levels f32 [..., 3, size, size].
+
+    This uses methods and operators only, so that it runs on NumPy and on JAX arrays.
+    """
     height, width = images.shape[-3:-1]
     rows, columns = square(height, width, size, kernel, begin)
     x = images.astype(np.float32).swapaxes(-1, -3).swapaxes(-1, -2)  # channels first

@@ -44,7 +44,7 @@ def chunk(world: World, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def check(pictures: int) -> None:
-    """Raises ValueError for a number of pictures that are no whole chunks."""
+    """Raise ValueError for a number of pictures that is not a multiple of the chunk size."""
     if pictures < CHUNK or pictures % CHUNK:
         raise ValueError(f"--pictures={pictures}: must be a multiple of {CHUNK}, made at once")
 
@@ -66,7 +66,7 @@ def make(world: World, n: int, seed: int, cache: Path | None = None) -> Dataset:
 
 
 def write_whole(file: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """A cache that exists is complete, whenever the process that wrote it was stopped."""
+    """Write a file in one step: an interrupted process leaves the whole file or none."""
     part = file.with_name(f"{file.name}.part")
     with part.open("wb") as opened:
         write(opened)

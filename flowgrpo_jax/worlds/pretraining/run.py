@@ -161,10 +161,10 @@ def arguments(world: World) -> argparse.Namespace:
 
 
 def begin(args: argparse.Namespace, world: World) -> None:
-    """Make the work directory, or see to it that it is the same run which goes on there.
+    """Make the work directory, or check that the run in it has the same settings.
 
-    Raises ValueError that names what differs: caches and checkpoints would be taken from another.
-    What cannot be is an error before the directory is bound to it.
+    Raises ValueError that names the settings that differ, because caches and checkpoints of another
+    run would be used. Impossible settings are an error before they are written to the directory.
     """
     data.check(args.pictures)
     seeds.check("--seed", args.seed)

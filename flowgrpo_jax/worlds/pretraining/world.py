@@ -1,4 +1,4 @@
-"""What pretraining needs to know of a world: what can be said in it, and how that looks."""
+"""The record that describes a world to pretraining: its captions and its pictures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

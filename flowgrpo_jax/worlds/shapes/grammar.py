@@ -134,7 +134,7 @@ def _enumerate(tag: str) -> list[dict]:
 
 
 def held_out(metadata: dict) -> list[bool]:
-    """For each combination that makes up the prompt, whether it is held out from training."""
+    """Return, for each combination in the prompt, whether it is held out from training."""
     include = metadata["include"]
     shapes = [clause["class"] for clause in include]
     pair = frozenset(shapes) in HELD_PAIRS
@@ -150,8 +150,8 @@ def held_out(metadata: dict) -> list[bool]:
 
 
 def prompts(split: str, tag: str | None = None) -> list[dict]:
-    """All metadata of a split ("train", "test" or "all") in a fixed order, of one tag or
-    of all six. Raises ValueError for an unknown split or tag."""
+    """Return the metadata of a split ("train", "test" or "all") in a fixed order, of one tag
+    or of all six. Raises ValueError for an unknown split or tag."""
     keep = {"train": lambda held: not any(held), "test": all, "all": lambda held: True}
     if split not in keep:
         raise ValueError(f"split {split!r} is not one of {tuple(keep)}")
@@ -201,15 +201,18 @@ def _layouts(radii, rng, size, tries):
 
 
 def _apart(centres, radii):
-    """Whether each layout [tries, n, 2] keeps all discs at least GAP apart."""
+    """Return whether each layout [tries, n, 2] keeps all discs at least GAP apart."""
     i, j = np.triu_indices(len(radii), 1)
     distance = np.linalg.norm(centres[:, i] - centres[:, j], axis=-1)
     return (distance >= radii[i] + radii[j] + GAP).all(-1)
 
 
 def _related(centres, clauses, include):
-    """Whether each layout shows the relations clearly: the offset points the right way
-    and is at most half as long across (27 degrees), well inside GenEval's rule."""
+    """Return whether each layout shows the relations clearly.
+
+    A relation is clear if the offset points the right way and is at most half as long across
+    (27 degrees), well inside GenEval's rule.
+    """
     ok = np.ones(len(centres), bool)
     for i, clause in enumerate(clauses):
         if "position" not in clause:

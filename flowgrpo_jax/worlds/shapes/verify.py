@@ -77,7 +77,7 @@ def judge(image: np.ndarray, metadata: dict) -> Score:
 
 
 def detect(image: np.ndarray) -> list[Detection]:
-    """All objects in a uint8 RGB picture [H, W, 3], those without a clear shape as "unknown".
+    """Find the objects in a uint8 RGB picture [H, W, 3]; unclear shapes are called "unknown".
 
     The score is the IoU with the best template, the box in px with exclusive ends, the colour
     None where it is unclear. Components under MIN_AREA px are ignored.
@@ -162,8 +162,10 @@ def _shape(level, labels, k, rows, cols) -> tuple[str, float]:
 
 
 def _inside(level, y, x) -> np.ndarray:
-    """Which samples [len(y), len(x)] are inside the contour at 1/2 of `level`, interpolated
-    linearly between pixels; as 0.0 or 1.0."""
+    """Return 1.0 for samples [len(y), len(x)] inside the contour at 1/2 of `level`, else 0.0.
+
+    `level` is interpolated linearly between pixels.
+    """
     samples = _hat(y, level.shape[0]) @ level @ _hat(x, level.shape[1]).T
     return (samples > 0.5).astype(np.float32)
 

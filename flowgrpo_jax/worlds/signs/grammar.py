@@ -47,15 +47,17 @@ def metadata(tag: str, text: str) -> dict:
 
 
 def prompts(split: str) -> list[dict]:
-    """All metadata of a split ("train" or "test") in a fixed order, of the tag "word"."""
+    """Return the metadata of a split ("train" or "test") in a fixed order, of the tag "word"."""
     if split not in ("train", "test"):
         raise ValueError(f"signs:{split}: the split {split!r} is not train or test")
     return [metadata("word", w) for w in WORDS if (w in HELD_OUT) == (split == "test")]
 
 
 def captions() -> list[dict]:
-    """What pretraining may caption a picture with: the words to train on, and all other texts of
-    three letters, with the tag "letters", except the held-out words."""
+    """Return the captions for pretraining: the words to train on, and other texts of three letters.
+
+    The other texts have the tag "letters"; the held-out words are not among them.
+    """
     words = set(WORDS)
     texts = ("".join(letters) for letters in product(LETTERS, repeat=3))
     rest = [text for text in texts if text not in words and not text.startswith(JOINED)]

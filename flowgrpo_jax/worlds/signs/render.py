@@ -30,7 +30,7 @@ BOLD = 0.5  # px that strokes are wider, either way, than the font's
 
 
 class Sign(NamedTuple):
-    """What a sign says, its board's name, the wall's colour; its middle and its letters' height."""
+    """A sign: its text, its board's name, the wall's colour, its middle and its letters' height."""
 
     text: str
     board: str
