@@ -202,6 +202,15 @@ def small(monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 12)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_gives_the_numbers_of_another_is_refused(small, tmp_path, monkeypatch, seed):
+    options = [f"--workdir={tmp_path / 'run'}", "--pictures=12", f"--seed={seed}"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *options])
+    with pytest.raises(ValueError, match=f"--seed={seed}: must be at least 0 and at most"):
+        pretrain.main(signs.WORLD)
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_steps_make_a_model_that_loads(small, tmp_path, monkeypatch):
     images, captions = data.chunk(signs.WORLD, 0, 0)
     np.savez(tmp_path / "pictures-0-12.npz", images=images, captions=captions)

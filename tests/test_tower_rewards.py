@@ -17,6 +17,7 @@ from torch_towers import (
     VISION,
     TorchImageReward,
     dual_config,
+    open_clip_pixels,
     pictures,
     pil_pixels,
     tensor_pixels,
@@ -26,7 +27,7 @@ from torch_towers import (
 )
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.models.towers.preprocess import MEAN, STD, as_pil, as_tensor
+from flowgrpo_jax.models.towers.preprocess import MEAN, STD, as_pil, as_tensor, down, to_even
 from flowgrpo_jax.types import GraphReward
 from flowgrpo_jax.worlds.pretraining.tokenizers import END, clip_merges, write_clip, write_json
 from flowgrpo_jax.worlds.shapes.grammar import LENGTH
@@ -56,6 +57,20 @@ def test_as_pil(height, width):
         assert off.max() < 1.01 and (off > 0.01).mean() < 1e-3
         same = off < 0.01
         np.testing.assert_allclose(np.asarray(ours)[same], wanted[same], atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(28, 31), (28, 30), (33, 28), (28, 35), (40, 57)])
+@pytest.mark.parametrize("begin", [down, to_even])
+def test_a_crop_begins_where_its_library_has_it(height, width, begin):
+    """An odd number of pixels is left of most of these: transformers drops the half, torchvision
+    rounds it to the even number, as numpy does."""
+    (picture,) = pictures(1, height, width)
+    full = [SIZE * side // min(height, width) for side in (width, height)]
+    fitted = Image.fromarray(picture).resize(full, Image.Resampling.BICUBIC)
+    round_half = np.floor if begin is down else np.rint
+    left, top = (int(round_half((side - SIZE) / 2)) for side in full)
+    wanted = np.asarray(fitted)[top : top + SIZE, left : left + SIZE]
+    np.testing.assert_allclose(levels(as_pil(picture, SIZE, begin)), wanted, atol=1.01)
 
 
 @pytest.mark.parametrize("height, width", SHAPES)
@@ -178,7 +193,7 @@ def test_hpsv2(hps_folder, clip_folder):
     )
     theirs = torch_open_clip()
     with torch.no_grad():
-        image = theirs.visual(pil_pixels(IMAGES, SIZE))
+        image = theirs.visual(open_clip_pixels(IMAGES, SIZE))
         text = theirs.text(read["input_ids"])
     wanted = torch.nn.functional.cosine_similarity(image, text).numpy()
     np.testing.assert_allclose(scored(reward), wanted, **PIXEL)
@@ -258,7 +273,7 @@ def test_imagereward(image_reward_folder):
         PROMPTS, padding="max_length", max_length=35, truncation=True, return_tensors="pt"
     )
     assert len({int(x) for x in read["attention_mask"].sum(1)}) == 3  # three lengths, one cut
-    pixels = pil_pixels(IMAGES, BLIP_VISION["image_size"])
+    pixels = open_clip_pixels(IMAGES, BLIP_VISION["image_size"])
     wanted = TorchImageReward()(read["input_ids"], read["attention_mask"], pixels).numpy()
     ours = scored(make("imagereward", path=image_reward_folder))
     np.testing.assert_allclose(ours, wanted, **PIXEL)

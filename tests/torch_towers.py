@@ -236,6 +236,16 @@ def pil_pixels(images, size):
     return read["pixel_values"]
 
 
+def open_clip_pixels(images, size):
+    """What torchvision's Resize, CenterCrop and Normalize make of Pillow's pictures."""
+    height, width = images.shape[1:3]
+    full = [int(size * side / min(height, width)) for side in (width, height)]
+    left, top = (round((side - size) / 2.0) for side in full)
+    fitted = [Image.fromarray(x).resize(full, Image.Resampling.BICUBIC) for x in images]
+    middle = [np.asarray(x.crop((left, top, left + size, top + size))) for x in fitted]
+    return torch.tensor((np.stack(middle) / np.float32(255) - MEAN) / STD).permute(0, 3, 1, 2)
+
+
 def tensor_pixels(images, size):
     """What torchvision's Resize, CenterCrop and Normalize make of float tensors."""
     x = torch.tensor(images).permute(0, 3, 1, 2) / 255.0
