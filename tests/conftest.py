@@ -1,6 +1,7 @@
 """What tests share: the cache of compiled programs, the choice of files, a tiny torch pipeline."""
 
 import signal
+from types import SimpleNamespace
 
 import compile_cache
 import partition
@@ -39,6 +40,75 @@ def pytest_terminal_summary(terminalreporter, config):
 def impatient(monkeypatch):
     """Nobody waits for servers that a test has not started."""
     monkeypatch.setattr("flowgrpo_jax.transport.http_client.PATIENCE", 0.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The directory of a tiny model with random weights. Not to be written to."""
+    from tiny_model import write_model
+
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    write_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, tiny_model):
+    """The directory of short runs, with their recipe."""
+    from short_runs import RECIPE
+
+    runs = tmp_path_factory.mktemp("short")
+    (runs / "model").symlink_to(tiny_model)
+    (runs / "tiny.py").write_text(RECIPE)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def half(runs):
+    """The work directory of two epochs from the command line. Not to be written to."""
+    from short_runs import call
+
+    call(runs, "train", "--config=tiny.py", "--config.epochs=2", "--workdir=half")
+    return runs / "half"
+
+
+@pytest.fixture(scope="session")
+def whole(runs):
+    """The work directory of four epochs and the state that they end in. Not to be written to."""
+    from short_runs import load
+
+    from flowgrpo_jax.train import train
+
+    workdir = runs / "whole"
+    state = train(load(runs, log__tensorboard=False), workdir)
+    return SimpleNamespace(workdir=workdir, state=state)
+
+
+@pytest.fixture(scope="module")
+def table():
+    """The table of rewards with the one that runs of several processes use."""
+    from flowgrpo_jax import rewards
+
+    rewards.TABLE["brightness"] = "processes:brightness"
+    yield
+    del rewards.TABLE["brightness"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model, table):
+    """The directory of the runs of a test file, with the model that they train."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "model").symlink_to(tiny_model)
+    return folder
+
+
+@pytest.fixture
+def nothing_goes_on():
+    """No process of a failed test goes on after it."""
+    import processes
+
+    yield
+    processes.end_all()
 
 
 @pytest.fixture(scope="session")

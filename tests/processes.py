@@ -12,71 +12,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 from etils import epath
 
 from flowgrpo_jax import cli, files, policies, recipe, rewards
 from flowgrpo_jax.checkpoint import Checkpoints
-from flowgrpo_jax.models import layers
-from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
-from flowgrpo_jax.models.text import CLIPConfig, T5Config
-from flowgrpo_jax.models.vae import VAE, VAEConfig
+from flowgrpo_jax.scoring import host
 from flowgrpo_jax.train import first_state, train
-from flowgrpo_jax.worlds.pretraining import flow, package
-from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
-from flowgrpo_jax.worlds.shapes import grammar
 
 HERE = Path(__file__).parent
-MMDIT = MMDiTConfig(
-    sample_size=4,
-    num_layers=3,
-    attention_head_dim=8,
-    num_attention_heads=8,
-    joint_attention_dim=32,
-    caption_projection_dim=64,
-    pooled_projection_dim=32,
-    pos_embed_max_size=4,
-    dual_attention_layers=(0,),
-    qk_norm="rms_norm",
-)
-T5 = T5Config(vocab_size=9, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
 PAIR = {"data": 1, "fsdp": 8}  # over two processes: each has a part of every weight and group
-
-
-def clip(vocabulary, activation):
-    return CLIPConfig(
-        vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=grammar.LENGTH,
-        hidden_act=activation,
-        projection_dim=16,
-        eos_token_id=vocabulary - 1,
-    )
-
-
-def write_model(folder):
-    """A tiny model with random weights, none of them zero, in diffusers layout."""
-    words = grammar.vocabulary()
-    write_tokenizers(folder, words, grammar.LENGTH)
-    n_clip, n_t5 = sizes(words)
-    clips = clip(n_clip, "quick_gelu"), clip(n_clip, "gelu")
-    t5 = dataclasses.replace(T5, vocab_size=n_t5)
-    vae = VAEConfig(
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
-    makers = flow.makers(*clips, t5) | {
-        "transformer": lambda rngs: MMDiT(MMDIT, rngs=rngs),
-        "vae": lambda rngs: VAE(vae, rngs=rngs),
-    }
-    params = {name: layers.initialise(create, i) for i, (name, create) in enumerate(makers.items())}
-    package.write(folder, params, MMDIT, vae, *clips, t5, dtype=np.float32)
 
 
 calls: list[int] = []
@@ -211,10 +155,8 @@ def spawn(
 started: list[subprocess.Popen] = []
 
 
-@pytest.fixture(autouse=True)
-def nothing_goes_on():
-    """After a test that failed, either."""
-    yield
+def end_all():
+    """Kill what a failed test has left running."""
     for child in started:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
@@ -245,18 +187,3 @@ def outcome(folder, name):
     config = adapted(load(folder, {"data": 1}, "overlap"), name)
     built = recipe.build(config, training=False)
     return rows, jax.device_get(policies.load(place(folder, name), built.model))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, table):
-    """Where the runs of a test file go, with the model that they train."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_model(folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def table():
-    rewards.TABLE["brightness"] = "processes:brightness"
-    yield
-    del rewards.TABLE["brightness"]

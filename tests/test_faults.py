@@ -6,15 +6,13 @@ import time
 
 import jax
 import numpy as np
-import processes
 import pytest
 from processes import HERE, PAIR, final_state, outcome, spawn, start
 
 from flowgrpo_jax import cli
 from flowgrpo_jax.checkpoint import Checkpoints
 
-folder, table = processes.folder, processes.table
-nothing_goes_on = processes.nothing_goes_on
+pytestmark = pytest.mark.usefixtures("nothing_goes_on")
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,15 @@
 """One device, eight as data, fsdp, tensor or all three, and two processes: the same training."""
 
 import numpy as np
-import processes
 import pytest
 from PIL import Image
-from processes import MMDIT, PAIR, outcome, start
+from processes import PAIR, outcome, start
+from tiny_model import MMDIT
 
 from flowgrpo_jax.models.mmdit import MMDiT
 from flowgrpo_jax.worlds.pretraining import package
 
-folder, table = processes.folder, processes.table
-nothing_goes_on = processes.nothing_goes_on
+pytestmark = pytest.mark.usefixtures("nothing_goes_on")
 LAYOUTS = {  # name: mesh, host call
     "data": ({"data": 8}, "overlap"),
     "fsdp": ({"data": 1, "fsdp": 8}, "overlap"),

@@ -1,0 +1,136 @@
+"""Evaluation: figures repeat, means are right, and the best checkpoint is kept."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from short_runs import call, load, rows
+
+from flowgrpo_jax import checkpoint, cli, policies, recipe, sharding
+from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.evaluate import evaluate
+from flowgrpo_jax.scoring import graph, host
+from flowgrpo_jax.scoring.mix import Mix
+from flowgrpo_jax.train import evaluate_into, first_state
+from flowgrpo_jax.types import GraphReward
+
+
+@pytest.mark.parametrize(
+    "best, other, offered", [(0.0, 0.0, [7]), (0.0, 1.0, [7]), (0.9, 0.0, []), (0.9, 1.0, [])]
+)
+def test_an_evaluation_whose_reward_failed_is_not_the_best(
+    runs, tmp_path, monkeypatch, caplog, best, other, offered
+):
+    """That of `checkpoint.best` alone: a monitor that fails costs nothing but its own figure."""
+    failures = {"jpeg_incompressibility": best, "shapes": other}
+    result = {"metrics": {"shapes": 1.0}, "per_tag": {}, "failed": 1.0, "failures": failures}
+    monkeypatch.setattr("flowgrpo_jax.train.evaluate", lambda *_, **__: (result, None, None))
+    monkeypatch.setattr("flowgrpo_jax.train.save_grid", lambda *_: None)
+    run, state = SimpleNamespace(config=load(runs)), SimpleNamespace(ema={})
+    epochs: list[int] = []
+    kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
+    evaluate_into(tmp_path, run, state, None, 7, kept, cli.Stop())
+    assert epochs == offered
+    assert ("jpeg_incompressibility failed on 90% and cannot be the best" in caplog.text) is (
+        not offered
+    )
+
+
+def test_the_best_evaluation_is_kept(runs, whole):
+    """Of the evaluations after 0, 2 and 4 epochs, whatever the last checkpoints are."""
+    scores = {r["epoch"]: r.get("eval/jpeg_incompressibility", -1) for r in rows(whole.workdir)}
+    epoch = max(scores, key=scores.get)
+    best = Checkpoints(whole.workdir / "best")
+    assert best.steps() == [epoch]
+    assert best.record(epoch)["eval/jpeg_incompressibility"] == scores[epoch]
+    run = recipe.build(load(runs), training=False)
+    result, *_ = evaluate(run, policies.load(whole.workdir / "best", run.model), run.encode([""]))
+    assert result["metrics"]["jpeg_incompressibility"] == pytest.approx(scores[epoch], rel=1e-6)
+
+
+def test_the_best_may_be_older_than_one_of_before(runs, tmp_path):
+    """A run that goes on from an earlier checkpoint with another reward begins anew."""
+    state = first_state(recipe.build(load(runs)))
+    checkpoint.Best(tmp_path, "shapes", {}).offer(4, state, {"eval/shapes": 0.75})
+    checkpoint.Best(tmp_path, "shapes_strict", {}).offer(2, state, {"eval/shapes_strict": 0.25})
+    assert Checkpoints(tmp_path).steps() == [2]
+    again = checkpoint.Best(tmp_path, "shapes_strict", {})
+    assert again.value == 0.25
+    again.offer(6, state, {"eval/shapes_strict": 0.25})  # not better
+    assert Checkpoints(tmp_path).steps() == [2]
+
+
+def test_evaluating_a_checkpoint_repeats_what_training_logged(runs, whole):
+    out = call(runs, "evaluate", "--config=tiny.py", "--checkpoint=whole", "--out=results/rl.json")
+    result = json.loads((runs / "results" / "rl.json").read_text())
+    logged = {k: v for k, v in rows(whole.workdir)[-1].items() if k.startswith("eval/")}
+    flat = {f"eval/{name}": value for name, value in result["metrics"].items()}
+    for tag, values in result["per_tag"].items():
+        flat |= {f"eval/{tag}/{name}": value for name, value in values.items()}
+    assert flat == pytest.approx(logged, rel=1e-6)
+    assert set(result["metrics"]) == {"jpeg_incompressibility", "shapes_strict"}
+    assert set(result["per_tag"]) == set(out.split()) & set(result["per_tag"])
+    assert len(result["per_tag"]) == 6 and (result["images"], result["failed"]) == (12, 0)
+    assert Image.open(runs / "results" / "rl.png").size[0] > 64
+
+
+def test_the_base_is_the_policy_before_training(runs, whole):
+    run = recipe.build(load(runs), training=False)
+    base = policies.load("base", run.model)
+    result, images, batch = evaluate(run, base, run.encode([""]))
+    assert images.shape == (12, 32, 32, 3) and len(batch.prompts) == 12
+    logged = rows(whole.workdir)[0]
+    for name, value in result["metrics"].items():
+        assert value == pytest.approx(logged[f"eval/{name}"], rel=1e-6)
+
+
+def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
+    """Five images in micro-batches of two: the last one is padded, and the padding counts not."""
+    records = [{"prompt": str(i), "tag": "even" if i % 2 == 0 else "odd"} for i in range(5)]
+
+    def number(images, prompts, metadata):
+        assert [int(p) for p in prompts] == images[:, 0, 0, 0].tolist()
+        return images[:, 0, 0, 0], [p not in "03" for p in prompts]
+
+    same = {  # in the graph: is the picture that of its prompt?
+        "same": GraphReward(
+            weights=(),
+            prepare=lambda prompts, metadata: np.array([int(p) for p in prompts]),
+            score=lambda weights, images, prompt: (images[:, 0, 0, 0] == prompt) * 1.0,
+        )
+    }
+    run = SimpleNamespace(
+        config=load_eval(images=5, micro_batch=2),
+        mesh=sharding.make_mesh(),
+        test_prompts=records,
+        encode=lambda texts: np.array([int(t) for t in texts]),
+        weights=None,
+        programs=SimpleNamespace(
+            generate=lambda lora, weights, cond, null, prompt, keys: np.tile(
+                cond[np.asarray(prompt)][:, None, None, None], (1, 8, 8, 3)
+            ).astype(np.uint8)
+        ),
+        test_scorer=recipe.Scorer(
+            Mix({"number": 1.0, "same": 0.0}),
+            host.composite(
+                {"number": number}, lambda ids: ([str(i) for i in ids], [records[i] for i in ids])
+            ),
+            same,
+            graph.composite(same),
+        ),
+    )
+    result, images, _ = evaluate(run, {}, None)
+    assert len(images) == 5
+    assert result["metrics"] == {"number": pytest.approx((1 + 2 + 4) / 3), "same": 1.0}
+    assert result["per_tag"] == {
+        "even": {"number": 3.0, "same": 1.0},
+        "odd": {"number": 1.0, "same": 1.0},
+    }
+    assert result["failed"] == pytest.approx(2 / 5)
+    assert result["failures"] == {"number": pytest.approx(2 / 5), "same": 0.0}
+
+
+def load_eval(**settings):
+    return SimpleNamespace(eval=SimpleNamespace(seed=0, **settings))
