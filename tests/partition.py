@@ -10,9 +10,11 @@ ENVIRONMENTS = ("torch", "newest")
 ON_BOTH = {
     "test_advantages",
     "test_algorithms",
+    "test_compilation",
     "test_compile_cache",
     "test_cost",
     "test_lora",
+    "test_resume",
     "test_sampler",
     "test_sde",
     "test_sharding",

@@ -81,10 +81,11 @@ def place(folder, name):
     return epath.Path(name if files.in_bucket(name) else Path(folder) / name)
 
 
-def run(folder, name, mesh, host_call, epochs):
+def run(folder, name, mesh, host_call="overlap", epochs=2):
     """What each child process does, as launchers have it done."""
     cli.connect()
     rewards.TABLE["brightness"] = "processes:brightness"
+    calls.clear()
     config = adapted(load(Path(folder), mesh, host_call), name)
     if step := os.environ.get("UNREADABLE"):
         real = Checkpoints.read
@@ -99,27 +100,22 @@ def run(folder, name, mesh, host_call, epochs):
     Path(folder, f"scored-{Path(name).name}-{jax.process_index()}").write_text(str(sum(calls)))
 
 
-def spawn(
-    folder,
-    name,
-    mesh,
-    host_call="overlap",
-    *,
-    devices,
-    processes=1,
-    epochs=2,
-    each=(),
-    last=(),
-    launcher=(),
-):
-    """The run in child processes, which share the given number of devices.
+def spawn(folder, name, mesh, host_call="overlap", *, epochs=2, **settings):
+    """One run in child processes."""
+    return spawn_each(folder, [(name, mesh, host_call, epochs)], **settings)
+
+
+def spawn_each(folder, runs, *, devices, processes=1, each=(), last=(), launcher=()):
+    """Runs one after another, in child processes that share the given number of devices.
 
     Args:
+      runs: the arguments of `run` for each.
       each, last: more environment, of every process and of the last one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = f"import processes\nfor run in {runs!r}: processes.run({str(folder)!r}, *run)"
     children = []
     for i in range(processes):
         env = {
@@ -137,10 +133,9 @@ def spawn(
         env |= dict(each)
         if i == processes - 1:
             env |= dict(last)
-        call = f"processes.run{(str(folder), name, mesh, host_call, epochs)!r}"
         children.append(
             subprocess.Popen(
-                [*launcher, sys.executable, "-c", f"import processes; {call}"],
+                [*launcher, sys.executable, "-c", code],
                 env=env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -166,7 +161,11 @@ def end_all():
 
 def start(*run, **settings):
     """The same, until it has ended well; what each process printed."""
-    children = spawn(*run, **settings)
+    return wait_for(spawn(*run, **settings))
+
+
+def wait_for(children):
+    """What each process printed. All of them must end well."""
     outputs = [child.communicate(timeout=600)[0] for child in children]
     assert not any(child.returncode for child in children), outputs
     return outputs

@@ -1,15 +1,14 @@
 """Full fine-tuning: all of the transformer's weights are trained, and there is no adapter."""
 
 import gc
-import json
-import runpy
 import weakref
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import short_runs
+from short_runs import rows
 
 from flowgrpo_jax import export, policies, recipe
 from flowgrpo_jax.evaluate import evaluate
@@ -18,41 +17,36 @@ from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.train import one_epoch, train
 from flowgrpo_jax.types import Conditioning
 
-ROOT = Path(__file__).parent.parent
+FULL = {
+    "lora__rank": 0,
+    "epochs": 2,
+    "sample__micro_batch": 4,
+    "train__updates_per_epoch": 1,
+    "train__learning_rate": 1e-4,
+    "train__ema_decay": 0.5,
+    "eval__images": 6,
+    "eval__micro_batch": 6,
+    "log__tensorboard": False,
+}
 
 
-def load(**changes):
-    c = runpy.run_path(str(ROOT / "configs" / "shapes.py"))["get_config"]()
-    c.lora.rank = 0
-    c.epochs = 2
-    c.sample.groups, c.sample.group_size, c.sample.micro_batch = 2, 4, 4
-    c.sample.steps, c.sample.window, c.sample.window_range = 4, 2, (0, 3)
-    c.train.learning_rate = 1e-4
-    c.train.ema_decay = 0.5
-    c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 6, 6, 2
-    c.log.tensorboard = False
-    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return c
+def load(runs, **changes):
+    return short_runs.load(runs, **FULL | changes)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(runs):
     """(work directory, final state) of two epochs without a KL."""
-    workdir = tmp_path_factory.mktemp("full") / "run"
-    return workdir, train(load(), workdir)
+    return runs / "full", train(load(runs), runs / "full")
 
 
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_every_weight_is_trained(run):
+def test_every_weight_is_trained(runs, run):
     workdir, state = run
-    model = sd3.load("shapes", t5_length=10)
-    assert set(model.base) - set(state.policy) == {"pos_embed/pos_embed"}
-    still = {k for k, x in state.policy.items() if np.array_equal(x, model.base[k])}
+    model = sd3.load(runs / "model", t5_length=10)
+    assert set(model.base) - set(state.lora) == {"pos_embed/pos_embed"}
+    still = {k for k, x in state.lora.items() if np.array_equal(x, model.base[k])}
     # The last block drops the text tokens' output, so their queries there have no effect.
-    last = "transformer_blocks/5:6/attn"
+    last = "transformer_blocks/2:3/attn"
     idle = ("add_q_proj/kernel", "add_q_proj/bias", "norm_added_q/scale")
     assert still == {f"{last}/{name}" for name in idle}
     first, *_ = rows(workdir)
@@ -67,9 +61,10 @@ def test_what_is_trained_is_float32_whatever_computes(rank):
     assert {x.dtype for x in model.base.values()} == {jnp.dtype("bfloat16")}
 
 
-def test_before_training_it_is_the_base():
-    trained = recipe.build(load(), training=False)
-    adapted = recipe.build(load(lora__rank=2), training=False)
+def test_before_training_it_is_the_base(runs):
+    trained = recipe.build(load(runs), training=False)
+    adapted = recipe.build(load(runs, lora__rank=2), training=False)
+    null = trained.encode([""])
     everything = trained.model.init_lora(jax.random.key(0))
     ours, *_ = evaluate(trained, everything)
     theirs, *_ = evaluate(adapted, policies.load("base", adapted.model))
@@ -77,10 +72,10 @@ def test_before_training_it_is_the_base():
     assert ours["metrics"] == base["metrics"] == pytest.approx(theirs["metrics"])
 
 
-def test_the_export_is_the_trained_transformer(run, tmp_path):
+def test_the_export_is_the_trained_transformer(runs, run, tmp_path):
     workdir, state = run
     (file,) = export.export(workdir, tmp_path)
-    shapes = sd3.describe(sd3.find_architecture("shapes")).base
+    shapes = sd3.describe(sd3.find_architecture(runs / "model")).base
     exported = convert.load(file.parent, shapes)
     for path, x in state.copies["ema"].items():
         np.testing.assert_array_equal(exported[path], x)
@@ -89,7 +84,7 @@ def test_the_export_is_the_trained_transformer(run, tmp_path):
     theirs = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
     rng = np.random.default_rng(0)
     x, tokens, pooled = (
-        rng.normal(size=s).astype(np.float32) for s in ((2, 8, 8, 16), (2, 20, 128), (2, 128))
+        rng.normal(size=s).astype(np.float32) for s in ((2, 4, 4, 16), (2, 20, 32), (2, 32))
     )
     sigma = np.array([0.3, 0.8], np.float32)
     with torch.no_grad():
@@ -99,22 +94,22 @@ def test_the_export_is_the_trained_transformer(run, tmp_path):
             pooled_projections=torch.from_numpy(pooled),
             timestep=torch.from_numpy(1000 * sigma),
         ).sample.numpy()
-    model = recipe.build(load(), training=False).model
-    ours = model.velocity(state.copies["ema"], model.base, x, sigma, Conditioning(tokens, pooled))
+    model = recipe.build(load(runs), training=False).model
+    ours = model.velocity(state.ema, model.base, x, sigma, tokens, pooled)
     expected = expected.transpose(0, 2, 3, 1)
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_it_resumes_bit_for_bit(run, tmp_path):
+def test_it_resumes_bit_for_bit(runs, run, tmp_path):
     _, state = run
-    train(load(epochs=1), tmp_path / "resumed")
-    again = train(load(), tmp_path / "resumed", resume=True)
-    for path, x in state.policy.items():
-        np.testing.assert_array_equal(again.policy[path], x)
+    train(load(runs, epochs=1), tmp_path / "resumed")
+    again = train(load(runs), tmp_path / "resumed", resume=True)
+    for path, x in state.lora.items():
+        np.testing.assert_array_equal(again.lora[path], x)
 
 
 @pytest.mark.parametrize("kl_beta", [0.0, 0.1])
-def test_frozen_weights_are_kept_for_the_kl_alone(tmp_path, monkeypatch, kl_beta):
+def test_frozen_weights_are_kept_for_the_kl_alone(runs, tmp_path, monkeypatch, kl_beta):
     kernels, first = [], []
 
     def build(config):
@@ -133,6 +128,6 @@ def test_frozen_weights_are_kept_for_the_kl_alone(tmp_path, monkeypatch, kl_beta
     real = recipe.build
     monkeypatch.setattr("flowgrpo_jax.recipe.build", build)
     monkeypatch.setattr("flowgrpo_jax.train.one_epoch", epoch)
-    train(load(epochs=2, eval__every=0, algorithm__options__kl_beta=kl_beta), tmp_path / "run")
+    train(load(runs, epochs=2, eval__every=0, train__kl_beta=kl_beta), tmp_path / "run")
     first, second = rows(tmp_path / "run")
     assert first["kl"] == 0 and (second["kl"] > 0) == (kl_beta > 0)

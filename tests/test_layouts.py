@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from processes import PAIR, outcome, start
+from processes import PAIR, outcome, spawn_each, start, wait_for
 from tiny_model import MMDIT
 
 from flowgrpo_jax.models.mmdit import MMDiT
@@ -21,7 +21,8 @@ LAYOUTS = {  # name: mesh, host call
 
 @pytest.fixture(scope="module")
 def one_device(folder):
-    start(folder, "one", {"data": 1}, devices=1)
+    runs = [("one", {"data": 1}), ("full-one", {"data": 1})]
+    wait_for(spawn_each(folder, runs, devices=1))
     rows, ema = outcome(folder, "one")
     assert len(rows) == 3 and max(row.get("ratio_gap", 0) for row in rows) < 1e-5
     moved = [np.abs(x).max() for k, x in ema.items() if k.endswith("lora_b")]
@@ -49,16 +50,21 @@ def same_pictures(folder, ours, theirs):
     assert np.abs(mine - other).max() <= 1 and other.std() > 5
 
 
+@pytest.fixture(scope="module")
+def eight_devices(folder):
+    """All layouts of eight devices, in one process, and full fine-tuning in one of them."""
+    full = ("full-eight", {"data": 2, "fsdp": 2, "tensor": 2})
+    runs = [(name, *layout) for name, layout in LAYOUTS.items()]
+    wait_for(spawn_each(folder, [*runs, full], devices=8))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_layout_does_not_change_the_result(folder, one_device, layout):
-    start(folder, layout, *LAYOUTS[layout], devices=8)
+def test_the_layout_does_not_change_the_result(folder, one_device, eight_devices, layout):
     same(outcome(folder, layout), one_device)
     same_pictures(folder, layout, "one")
 
 
-def test_the_layout_does_not_change_full_fine_tuning(folder):
-    start(folder, "full-one", {"data": 1}, devices=1)
-    start(folder, "full-eight", {"data": 2, "fsdp": 2, "tensor": 2}, devices=8)
+def test_the_layout_does_not_change_full_fine_tuning(folder, one_device, eight_devices):
     one = outcome(folder, "full-one")
     base = package.read(folder / "model", {"transformer": lambda rngs: MMDiT(MMDIT, rngs=rngs)})
     moved = [np.abs(x - base["transformer"][path]).max() for path, x in one[1].items()]
