@@ -80,7 +80,8 @@ def test_a_damaged_checkpoint_is_passed_over(runs, whole, how, caplog):
 
 def test_the_best_is_of_this_run(runs, whole, tmp_path):
     """A work directory with a best checkpoint alone is another run's all the same."""
-    shutil.copytree(whole.workdir / "best", tmp_path / "run" / "best")
+    best = tmp_path / "run" / "best"
+    shutil.copytree(whole.workdir / "checkpoints" / "4", best / "4")
     with pytest.raises(FileExistsError, match="already holds a run"):
         train(load(runs), tmp_path / "run")
 
