@@ -16,7 +16,6 @@ from etils import epath
 
 from flowgrpo_jax import cli, files, policies, recipe, rewards
 from flowgrpo_jax.checkpoint import Checkpoints
-from flowgrpo_jax.scoring import host
 from flowgrpo_jax.train import first_state, train
 
 HERE = Path(__file__).parent

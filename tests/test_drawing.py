@@ -28,14 +28,14 @@ def test_an_exported_lora_draws_what_the_checkpoint_draws(runs, whole):
     config = load(runs, eval__images=1, eval__micro_batch=1, eval__steps=3, **changes)
     run = recipe.build(config, training=False)
     ema = policies.load(whole.workdir, run.model)
-    jax.tree.map(np.testing.assert_array_equal, ema, whole.state.ema)
-    _, expected, _ = evaluate(run, ema, run.encode([""]))
+    jax.tree.map(np.testing.assert_array_equal, ema, whole.state.copies["ema"])
+    _, expected, _ = evaluate(run, ema)
 
     printed = call(runs, "export", "--workdir=whole", "--out=lora").split()
     assert len(printed) == 3 and all(Path(runs, file).is_file() for file in printed)
     for lora in ("lora", *printed):
         again = policies.load(runs / lora, run.model)
-        jax.tree.map(np.testing.assert_array_equal, again, whole.state.ema)
+        jax.tree.map(np.testing.assert_array_equal, again, whole.state.copies["ema"])
 
     settings = ["--steps=3", "--guidance=1", "--seed=5", "--out=drawn/one.png"]
     call(runs, "generate", "--model=model", f"--prompt={prompt}", "--lora=lora", *settings)
@@ -82,6 +82,6 @@ def test_generating_with_the_base(runs, monkeypatch):
 def test_a_policy_that_is_not_there(runs, whole, source, problem, message, monkeypatch):
     monkeypatch.chdir(runs)
     (runs / "empty").mkdir(exist_ok=True)
-    model = SimpleNamespace(lora_shapes={k: v for k, v in whole.state.ema.items()})
+    model = SimpleNamespace(lora_shapes={k: v for k, v in whole.state.copies["ema"].items()})
     with pytest.raises(problem, match=message):
         policies.load(source, model)

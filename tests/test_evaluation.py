@@ -11,10 +11,11 @@ from short_runs import call, load, rows
 from flowgrpo_jax import checkpoint, cli, policies, recipe, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
+from flowgrpo_jax.models.base_model import BaseModel
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.scoring.mix import Mix
 from flowgrpo_jax.train import evaluate_into, first_state
-from flowgrpo_jax.types import GraphReward
+from flowgrpo_jax.types import GraphReward, Pictures
 
 
 @pytest.mark.parametrize(
@@ -46,17 +47,18 @@ def test_the_best_evaluation_is_kept(runs, whole):
     assert best.steps() == [epoch]
     assert best.record(epoch)["eval/jpeg_incompressibility"] == scores[epoch]
     run = recipe.build(load(runs), training=False)
-    result, *_ = evaluate(run, policies.load(whole.workdir / "best", run.model), run.encode([""]))
+    result, *_ = evaluate(run, policies.load(whole.workdir / "best", run.model))
     assert result["metrics"]["jpeg_incompressibility"] == pytest.approx(scores[epoch], rel=1e-6)
 
 
 def test_the_best_may_be_older_than_one_of_before(runs, tmp_path):
     """A run that goes on from an earlier checkpoint with another reward begins anew."""
     state = first_state(recipe.build(load(runs)))
-    checkpoint.Best(tmp_path, "shapes", {}).offer(4, state, {"eval/shapes": 0.75})
-    checkpoint.Best(tmp_path, "shapes_strict", {}).offer(2, state, {"eval/shapes_strict": 0.25})
+    checkpoint.Best(tmp_path, "shapes", {}, BaseModel()).offer(4, state, {"eval/shapes": 0.75})
+    strict = checkpoint.Best(tmp_path, "shapes_strict", {}, BaseModel())
+    strict.offer(2, state, {"eval/shapes_strict": 0.25})
     assert Checkpoints(tmp_path).steps() == [2]
-    again = checkpoint.Best(tmp_path, "shapes_strict", {})
+    again = checkpoint.Best(tmp_path, "shapes_strict", {}, BaseModel())
     assert again.value == 0.25
     again.offer(6, state, {"eval/shapes_strict": 0.25})  # not better
     assert Checkpoints(tmp_path).steps() == [2]
@@ -79,7 +81,7 @@ def test_evaluating_a_checkpoint_repeats_what_training_logged(runs, whole):
 def test_the_base_is_the_policy_before_training(runs, whole):
     run = recipe.build(load(runs), training=False)
     base = policies.load("base", run.model)
-    result, images, batch = evaluate(run, base, run.encode([""]))
+    result, images, batch = evaluate(run, base)
     assert images.shape == (12, 32, 32, 3) and len(batch.prompts) == 12
     logged = rows(whole.workdir)[0]
     for name, value in result["metrics"].items():
@@ -107,10 +109,14 @@ def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
         test_prompts=records,
         encode=lambda texts: np.array([int(t) for t in texts]),
         weights=None,
+        empty=None,
         programs=SimpleNamespace(
-            generate=lambda lora, weights, cond, null, prompt, keys: np.tile(
-                cond[np.asarray(prompt)][:, None, None, None], (1, 8, 8, 3)
-            ).astype(np.uint8)
+            generate=lambda policy, weights, cond, empty, prompt, keys: Pictures(
+                np.tile(cond[np.asarray(prompt)][:, None, None, None], (1, 8, 8, 3)).astype(
+                    np.uint8
+                ),
+                np.ones(len(prompt), bool),
+            )
         ),
         test_scorer=recipe.Scorer(
             Mix({"number": 1.0, "same": 0.0}),
@@ -121,7 +127,7 @@ def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
             graph.composite(same),
         ),
     )
-    result, images, _ = evaluate(run, {}, None)
+    result, images, _ = evaluate(run, {})
     assert len(images) == 5
     assert result["metrics"] == {"number": pytest.approx((1 + 2 + 4) / 3), "same": 1.0}
     assert result["per_tag"] == {

@@ -1,16 +1,18 @@
 """What fails within a run, rewards, updates or the disk, ends it early or costs it little."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 from short_runs import load, rows, timeless
 
-from flowgrpo_jax import rewards
+from flowgrpo_jax import algorithms, rewards
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.train import one_epoch, train
 
@@ -30,10 +32,10 @@ def test_a_reward_that_always_fails_ends_the_run(runs, monkeypatch):
 def test_what_was_trained_before_an_error_is_kept(runs, half, monkeypatch):
     """Whatever ends the run: the epochs since the last checkpoint are in a new one."""
 
-    def fails_later(run, state, null, epoch, *rest):
+    def fails_later(run, state, epoch, *rest):
         if epoch == 1:
             raise MemoryError("no room")
-        return one_epoch(run, state, null, epoch, *rest)
+        return one_epoch(run, state, epoch, *rest)
 
     monkeypatch.setattr("flowgrpo_jax.train.one_epoch", fails_later)
     config = load(runs, eval__every=0, checkpoint__every=1000)
@@ -70,12 +72,12 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(
     are all rows of the metrics: neither they nor pictures nor the best checkpoint end the run."""
     workdir = small_disk / "run"
 
-    def disturbed(run, state, null, epoch, *rest):
+    def disturbed(run, state, epoch, *rest):
         if epoch == 1:
             while not (workdir / "checkpoints" / "1").exists():  # written in the background
                 time.sleep(0.05)
             fill(small_disk, leave)
-        result = one_epoch(run, state, null, epoch, *rest)
+        result = one_epoch(run, state, epoch, *rest)
         if epoch == 2:
             (small_disk / "ballast").unlink()
         return result
@@ -129,8 +131,20 @@ def test_a_reward_that_hangs_ends_the_run(runs, monkeypatch):
         train(config, runs / "hanging")
 
 
+def never_finite():
+    """An algorithm of the user's own, whose gradient is infinite."""
+    grpo = algorithms.load("grpo", {})
+
+    def loss(*args):
+        value, figures = grpo.loss(*args)
+        return jnp.inf * value, figures
+
+    return dataclasses.replace(grpo, loss=loss)
+
+
 def test_updates_that_are_never_finite_end_the_run(runs):
-    config = load(runs, eval__every=0, train__max_skipped=1, train__kl_beta=float("inf"))
+    config = load(runs, eval__every=0, train__max_skipped=1)
+    config.algorithm = ConfigDict({"name": f"{__name__}:never_finite", "options": {}})
     with pytest.raises(RuntimeError, match=r"last 2 epochs .*train\.max_skipped=1"):
         train(config, runs / "infinite")
 

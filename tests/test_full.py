@@ -43,8 +43,8 @@ def run(runs):
 def test_every_weight_is_trained(runs, run):
     workdir, state = run
     model = sd3.load(runs / "model", t5_length=10)
-    assert set(model.base) - set(state.lora) == {"pos_embed/pos_embed"}
-    still = {k for k, x in state.lora.items() if np.array_equal(x, model.base[k])}
+    assert set(model.base) - set(state.policy) == {"pos_embed/pos_embed"}
+    still = {k for k, x in state.policy.items() if np.array_equal(x, model.base[k])}
     # The last block drops the text tokens' output, so their queries there have no effect.
     last = "transformer_blocks/2:3/attn"
     idle = ("add_q_proj/kernel", "add_q_proj/bias", "norm_added_q/scale")
@@ -64,7 +64,6 @@ def test_what_is_trained_is_float32_whatever_computes(rank):
 def test_before_training_it_is_the_base(runs):
     trained = recipe.build(load(runs), training=False)
     adapted = recipe.build(load(runs, lora__rank=2), training=False)
-    null = trained.encode([""])
     everything = trained.model.init_lora(jax.random.key(0))
     ours, *_ = evaluate(trained, everything)
     theirs, *_ = evaluate(adapted, policies.load("base", adapted.model))
@@ -95,7 +94,7 @@ def test_the_export_is_the_trained_transformer(runs, run, tmp_path):
             timestep=torch.from_numpy(1000 * sigma),
         ).sample.numpy()
     model = recipe.build(load(runs), training=False).model
-    ours = model.velocity(state.ema, model.base, x, sigma, tokens, pooled)
+    ours = model.velocity(state.copies["ema"], model.base, x, sigma, Conditioning(tokens, pooled))
     expected = expected.transpose(0, 2, 3, 1)
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -104,8 +103,8 @@ def test_it_resumes_bit_for_bit(runs, run, tmp_path):
     _, state = run
     train(load(runs, epochs=1), tmp_path / "resumed")
     again = train(load(runs), tmp_path / "resumed", resume=True)
-    for path, x in state.lora.items():
-        np.testing.assert_array_equal(again.lora[path], x)
+    for path, x in state.policy.items():
+        np.testing.assert_array_equal(again.policy[path], x)
 
 
 @pytest.mark.parametrize("kl_beta", [0.0, 0.1])
@@ -128,6 +127,8 @@ def test_frozen_weights_are_kept_for_the_kl_alone(runs, tmp_path, monkeypatch, k
     real = recipe.build
     monkeypatch.setattr("flowgrpo_jax.recipe.build", build)
     monkeypatch.setattr("flowgrpo_jax.train.one_epoch", epoch)
-    train(load(runs, epochs=2, eval__every=0, train__kl_beta=kl_beta), tmp_path / "run")
+    train(
+        load(runs, epochs=2, eval__every=0, algorithm__options__kl_beta=kl_beta), tmp_path / "run"
+    )
     first, second = rows(tmp_path / "run")
     assert first["kl"] == 0 and (second["kl"] > 0) == (kl_beta > 0)

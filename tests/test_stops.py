@@ -39,8 +39,7 @@ def test_sigterm_saves_and_stops(runs, whole):
 
 HANGING = """
 import threading, concurrent.futures as futures, pathlib, runpy, sys
-from flowgrpo_jax import rewards
-from flowgrpo_jax.scoring import host
+from flowgrpo_jax import cli, rewards
 from flowgrpo_jax.train import train
 
 pool = futures.ThreadPoolExecutor(1)  # whose thread Python joins before it ends
@@ -52,7 +51,7 @@ sys.modules["hanging"] = sys.modules["__main__"]
 rewards.TABLE["shapes"] = "hanging:hangs"
 config = runpy.run_path("tiny.py")["get_config"]()
 config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, 0.5, 1.0
-with host.leaving_hung_calls():
+with cli.ending():
     train(config, pathlib.Path("hung"))
 """
 
@@ -74,7 +73,6 @@ def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(runs):
 SLEEPING = """
 import pathlib, runpy, sys, time
 from flowgrpo_jax import cli, rewards
-from flowgrpo_jax.scoring import host
 from flowgrpo_jax.train import train
 
 limit, seconds, calls = float(sys.argv[1]), float(sys.argv[2]), []
@@ -91,7 +89,7 @@ rewards.TABLE["shapes"] = "sleeping:sleeps"
 config = runpy.run_path("tiny.py")["get_config"]()
 config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, limit, 1.0
 config.checkpoint.every = 100
-with host.leaving_hung_calls(), cli.restarting():
+with cli.ending(), cli.restarting():
     train(config, pathlib.Path("slept"))
 """
 
