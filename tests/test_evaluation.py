@@ -19,20 +19,29 @@ from flowgrpo_jax.types import GraphReward, Pictures
 
 
 @pytest.mark.parametrize(
-    "best, other, offered", [(0.0, 0.0, [7]), (0.0, 1.0, [7]), (0.9, 0.0, []), (0.9, 1.0, [])]
+    "best, other, broken, offered",
+    [
+        (0.0, 0.0, 0.0, [7]),
+        (0.0, 1.0, 0.0, [7]),
+        (0.9, 0.0, 0.0, []),
+        (0.9, 1.0, 0.0, []),
+        (0.1, 0.1, 0.1, []),
+    ],
 )
 def test_an_evaluation_whose_reward_failed_is_not_the_best(
-    runs, tmp_path, monkeypatch, caplog, best, other, offered
+    runs, tmp_path, monkeypatch, caplog, best, other, broken, offered
 ):
-    """That of `checkpoint.best` alone: a monitor that fails costs nothing but its own figure."""
+    """That of `checkpoint.best` alone: a monitor that fails costs nothing but its own figure.
+    With a picture that is not finite a state is never the best."""
     failures = {"jpeg_incompressibility": best, "shapes": other}
     result = {"metrics": {"shapes": 1.0}, "per_tag": {}, "failed": 1.0, "failures": failures}
+    result["broken"] = broken
     monkeypatch.setattr("flowgrpo_jax.train.evaluate", lambda *_, **__: (result, None, None))
     monkeypatch.setattr("flowgrpo_jax.train.save_grid", lambda *_: None)
-    run, state = SimpleNamespace(config=load(runs)), SimpleNamespace(ema={})
+    run, state = SimpleNamespace(config=load(runs)), SimpleNamespace(copies={"ema": {}})
     epochs: list[int] = []
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
-    evaluate_into(tmp_path, run, state, None, 7, kept, cli.Stop())
+    evaluate_into(tmp_path, run, state, 7, kept, cli.Stop())
     assert epochs == offered
     assert ("jpeg_incompressibility failed on 90% and cannot be the best" in caplog.text) is (
         not offered
