@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 AUTOMATIC, OFF = "auto", "off"  # choices of the flag --compilation_cache beside a path
 FOLDER = "compiled"  # of the cache in a work directory, and in the user's cache directory
 UNUSED = 90 * 24 * 3600  # seconds after which an entry that nobody has read is removed
-SHORTEST = 0.1  # seconds of compilation that are worth a file on a local disk
 WHOLE = "whole://"  # prefix of the paths that are `WholeFiles`
 
 
@@ -63,7 +62,9 @@ def start(where: str, workdir: epath.Path | None = None) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", f"{WHOLE}{folder}")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST)
+        # A start has more than a hundred small programs, each read from a disk in no time. In a
+        # bucket JAX's own limit of a second stays, for each file there costs a round trip.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def default_place(workdir: epath.Path | None) -> epath.Path | Path:

@@ -41,7 +41,7 @@ def sample(
     guided = sampler.guided(velocity, guidance)
 
     @jax.jit
-    def run(policy, weights, cond, empty, key, epoch, start, ids, prompt, image):
+    def draw_rollouts(policy, weights, cond, empty, key, epoch, start, ids, prompt, image):
         """Return the rollout, its pictures and the host's scores (none without `score`).
 
         ids, prompt, image: i32 [M], the prompt's id, its row in `cond`, the place in the group.
@@ -58,7 +58,7 @@ def sample(
         pictures = Pictures(sharding.constrain_rows(mesh, pixels), finite)
         return rollout, pictures, score(pictures.pixels, ids) if score else {}
 
-    return run
+    return draw_rollouts
 
 
 @cached
@@ -69,7 +69,9 @@ def accumulate(
     guided = sampler.guided(velocity, guidance)
 
     @partial(jax.jit, donate_argnums=0)
-    def run(gradient, figures, policy, others, frozen, cond, empty, rollout, advantage, terms):
+    def add_gradient(
+        gradient, figures, policy, others, frozen, cond, empty, rollout, advantage, terms
+    ):
         def v(params: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
             return guided(params, frozen, x, sigma, cond, empty, rollout.prompt)
 
@@ -78,7 +80,7 @@ def accumulate(
             algorithm, setup, v, policy, others, rollout, advantage, terms, images, carry
         )
 
-    return run
+    return add_gradient
 
 
 @cached
@@ -86,9 +88,12 @@ def apply(
     optimiser: Any, ema_decay: float
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """One optimiser step from an accumulated gradient."""
-    return jax.jit(
-        lambda state, gradient: update.apply_gradient(state, gradient, optimiser, ema_decay)
-    )
+
+    @jax.jit
+    def apply_gradient(state, gradient):
+        return update.apply_gradient(state, gradient, optimiser, ema_decay)
+
+    return apply_gradient
 
 
 @cached
@@ -96,7 +101,12 @@ def end_epoch(algorithm: Algorithm) -> Callable[[TrainState], TrainState]:
     """The step of the algorithm's copies at the end of an epoch; nothing for one without copies."""
     if not algorithm.copies:
         return lambda state: state
-    return jax.jit(lambda state: update.end_epoch(state, algorithm))
+
+    @jax.jit
+    def end_epoch(state):
+        return update.end_epoch(state, algorithm)
+
+    return end_epoch
 
 
 @cached
@@ -113,7 +123,7 @@ def generate(
     guided = sampler.guided(velocity, guidance)
 
     @jax.jit
-    def run(policy, weights, cond, empty, prompt, keys):
+    def draw_images(policy, weights, cond, empty, prompt, keys):
         """Return the pictures of image keys [M] and each image's row in `cond`, i32 [M]."""
 
         def v(x: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -122,4 +132,4 @@ def generate(
         x = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.ODE_KEY, latent))
         return decode(weights["vae"], sampler.ode(v, sigmas, x))
 
-    return run
+    return draw_images
