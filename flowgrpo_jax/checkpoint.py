@@ -246,7 +246,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-class Kept:
+class RunCheckpoints:
     """What a run keeps in its work directory: its last states, and its best one if asked to.
 
     Args:

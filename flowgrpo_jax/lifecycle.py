@@ -39,14 +39,14 @@ def count_lost(lost: int, skipped: float, most: int) -> int:
     return lost
 
 
-def save_at_stop(kept: checkpoint.Kept, epoch: int, state: TrainState) -> None:
+def save_at_stop(checkpoints: checkpoint.RunCheckpoints, epoch: int, state: TrainState) -> None:
     """Save the state and wait until it is written.
 
     Raises OSError when that fails. A run of several processes ends with the exit status for a
     restart instead: whether there is room shows when they start again.
     """
     try:
-        kept.finish(epoch, state)
+        checkpoints.finish(epoch, state)
     except OSError as error:
         if jax.process_count() == 1:
             raise
@@ -55,7 +55,12 @@ def save_at_stop(kept: checkpoint.Kept, epoch: int, state: TrainState) -> None:
 
 
 def save_at_error(
-    error: Exception, kept: checkpoint.Kept, epoch: int, state: TrainState, *, began: int
+    error: Exception,
+    checkpoints: checkpoint.RunCheckpoints,
+    epoch: int,
+    state: TrainState,
+    *,
+    began: int,
 ) -> None:
     """Save what was trained since the start, at epoch `began`; the caller raises the error again.
 
@@ -68,7 +73,7 @@ def save_at_error(
         return
     if isinstance(error, RunFailed) or jax.process_count() == 1:
         try:
-            kept.finish(epoch, state)
+            checkpoints.finish(epoch, state)
         except OSError as unsaved:
             error.add_note(str(unsaved))
     else:

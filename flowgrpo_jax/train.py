@@ -243,7 +243,7 @@ def evaluate_into(
     run: Recipe,
     state: TrainState,
     epoch: int,
-    kept: checkpoint.Kept,
+    checkpoints: checkpoint.RunCheckpoints,
     stop: cli.Stop,
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
@@ -268,7 +268,7 @@ def evaluate_into(
             100 * result["broken"],
         )
     elif failed <= run.config.reward.max_failed:
-        kept.offer(epoch, state, report)
+        checkpoints.offer(epoch, state, report)
     else:
         log.warning(
             "epoch %d: %s failed on %.0f%% and cannot be the best", epoch, best, 100 * failed
@@ -304,14 +304,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         print(recipe.describe(run))
     state = first_state(run)
     run = dataclasses.replace(run, model=recipe.drop_frozen(run.model, run.algorithm))
-    kept = checkpoint.Kept(
+    checkpoints = checkpoint.RunCheckpoints(
         workdir,
         config.to_dict(),
         base_model.of(run.model),
         keep=config.checkpoint.keep or None,
         best=config.checkpoint.best,
     )
-    state, epoch = kept.resume(state) if resume else (state, 0)
+    state, epoch = checkpoints.resume(state) if resume else (state, 0)
     if epoch > config.epochs:
         log.warning("%s has %d epochs, more than epochs=%d", workdir, epoch, config.epochs)
     cli.record(workdir, config)
@@ -327,11 +327,11 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 stop.check()
                 report: dict[str, float] = {}
                 if evaluation_is_due(run, epoch):
-                    report = evaluate_into(workdir, run, state, epoch, kept, stop)
+                    report = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 begun = time.perf_counter()
                 trained, figures = one_epoch(run, state, epoch, stop)
-                kept.lost = lifecycle.count_lost(
-                    kept.lost, figures["skipped"], config.train.max_skipped
+                checkpoints.lost = lifecycle.count_lost(
+                    checkpoints.lost, figures["skipped"], config.train.max_skipped
                 )
                 state, epoch = trained, epoch + 1
                 figures["seconds"] = time.perf_counter() - begun
@@ -339,21 +339,21 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 metrics.write(epoch - 1, figures | report)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
-                    kept.save(epoch, state)
-            kept.finish(epoch, state)
+                    checkpoints.save(epoch, state)
+            checkpoints.finish(epoch, state)
             if run.test_prompts and config.eval.every and epoch == config.epochs:
-                last = evaluate_into(workdir, run, state, epoch, kept, stop)
+                last = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 metrics.write(epoch, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
             if epoch > first:
-                lifecycle.save_at_stop(kept, epoch, state)
+                lifecycle.save_at_stop(checkpoints, epoch, state)
         except Exception as error:
-            lifecycle.save_at_error(error, kept, epoch, state, began=first)
+            lifecycle.save_at_error(error, checkpoints, epoch, state, began=first)
             metrics.close(failed=True)
             raise
         bar.close()
-        kept.close()
+        checkpoints.close()
         metrics.close()
         if last and first_process:
             print(json.dumps({k: round(v, 4) for k, v in last.items() if np.isfinite(v)}))

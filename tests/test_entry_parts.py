@@ -193,7 +193,7 @@ def kept(workdir, algorithm="nft"):
         "algorithm": {"name": algorithm},
         "advantage": {"name": "per_prompt"},
     }
-    return checkpoint.Kept(workdir, config, keep=None, best="")
+    return checkpoint.RunCheckpoints(workdir, config, keep=None, best="")
 
 
 def test_copies_and_memory_are_resumed(tmp_path):
