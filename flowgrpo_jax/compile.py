@@ -95,7 +95,7 @@ def describe(config: ConfigDict, mesh: Mesh) -> tuple[sd3.SD3, Architecture]:
         t5_length=config.model.t5_length,
         remat=config.model.remat,
         attention=config.model.attention,
-        gather=sharding.gather(mesh),
+        gather=sharding.gather_weights(mesh),
     )
     return recipe.drop_frozen(model, recipe.make_algorithm(config)), parts
 

@@ -155,7 +155,7 @@ def load_model(
         place=sharding.place(mesh),
         texts_alone=texts_alone,
         attention=config.model.attention,
-        gather=sharding.gather(mesh),
+        gather=sharding.gather_weights(mesh),
     )
 
 

@@ -129,7 +129,7 @@ def place(mesh: Mesh) -> Any:
 
 
 @lru_cache(maxsize=16)  # one function a mesh, by which models and their programs are cached
-def gather(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array] | None:
+def gather_weights(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array] | None:
     """What a block does to its weights before it runs: fetch what other devices keep of them.
 
     None where `fsdp` cuts nothing. Said outright because the compiler, left to itself, moves the

@@ -129,7 +129,7 @@ def test_a_second_model_of_the_same_settings_shares_its_programs():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     made = []
     for _ in range(2):
-        model = sd3.describe(parts, t5_length=10, gather=sharding.gather(mesh))
+        model = sd3.describe(parts, t5_length=10, gather=sharding.gather_weights(mesh))
         settings_of = {"guidance": 1.0, "latent": (8, 8, 16), "sigmas": (1.0, 0.5, 0.0)}
         made.append(programs.generate(model.velocity, model.decode, mesh, **settings_of))
     assert made[0] is made[1]

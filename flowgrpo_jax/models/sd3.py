@@ -205,7 +205,8 @@ def describe(
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
       attention: the implementation of the transformer's, see layers.attention.
-      gather: applied to the transformer's parameters right before they are used (sharding.gather).
+      gather: applied to the parameters of the transformer before their use, by
+        sharding.gather_weights.
     """
     spec = lora_spec or LoRASpec(rank=1, alpha=1.0, targets=("attn.to_q",))
     velocity, base, trained = _transformer(parts, spec, dtype, remat, attention, gather)
