@@ -137,7 +137,7 @@ class Checkpoints:
                 if alone and "RESOURCE_EXHAUSTED" in str(error):  # no room, which is no damage
                     raise
                 failed = error
-            by_all = not sharding.everyone(np.array(failed is not None)).any()
+            by_all = not sharding.allgather(np.array(failed is not None)).any()
             if found and by_all:
                 return found
             failed = failed or OSError("another process of the run could not read its part")
@@ -205,7 +205,7 @@ class Best:
         self.checkpoints = Checkpoints(directory, own=True)
         self.figure = f"eval/{reward}"
         # As the first process reads it: all must agree on when to save.
-        self.value = float(sharding.everyone(np.array(self._stored(), np.float64))[0])
+        self.value = float(sharding.allgather(np.array(self._stored(), np.float64))[0])
 
     def _stored(self) -> float:
         value = -math.inf

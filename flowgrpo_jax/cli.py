@@ -252,7 +252,7 @@ class Stop:
 
     def check(self) -> None:
         """Raise Stopped when any process has been asked to stop. All processes call this alike."""
-        if number := int(sharding.everyone(np.array(self.requested)).max()):
+        if number := int(sharding.allgather(np.array(self.requested)).max()):
             raise Stopped(number)
 
     def wait(self, pending: Any) -> Any:
@@ -260,7 +260,7 @@ class Stop:
         request to any of them ends the waiting. All processes call this alike."""
         if not isinstance(pending, Future):
             return pending
-        while not sharding.everyone(np.array(bool(wait([pending], 1.0).done))).all():
+        while not sharding.allgather(np.array(bool(wait([pending], 1.0).done))).all():
             self.check()
         return pending.result()
 

@@ -141,7 +141,7 @@ def _scores(
     scorer, n = run.test_scorer, len(pixels)
     mine = host.shares(batch.ids, jax.process_index(), jax.process_count(), micro)
     scored = []
-    for i in range(sharding.everyone(np.array(len(mine))).max()):  # shares differ in size
+    for i in range(sharding.allgather(np.array(len(mine))).max()):  # shares differ in size
         check()
         if i < len(mine):
             scored.append(scorer.host(pixels[mine[i]], batch.ids[mine[i]]))

@@ -134,7 +134,7 @@ def encode(
         c.text_cache,
         mark,
         strict=strict,
-        everyone=sharding.everyone,
+        allgather=sharding.allgather,
         whole=sharding.whole,
     )
     return sharding.replicate(mesh, cond)

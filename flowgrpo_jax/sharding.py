@@ -221,7 +221,7 @@ def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows), np.concatenate([np.asarray(parts[start]) for start in starts])
 
 
-def everyone(x: np.ndarray) -> np.ndarray:
+def allgather(x: np.ndarray) -> np.ndarray:
     """[processes, ...]: every process's value of an array of the same shape; a meeting point."""
     if jax.process_count() == 1:
         return x[None]
@@ -230,9 +230,9 @@ def everyone(x: np.ndarray) -> np.ndarray:
 
 def agreed(numbers: list[int]) -> list[int]:
     """The first process's, in every process; a meeting point."""
-    length = int(everyone(np.array(len(numbers)))[0])
+    length = int(allgather(np.array(len(numbers)))[0])
     same_length = (numbers + [0] * length)[:length]
-    return everyone(np.array(same_length, int))[0].tolist() if length else []
+    return allgather(np.array(same_length, int))[0].tolist() if length else []
 
 
 def whole(x: Any) -> np.ndarray:

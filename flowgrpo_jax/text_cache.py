@@ -52,7 +52,7 @@ def encode_cached(
     fingerprint: str,
     *,
     strict: bool = False,
-    everyone: Callable[[np.ndarray], np.ndarray] = lambda x: x[None],
+    allgather: Callable[[np.ndarray], np.ndarray] = lambda x: x[None],
     whole: Callable[[jax.Array], np.ndarray] = np.asarray,
 ) -> Conditioning:
     """`encode(texts)` through the files in `directory`, which is made when it is not there.
@@ -66,7 +66,7 @@ def encode_cached(
       texts: P prompts. Returns their Conditioning, in order, in the dtype that `encode` gave.
       fingerprint: of the encoders and their settings; another one is another cache.
       strict: raise what kept a prompt from being written, for who came to fill the cache.
-      everyone: [processes, ...] of every process's array: all encode what one of them lacks, since
+      allgather: [processes, ...] of every process's array: all encode what one of them lacks, since
         the encoders may be spread over them all.
       whole: fetches an array that may be spread over processes.
     """
@@ -78,7 +78,7 @@ def encode_cached(
         unwritten.append(error)
     names = {t: hashlib.sha256(f"{fingerprint}\n{t}".encode()).hexdigest() for t in texts}
     found = {t: states for t, name in names.items() if (states := _read(folder / f"{name}.st"))}
-    lacking = np.any(everyone(np.array([t not in found for t in names])), axis=0).tolist()
+    lacking = np.any(allgather(np.array([t not in found for t in names])), axis=0).tolist()
     if missing := [t for t, lacks in zip(names, lacking) if lacks]:
         filled = missing + missing[-1:] * (len(texts) - len(missing))
         fresh = jax.tree.map(whole, encode(filled))

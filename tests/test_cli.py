@@ -53,12 +53,12 @@ def test_a_signal_and_its_echo_count_once(monkeypatch):
 def test_a_stop_of_another_process_ends_the_waiting(monkeypatch, done):
     """Scores may be there in this process and not in the other, which was asked to stop."""
 
-    def everyone(mine):
+    def allgather(mine):
         theirs = False if mine.dtype == bool else signal.SIGTERM
         return np.stack([mine, np.array(theirs, mine.dtype)])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr("flowgrpo_jax.sharding.everyone", everyone)
+    monkeypatch.setattr("flowgrpo_jax.sharding.allgather", allgather)
     pending = Future()
     if done:
         pending.set_result("scores")
@@ -70,7 +70,7 @@ def test_a_stop_of_another_process_ends_the_waiting(monkeypatch, done):
 def test_scores_are_waited_for_in_all_processes(monkeypatch):
     answers = iter([False, 0, False, 0, True])  # of the other process: scored? asked to stop?
     monkeypatch.setattr(
-        "flowgrpo_jax.sharding.everyone",
+        "flowgrpo_jax.sharding.allgather",
         lambda mine: np.stack([mine, np.array(next(answers), mine.dtype)]),
     )
     pending = Future()

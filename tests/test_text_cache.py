@@ -59,11 +59,11 @@ def test_processes_encode_what_one_of_them_lacks(tmp_path):
     encode = Encoder()
     encode_cached(encode, ["a", "b"], tmp_path, "x")
 
-    def everyone(lacking):
+    def allgather(lacking):
         assert not lacking.any()  # we have them all; the other one lacks "b"
         return np.stack([lacking, [False, True]])
 
-    ours = encode_cached(encode, ["a", "b"], tmp_path, "x", everyone=everyone)
+    ours = encode_cached(encode, ["a", "b"], tmp_path, "x", allgather=allgather)
     same(ours, Encoder()(["a", "b"]))
     assert encode.asked[1] == ["b", "b"]
 

@@ -216,7 +216,7 @@ def spread(rows: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
 
 def merge(scores: np.ndarray) -> np.ndarray:
     """Merge the results of the processes; each result has NaN in the rows it did not score."""
-    return np.fmax.reduce(sharding.everyone(scores))
+    return np.fmax.reduce(sharding.allgather(scores))
 
 
 def callback(
