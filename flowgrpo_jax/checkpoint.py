@@ -52,7 +52,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """As the first process sees them: a shared disk may show a new one to others later."""
-        return sharding.agreed(sorted(self._manager.all_steps()))
+        return sharding.from_first_process(sorted(self._manager.all_steps()))
 
     def write(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> None:
         """Write in the background; `wait` and `close` wait for the last one.

@@ -228,7 +228,7 @@ def allgather(x: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x))
 
 
-def agreed(numbers: list[int]) -> list[int]:
+def from_first_process(numbers: list[int]) -> list[int]:
     """The first process's, in every process; a meeting point."""
     length = int(allgather(np.array(len(numbers)))[0])
     same_length = (numbers + [0] * length)[:length]
