@@ -87,7 +87,7 @@ def evaluate(
         graphed.append(run.test_scorer.graph(images[-1], prepared, row))
         jax.block_until_ready(images[-2:-1])  # two at a time, or a stop would wait for all
     pixels, sound = (
-        np.concatenate([sharding.whole(part) for part in parts])[: config.images]
+        np.concatenate([sharding.to_host(part) for part in parts])[: config.images]
         for parts in (images, finite)
     )
 
@@ -114,7 +114,7 @@ def encode_many(run: Recipe, texts: list[str]) -> Any:
     size, whole = min(len(texts), TEXTS), None
     padded = texts + texts[-1:] * (-len(texts) % size)
     for i in range(0, len(padded), size):
-        part = jax.tree.map(sharding.whole, run.encode(padded[i : i + size]))
+        part = jax.tree.map(sharding.to_host, run.encode(padded[i : i + size]))
         if whole is None:
             whole = jax.tree.map(lambda x: np.empty((len(padded), *x.shape[1:]), x.dtype), part)
         for all_of_it, x in zip(jax.tree.leaves(whole), jax.tree.leaves(part)):
@@ -150,7 +150,7 @@ def _scores(
         own = np.concatenate([part[name] for part in scored])
         scores[name] = host.merge(host.spread(np.concatenate(mine), own, n))
     for name in scorer.in_graph:
-        scores[name] = np.concatenate([sharding.whole(g[name]) for g in graphed])[:n]
+        scores[name] = np.concatenate([sharding.to_host(g[name]) for g in graphed])[:n]
     applies = dict(zip(scorer.mix.names, ~np.isnan(scorer.mix.table(batch.metadata))))
     scores = {name: np.where(applies[name] & sound, scores[name], np.nan) for name in applies}
     return scores, {name: np.isnan(s) & applies[name] for name, s in scores.items()}

@@ -135,7 +135,7 @@ def encode(
         mark,
         strict=strict,
         allgather=sharding.allgather,
-        whole=sharding.whole,
+        to_host=sharding.to_host,
     )
     return sharding.replicate(mesh, cond)
 

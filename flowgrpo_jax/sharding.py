@@ -235,7 +235,7 @@ def from_first_process(numbers: list[int]) -> list[int]:
     return allgather(np.array(same_length, int))[0].tolist() if length else []
 
 
-def whole(x: Any) -> np.ndarray:
+def to_host(x: Any) -> np.ndarray:
     """An array that may be spread over processes, whole on the host."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)

@@ -53,7 +53,7 @@ def encode_cached(
     *,
     strict: bool = False,
     allgather: Callable[[np.ndarray], np.ndarray] = lambda x: x[None],
-    whole: Callable[[jax.Array], np.ndarray] = np.asarray,
+    to_host: Callable[[jax.Array], np.ndarray] = np.asarray,
 ) -> Conditioning:
     """`encode(texts)` through the files in `directory`, which is made when it is not there.
 
@@ -68,7 +68,7 @@ def encode_cached(
       strict: raise what kept a prompt from being written, for who came to fill the cache.
       allgather: [processes, ...] of every process's array: all encode what one of them lacks, since
         the encoders may be spread over them all.
-      whole: fetches an array that may be spread over processes.
+      to_host: fetches an array that may be spread over processes.
     """
     folder = Path(directory).expanduser()
     unwritten: list[Exception] = []
@@ -81,7 +81,7 @@ def encode_cached(
     lacking = np.any(allgather(np.array([t not in found for t in names])), axis=0).tolist()
     if missing := [t for t, lacks in zip(names, lacking) if lacks]:
         filled = missing + missing[-1:] * (len(texts) - len(missing))
-        fresh = jax.tree.map(whole, encode(filled))
+        fresh = jax.tree.map(to_host, encode(filled))
         for i, text in enumerate(missing):
             found[text] = {"tokens": fresh.tokens[i], "pooled": fresh.pooled[i]}
             try:

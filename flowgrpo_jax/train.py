@@ -124,7 +124,7 @@ def draw(
             scored.append(called)
         else:
             scored.append(host.overlap(pool, run.scorer.host, pictures.pixels, ids))
-    return rollouts, [sharding.whole(part) for part in finite], scored
+    return rollouts, [sharding.to_host(part) for part in finite], scored
 
 
 def improve(
@@ -216,7 +216,7 @@ def gather(
     where the picture is not finite.
     """
     merged = [
-        np.concatenate([sharding.whole(part[name]) for part in parts if name in part])
+        np.concatenate([sharding.to_host(part[name]) for part in parts if name in part])
         for name in run.scorer.mix.names
     ]
     weights = np.repeat(run.scorer.mix.table(batch.metadata), run.plan.group_size, axis=1)
