@@ -248,7 +248,7 @@ def score(
       batches: (prompts, images, rows) of a micro-batch of training, and of evaluation.
     """
     everywhere = sharding.replicated(mesh)
-    place = graph.once(lambda x: laid_out(x, everywhere))  # towers that are shared, once
+    place = graph.place_once(lambda x: laid_out(x, everywhere))  # towers that are shared, once
 
     def program(names: tuple[str, ...], prompts: int, images: Any, rows: Any) -> Scoring:
         found = described.describe(names, config.reward.options.to_dict())

@@ -307,7 +307,7 @@ def scorers(
         name: reward if isinstance(reward, GraphReward) else host.Limited(reward, seconds)
         for name, reward in loaded.items()
     }
-    place = graph.once(lambda array: sharding.replicate(mesh, array))
+    place = graph.place_once(lambda array: sharding.replicate(mesh, array))
     train_scorer = _scorer(mix, loaded, train_prompts, place)
     return train_scorer, _scorer(test_mix, loaded, test_prompts, place)
 

@@ -342,7 +342,7 @@ def test_weights_that_rewards_share_are_placed_once():
         placed.append(x)
         return jnp.asarray(x)
 
-    pair, once = {"one": on_tower(1), "two": on_tower(2)}, graph.once(place)
+    pair, once = {"one": on_tower(1), "two": on_tower(2)}, graph.place_once(place)
     training, testing = graph.composite({"two": pair["two"]}, once), graph.composite(pair, once)
     assert len(placed) == len(TOWER) + 2
     images, rows = PICTURES[:3], np.zeros(3, int)
@@ -353,7 +353,7 @@ def test_weights_that_rewards_share_are_placed_once():
 
 def test_an_array_does_not_take_the_place_of_one_that_is_gone():
     """Told apart by identity, which Python gives to the next array when one is gone."""
-    once = graph.once(lambda x: x.copy())
+    once = graph.place_once(lambda x: x.copy())
     for n in range(50):
         np.testing.assert_array_equal(once({"w": np.full(1000, n)})["w"], n)
 

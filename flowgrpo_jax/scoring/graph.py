@@ -21,7 +21,7 @@ def prepare(
     return {name: reward.prepare(prompts, metadata) for name, reward in rewards.items()}
 
 
-def once(place: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def place_once(place: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return a version of `place` for trees of arrays that places each array only once.
 
     Rewards on one tower share the same arrays (towers.py), and so do composites of the same
@@ -45,7 +45,7 @@ def composite(
     The inputs are those that `prepare` returned; `rows` holds the row of each image in them.
 
     Args:
-      place: puts a reward's weights onto the devices; `once` for weights that are shared.
+      place: puts a reward's weights onto the devices; `place_once` for weights that are shared.
     """
     if not rewards:
         return lambda images, prepared, rows: {}
