@@ -66,7 +66,7 @@ class Metrics:
         if self.evaluated.get("epoch") == epoch:
             row, self.evaluated, self.torn = self.evaluated | row, {}, True
         self.unwritten += lines([row])
-        with spared(str(self.file)):
+        with warn_on_error(str(self.file)):
             if self.torn or files.in_bucket(self.file):  # nothing can be appended to in a bucket
                 files.replace(self.file, self.text + self.unwritten)
             else:
@@ -75,22 +75,22 @@ class Metrics:
                     file.write(self.unwritten)
             self.text += self.unwritten
             self.unwritten, self.torn = "", False
-        with spared("TensorBoard's events"):
+        with warn_on_error("TensorBoard's events"):
             if self.events:
                 self.events.write(epoch, values)
-        with spared("Weights & Biases"):
+        with warn_on_error("Weights & Biases"):
             if self.wandb:
                 self.wandb.log(row, step=epoch)
 
     def close(self, *, failed: bool = False) -> None:
         """Write what is still to be written. Weights & Biases marks a `failed` run as such."""
-        with spared(str(self.file)):
+        with warn_on_error(str(self.file)):
             if self.active and self.unwritten:
                 files.replace(self.file, self.text + self.unwritten)
-        with spared("TensorBoard's events"):
+        with warn_on_error("TensorBoard's events"):
             if self.events:
                 self.events.close()
-        with spared("Weights & Biases"):
+        with warn_on_error("Weights & Biases"):
             if self.wandb:
                 self.wandb.finish(exit_code=int(failed))
 
@@ -145,7 +145,7 @@ class Events:
 
 
 @contextmanager
-def spared(what: str) -> Iterator[None]:
+def warn_on_error(what: str) -> Iterator[None]:
     """What cannot be written inside is a warning: it is not worth a run. Buckets and wandb have
     errors of their own kinds."""
     try:

@@ -249,7 +249,7 @@ def evaluate_into(
     """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
     state where it is the best so far."""
     result, images, batch = evaluate(run, state.copies["ema"], check=stop.check)
-    with logs.spared("a sample grid"):
+    with logs.warn_on_error("a sample grid"):
         file = workdir / "samples" / f"epoch-{epoch:05d}.png"
         save_grid(file, images, batch, run.config.eval.grid)
     tags = {
