@@ -176,7 +176,7 @@ def leave(status: int) -> None:
 
 
 @contextmanager
-def restarting() -> Iterator[None]:
+def exit_for_restart() -> Iterator[None]:
     """Around a whole program: it ends with the status on which launchers start again at a SIGTERM
     that nobody else minds, while it loads, and, where it is one of several, when something goes
     wrong between them (a peer is lost, or late to join)."""

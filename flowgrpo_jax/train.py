@@ -371,7 +371,7 @@ def evaluation_is_due(run: Recipe, epoch: int) -> bool:
 
 
 def main(_: list[str]) -> None:
-    with cli.restarting():
+    with cli.exit_for_restart():
         cli.connect()
         config = cli.config()
         settings.split_cpu(config)

@@ -94,7 +94,7 @@ def run(folder, name, mesh, host_call="overlap", epochs=2):
     if os.environ.get("LOADS_LONG"):
         recipe.build = lambda *_, **__: print("loading", flush=True) or time.sleep(300)
     config.epochs = epochs
-    with cli.ending(), cli.restarting():
+    with cli.ending(), cli.exit_for_restart():
         train(config, place(folder, name), resume=True)
     Path(folder, f"scored-{Path(name).name}-{jax.process_index()}").write_text(str(sum(calls)))
 

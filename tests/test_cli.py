@@ -87,13 +87,13 @@ def test_a_lost_peer_asks_for_a_restart(joined, problem, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: joined)
     lost = joined and "UNAVAILABLE" in problem
     outcome = SystemExit if lost else jax.errors.JaxRuntimeError
-    with pytest.raises(outcome) as left, cli.restarting():
+    with pytest.raises(outcome) as left, cli.exit_for_restart():
         raise jax.errors.JaxRuntimeError(problem)
     assert not lost or left.value.code == cli.RESTART
 
 
 def test_a_stop_while_loading_asks_for_a_restart():
-    with pytest.raises(SystemExit) as left, cli.restarting():
+    with pytest.raises(SystemExit) as left, cli.exit_for_restart():
         signal.raise_signal(signal.SIGTERM)
     assert left.value.code == cli.RESTART
 

@@ -89,7 +89,7 @@ rewards.TABLE["shapes"] = "sleeping:sleeps"
 config = runpy.run_path("tiny.py")["get_config"]()
 config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, limit, 1.0
 config.checkpoint.every = 100
-with cli.ending(), cli.restarting():
+with cli.ending(), cli.exit_for_restart():
     train(config, pathlib.Path("slept"))
 """
 
