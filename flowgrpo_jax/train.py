@@ -276,7 +276,7 @@ def evaluate_into(
     return report
 
 
-def first_state(run: Recipe) -> TrainState:
+def initial_state(run: Recipe) -> TrainState:
     """The state before the first update, on the devices."""
     key = jax.random.key(run.config.seed)
     memory = run.advantage.initial(len(run.train_prompts))
@@ -302,7 +302,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     run = recipe.build(config)
     if first_process := jax.process_index() == 0:
         print(recipe.describe(run))
-    state = first_state(run)
+    state = initial_state(run)
     run = dataclasses.replace(run, model=recipe.drop_frozen(run.model, run.algorithm))
     checkpoints = checkpoint.RunCheckpoints(
         workdir,

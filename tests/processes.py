@@ -16,7 +16,7 @@ from etils import epath
 
 from flowgrpo_jax import cli, files, policies, recipe, rewards
 from flowgrpo_jax.checkpoint import Checkpoints
-from flowgrpo_jax.train import first_state, train
+from flowgrpo_jax.train import initial_state, train
 
 HERE = Path(__file__).parent
 PAIR = {"data": 1, "fsdp": 8}  # over two processes: each has a part of every weight and group
@@ -173,7 +173,7 @@ def wait_for(children):
 def final_state(folder, name):
     """All that a run's last checkpoint holds of the training: LoRA, EMA, optimiser, key, step."""
     built = recipe.build(adapted(load(folder, {"data": 1}, "overlap"), name))
-    state, _ = Checkpoints(place(folder, name) / "checkpoints").resume(first_state(built))
+    state, _ = Checkpoints(place(folder, name) / "checkpoints").resume(initial_state(built))
     return jax.device_get(dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
 

@@ -14,7 +14,7 @@ from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models.base_model import BaseModel
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.scoring.mix import Mix
-from flowgrpo_jax.train import evaluate_into, first_state
+from flowgrpo_jax.train import evaluate_into, initial_state
 from flowgrpo_jax.types import GraphReward, Pictures
 
 
@@ -62,7 +62,7 @@ def test_the_best_evaluation_is_kept(runs, whole):
 
 def test_the_best_may_be_older_than_one_of_before(runs, tmp_path):
     """A run that goes on from an earlier checkpoint with another reward begins anew."""
-    state = first_state(recipe.build(load(runs)))
+    state = initial_state(recipe.build(load(runs)))
     checkpoint.Best(tmp_path, "shapes", {}, BaseModel()).offer(4, state, {"eval/shapes": 0.75})
     strict = checkpoint.Best(tmp_path, "shapes_strict", {}, BaseModel())
     strict.offer(2, state, {"eval/shapes_strict": 0.25})
