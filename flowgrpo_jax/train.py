@@ -69,7 +69,7 @@ def one_epoch(
         parts = [stop.wait(part) for part in scored]
 
     # Rewards and advantages.
-    scores, weights = gather(run, parts, finite, batch)
+    scores, weights = collect_scores(run, parts, finite, batch)
     total, valid = map(np.asarray, advantages.weighted(jnp.asarray(scores), jnp.asarray(weights)))
     broken = 1.0 - float(np.concatenate(finite).mean())
     check_failed(config, epoch, 1.0 - float(np.mean(valid)), broken)
@@ -207,7 +207,7 @@ def micro_batches(run: Recipe, batch: PromptBatch):
         yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
 
-def gather(
+def collect_scores(
     run: Recipe, parts: list[Scores], finite: list[np.ndarray], batch: PromptBatch
 ) -> tuple[np.ndarray, np.ndarray]:
     """Collect the epoch's scores and weights, f32 [K, B] each, from those of all micro-batches.
