@@ -35,7 +35,7 @@ from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import graph, host
-from flowgrpo_jax.scoring.mix import Mix
+from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.settings import Plan, check, guidance, make_plan, require, window, window_range
 from flowgrpo_jax.types import (
     Conditioning,
@@ -69,7 +69,7 @@ class Programs:
 class Scorer:
     """The rewards of a prompt source: those on the host, those in the graph, and their weights."""
 
-    mix: Mix
+    mix: RewardWeights
     host: host.Score
     in_graph: dict[str, GraphReward]
     graph: graph.Score
@@ -268,14 +268,16 @@ def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> Pro
     )
 
 
-def reward_mixes(config: ConfigDict, *, training: bool = True) -> tuple[Mix, Mix]:
+def reward_mixes(
+    config: ConfigDict, *, training: bool = True
+) -> tuple[RewardWeights, RewardWeights]:
     """Which rewards training and evaluation take, by task where there are several: none for
     training without `training`, and none for an evaluation that training never makes."""
     weights, chosen = config.reward.weights.to_dict(), config.prompts.tasks.to_dict()
     tested = {name: weights.get(name, 0.0) for name in config.eval.rewards} or weights
     tested = {} if training and not config.eval.every else tested
     weights = weights if training else {}
-    return tuple(Mix(w, tasks.reward_weights(chosen, w)) for w in (weights, tested))  # type: ignore
+    return tuple(RewardWeights(w, tasks.reward_weights(chosen, w)) for w in (weights, tested))  # type: ignore
 
 
 def scorers(
@@ -294,7 +296,7 @@ def scorers(
     machine does not answer.
     """
     mix, test_mix = reward_mixes(config, training=training)
-    test_mix = Mix({}) if training and not test_prompts else test_mix
+    test_mix = RewardWeights({}) if training and not test_prompts else test_mix
     loaded = rewards.load(
         dict.fromkeys(mix.names + test_mix.names), config.reward.options.to_dict()
     )
@@ -314,7 +316,7 @@ def scorers(
 
 def _check_records(
     loaded: dict[str, Reward | GraphReward],
-    mix: Mix,
+    mix: RewardWeights,
     records: list[Metadata],
     source_of: Callable[[Metadata], str],
 ) -> None:
@@ -334,7 +336,7 @@ def _check_records(
 
 
 def _scorer(
-    mix: Mix,
+    mix: RewardWeights,
     loaded: dict[str, Reward | GraphReward],
     records: list[Metadata],
     place: Callable[[Any], Any],

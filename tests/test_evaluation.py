@@ -13,7 +13,7 @@ from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models.base_model import BaseModel
 from flowgrpo_jax.scoring import graph, host
-from flowgrpo_jax.scoring.mix import Mix
+from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.train import evaluate_into, initial_state
 from flowgrpo_jax.types import GraphReward, Pictures
 
@@ -128,7 +128,7 @@ def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
             )
         ),
         test_scorer=recipe.Scorer(
-            Mix({"number": 1.0, "same": 0.0}),
+            RewardWeights({"number": 1.0, "same": 0.0}),
             host.composite(
                 {"number": number}, lambda ids: ([str(i) for i in ids], [records[i] for i in ids])
             ),

@@ -24,7 +24,7 @@ from flowgrpo_jax import advantages, prompts, recipe, rewards, sharding
 from flowgrpo_jax.rewards import geneval, imagereward, ocr, remote
 from flowgrpo_jax.rewards import shapes as shapes_rewards
 from flowgrpo_jax.scoring import graph, host
-from flowgrpo_jax.scoring.mix import Mix
+from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.types import GraphReward
 from flowgrpo_jax.worlds.shapes import grammar
 from flowgrpo_jax.worlds.shapes.render import Thing, render
@@ -222,7 +222,7 @@ def lookup(ids):
 
 def combine(rewards, weights):
     """(scores, total, valid) of four pictures, one of each prompt."""
-    mix = Mix(weights)
+    mix = RewardWeights(weights)
     scores = host.composite(rewards, lookup, mix.applies)(PICTURES[:4], np.arange(4))
     stacked = np.stack([scores[name] for name in mix.names])
     return scores, *advantages.weighted(stacked, mix.table(RECORDS))
@@ -284,7 +284,7 @@ def test_every_task_has_its_own_rewards():
         seen.extend(prompts)
         return [10.0] * len(prompts), [True] * len(prompts)
 
-    mix = Mix({"brightness": 1.0}, {"text": {"picky": 2.0, "brightness": 0.0}})
+    mix = RewardWeights({"brightness": 1.0}, {"text": {"picky": 2.0, "brightness": 0.0}})
     records = [{"task": "text"}, {}, {"task": "other"}, {"task": "text"}]
     assert mix.names == ("brightness", "picky")
     nan = np.nan
@@ -400,7 +400,7 @@ def test_a_prompt_that_a_reward_cannot_judge_is_named_by_file_and_line(tmp_path)
     config = shapes.get_config()
     config.prompts.train = str(file)
     loaded = {"geneval": SimpleNamespace(check=geneval.check)}
-    records, mix = prompts.load(str(file)), Mix({"geneval": 1.0})
+    records, mix = prompts.load(str(file)), RewardWeights({"geneval": 1.0})
     named = functools.partial(recipe.source, config, "train")
     recipe._check_records(loaded, mix, records[:2], named)
     with pytest.raises(ValueError, match=r"geneval\.jsonl: line 3: reward 'geneval': .*'mauve'"):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs import base
 from flowgrpo_jax import prompts, settings
 from flowgrpo_jax.prompts import tasks
-from flowgrpo_jax.scoring.mix import Mix
+from flowgrpo_jax.scoring.reward_weights import RewardWeights
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_task_of_its_own_in_a_plain_file_changes_nothing(tmp_path):
     records = prompts.load(str(tmp_path / "p.jsonl"))
     assert records == rows
     np.testing.assert_allclose(prompts.frequencies(records, {}, {}), np.full(100, 1 / 100))
-    assert (Mix({"shapes": 2.0}).table(records) == 2.0).all()
+    assert (RewardWeights({"shapes": 2.0}).table(records) == 2.0).all()
     within = tasks.mixture({"draw": str(tmp_path / "p.jsonl")})
     np.testing.assert_allclose(prompts.frequencies(within, {}, {"draw": 1.0}), np.full(100, 0.01))
 

@@ -11,7 +11,7 @@ from flowgrpo_jax.types import Metadata
 
 
 @dataclass(frozen=True)
-class Mix:
+class RewardWeights:
     """The weight of each reward; if the prompts are of several tasks, the weights of each task.
 
     A reward of weight 0 is scored and logged, but never trained on.
