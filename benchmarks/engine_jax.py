@@ -25,7 +25,7 @@ class JaxEngine:
         settings.split_cpu(ConfigDict(config))
         self.run = run = recipe.build(ConfigDict(config), training=False)
         factors = {k[5:]: v for k, v in inputs.items() if k.startswith("lora.")}
-        adapter = lora_files.from_torch(factors, run.model.lora_shapes)
+        adapter = lora_files.from_torch(factors, run.model.trained_shapes)
         key = jax.random.key(config["seed"])
         state = update.init(adapter, run.algorithm.copies, {}, run.optimiser, key)
         cond = Conditioning(jnp.asarray(inputs["tokens"]), jnp.asarray(inputs["pooled"]))

@@ -131,7 +131,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     s, rng = config.sample, np.random.default_rng(0)
     batch = prompts.sample(prompts.load(config.prompts.train), s.groups, seed=0, epoch=0)
     cond = model.encode(batch.prompts)
-    adapter = lora_files.to_torch(model.init_lora(jax.random.key(0)))
+    adapter = lora_files.to_torch(model.init_trained(jax.random.key(0)))
     for name, factor in adapter.items():  # B = 0 would hide the adapter from the comparison
         if "lora_B" in name:
             adapter[name] = rng.normal(scale=0.02, size=factor.shape).astype(np.float32)

@@ -140,11 +140,11 @@ def training_state(
     memory = jax.eval_shape(lambda: advantage.initial(1))
     state = jax.eval_shape(
         lambda trained, memory, key: update.init(trained, algorithm.copies, memory, optimiser, key),
-        model.lora_shapes,
+        model.trained_shapes,
         memory,
         key,
     )
-    gradient, figures = jax.eval_shape(lambda p: update.empty(algorithm, p), model.lora_shapes)
+    gradient, figures = jax.eval_shape(lambda p: update.empty(algorithm, p), model.trained_shapes)
     state, gradient = (laid_out(x, sharding.state_shardings(mesh, x)) for x in (state, gradient))
     return state, gradient, laid_out(figures, sharding.replicated(mesh))
 

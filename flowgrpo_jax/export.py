@@ -60,7 +60,7 @@ def export(
         ]
     files = lora_files.write(adapter, spec, out, str(config["model"]["path"]))
     for written in files:
-        again = lora_files.read(written, model.lora_shapes)
+        again = lora_files.read(written, model.trained_shapes)
         if not all(np.array_equal(again[k], adapter[k]) for k in adapter):
             raise OSError(f"{written} does not read back as it was written: the disk may be full")
     return files

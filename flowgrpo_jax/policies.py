@@ -35,7 +35,7 @@ def load(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> Params
       ValueError: it does not fit the model, or cannot be read.
     """
     if str(source) == BASE:
-        return model.reference(model.init_lora(jax.random.key(0)))
+        return model.reference(model.init_trained(jax.random.key(0)))
     path, folder, step = _find(source)
     if folder.name == "checkpoints" or _holds_steps(folder):
         return _of_run(folder, step, model, mesh)
@@ -71,10 +71,10 @@ def _holds_steps(folder: epath.Path) -> bool:
 def _of_run(folder: epath.Path, step: int | None, model: SD3, mesh: Mesh | None) -> Params:
     """Read the EMA weights of a run's checkpoint: of `step`, or of the newest."""
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-    layout = sharding.state_shardings(mesh, model.lora_shapes)
+    layout = sharding.state_shardings(mesh, model.trained_shapes)
     shapes = {
         path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout[path])
-        for path, x in model.lora_shapes.items()
+        for path, x in model.trained_shapes.items()
     }
     checkpoints = Checkpoints(folder)
     if step is not None and step not in checkpoints.steps():
@@ -98,7 +98,7 @@ def _of_export(path: epath.Path, model: SD3) -> Params:
             f" lora.rank={spec.rank} and lora.alpha={spec.alpha}"
         )
     _warn_of_another_base(BaseModel(base), model, str(file))
-    return lora_files.read(file, model.lora_shapes)
+    return lora_files.read(file, model.trained_shapes)
 
 
 def _warn_of_another_base(then: BaseModel, model: SD3, where: str) -> None:

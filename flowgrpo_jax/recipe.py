@@ -208,7 +208,7 @@ def drop_frozen(model: sd3.SD3, algorithm: Algorithm) -> sd3.SD3:
     fine-tuning the trained ones take their place, and only the reference policy needs both."""
     if model.lora_spec.rank or "reference" in algorithm.reads:
         return model
-    kept = {path: x for path, x in model.base.items() if path not in model.lora_shapes}
+    kept = {path: x for path, x in model.base.items() if path not in model.trained_shapes}
     return replace(model, params={**model.params, "transformer": kept})
 
 
@@ -431,7 +431,7 @@ def describe(recipe: Recipe) -> str:
     model, config = recipe.model, recipe.config
     parts = (model.params | model.text_shapes).values()
     frozen = sum(x.size for part in parts for x in part.values())
-    trained = sum(np.prod(x.shape) for x in model.lora_shapes.values())
+    trained = sum(np.prod(x.shape) for x in model.trained_shapes.values())
     frozen -= 0 if model.lora_spec.rank else trained  # in full fine-tuning they are among them
     layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
     after = config.train.decay_steps

@@ -282,7 +282,7 @@ def initial_state(run: Recipe) -> TrainState:
     memory = run.advantage.initial(len(run.train_prompts))
     # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
     state = update.init(
-        sharding.put_state(run.mesh, run.model.init_lora(key)),
+        sharding.put_state(run.mesh, run.model.init_trained(key)),
         run.algorithm.copies,
         memory,
         run.optimiser,

@@ -53,7 +53,7 @@ def test_a_published_model_with_random_weights_loads_and_keeps_its_scale(tmp_pat
     cond = model.encode(["a red circle"])
     assert cond.tokens.shape == (1, 77 + 16, 256) and cond.pooled.shape == (1, 768 + 1280)
     x, sigma = jax.random.normal(jax.random.key(0), (1, 8, 8, 16)), jnp.full(1, 0.5)
-    adapter = model.init_lora(jax.random.key(1))
+    adapter = model.init_trained(jax.random.key(1))
     velocity = model.velocity(adapter, model.base, x, sigma, cond)
     assert 0.1 < float(velocity.std()) < 10
     assert random_model.find("shapes", tmp_path) is None

@@ -109,7 +109,7 @@ def test_diffusers_draws_the_same_with_it(name):
     ).images
 
     model = sd3.load(directory, t5_length=length)
-    lora, cond = model.init_lora(jax.random.key(0)), model.encode(prompts)
+    lora, cond = model.init_trained(jax.random.key(0)), model.encode(prompts)
     guided = sampler.guided(model.velocity, 1.0)
 
     def velocity(x, sigma):

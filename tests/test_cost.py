@@ -261,7 +261,7 @@ def test_the_recipe_in_the_box_compiles_for_a_pod(tmp_path):
     for name in ("sample", "evaluate", "text", "apply"):
         assert programs[name]["links"] < 1e5, programs[name]
     spec = LoRASpec(report["config"]["lora"]["rank"], report["config"]["lora"]["alpha"])
-    adapted = sd3.describe(sd3.find_architecture("shapes"), lora_spec=spec).lora_shapes
+    adapted = sd3.describe(sd3.find_architecture("shapes"), lora_spec=spec).trained_shapes
     adapter = 4 * sum(x.size for x in adapted.values())  # bytes
     # Summed over 4 chips once for each of the window's transitions, and next to nothing else.
     summed = 2 * 3 / 4 * report["config"]["sample"]["window"] * adapter

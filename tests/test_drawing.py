@@ -82,6 +82,6 @@ def test_generating_with_the_base(runs, monkeypatch):
 def test_a_policy_that_is_not_there(runs, whole, source, problem, message, monkeypatch):
     monkeypatch.chdir(runs)
     (runs / "empty").mkdir(exist_ok=True)
-    model = SimpleNamespace(lora_shapes={k: v for k, v in whole.state.copies["ema"].items()})
+    model = SimpleNamespace(trained_shapes={k: v for k, v in whole.state.copies["ema"].items()})
     with pytest.raises(problem, match=message):
         policies.load(source, model)

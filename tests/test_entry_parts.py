@@ -121,7 +121,7 @@ def test_a_policy_of_another_base_is_used_with_a_warning(models, tmp_path, caplo
     write({}, spec, tmp_path / "lora", models[0])
     for name in models:
         model = SimpleNamespace(
-            name=name, directory=Path(name), lora_spec=spec, lora_shapes={}, base={}
+            name=name, directory=Path(name), lora_spec=spec, trained_shapes={}, base={}
         )
         policies.load(tmp_path / "lora", model)
     (warning,) = [record.getMessage() for record in caplog.records]

@@ -57,14 +57,14 @@ def test_every_weight_is_trained(runs, run):
 def test_what_is_trained_is_float32_whatever_computes(rank):
     parts = sd3.find_architecture("shapes")
     model = sd3.describe(parts, lora_spec=LoRASpec(rank=rank), dtype=jnp.bfloat16)
-    assert {x.dtype for x in model.lora_shapes.values()} == {np.dtype("float32")}
+    assert {x.dtype for x in model.trained_shapes.values()} == {np.dtype("float32")}
     assert {x.dtype for x in model.base.values()} == {jnp.dtype("bfloat16")}
 
 
 def test_before_training_it_is_the_base(runs):
     trained = recipe.build(load(runs), training=False)
     adapted = recipe.build(load(runs, lora__rank=2), training=False)
-    everything = trained.model.init_lora(jax.random.key(0))
+    everything = trained.model.init_trained(jax.random.key(0))
     ours, *_ = evaluate(trained, everything)
     theirs, *_ = evaluate(adapted, policies.load("base", adapted.model))
     base, *_ = evaluate(trained, policies.load("base", trained.model))

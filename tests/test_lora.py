@@ -116,7 +116,7 @@ def test_targets_are_the_modules_that_peft_picks(checkpoint, targets):
     spec = LoRASpec(2, 2.0, targets)
     _, theirs = torch_adapter(checkpoint, spec)
     model = sd3.load(checkpoint, lora_spec=spec)
-    ours = lora_files.to_torch(random_factors(model.lora_shapes))
+    ours = lora_files.to_torch(random_factors(model.trained_shapes))
     assert {k: v.shape for k, v in ours.items()} == {k: tuple(v.shape) for k, v in theirs.items()}
 
 
@@ -424,7 +424,7 @@ def test_exports_act_in_diffusers_and_peft_as_here(checkpoint, pipeline, tmp_pat
     peft = pytest.importorskip("peft")
     spec = SPECS[case]
     model = sd3.load(checkpoint, lora_spec=spec)
-    given, factors = inputs(model), random_factors(model.lora_shapes)
+    given, factors = inputs(model), random_factors(model.trained_shapes)
     velocity = jax.jit(model.velocity)
     ours = velocity(factors, model.base, *given)
     base = their_velocity(pipeline.transformer, *given)
@@ -486,5 +486,5 @@ def test_their_files_act_here_as_there(checkpoint, pipeline, tmp_path):
     for folder in ("peft", "diffusers"):
         file, found, _ = lora_files.read_spec(tmp_path / folder)
         assert (found.rank, found.scale) == (3, 7 / 3)
-        factors = lora_files.read(file, model.lora_shapes)
+        factors = lora_files.read(file, model.trained_shapes)
         assert worst(jax.jit(model.velocity)(factors, model.base, *given), wanted) <= TOLERANCE

@@ -30,7 +30,7 @@ def ours(model, prompts, noise, guidance):
         latents = sampler.ode(v, sigmas, x)
         return latents, model.decode(weights["vae"], latents).pixels
 
-    lora = model.init_lora(jax.random.key(0))
+    lora = model.init_trained(jax.random.key(0))
     return run(lora, model.params, model.encode(prompts), model.encode([""]), noise)
 
 

@@ -56,7 +56,7 @@ class SD3:
     decode: Callable[[Params, jax.Array], Pictures]
     encode_text: Callable[[dict[str, Params], Any], Conditioning]
     latent_shape: Callable[[int, int], tuple[int, int, int]]
-    lora_shapes: Params
+    trained_shapes: Params
     lora_spec: LoRASpec
     shift: float
     heads: int  # of the transformer
@@ -71,11 +71,13 @@ class SD3:
     def base(self) -> Params:
         return self.params["transformer"]
 
-    def init_lora(self, key: jax.Array) -> Params:
+    def init_trained(self, key: jax.Array) -> Params:
         """Initialise what is trained: an adapter that changes nothing, or all weights in f32."""
         if self.lora_spec.rank:
-            return lora.init(key, self.lora_shapes)
-        return {path: jnp.array(self.base[path], x.dtype) for path, x in self.lora_shapes.items()}
+            return lora.init(key, self.trained_shapes)
+        return {
+            path: jnp.array(self.base[path], x.dtype) for path, x in self.trained_shapes.items()
+        }
 
     def reference(self, trained: Params) -> Params:
         """Return the policy before training, which does not depend on the values in `trained`."""
@@ -219,7 +221,7 @@ def describe(
         encode_text=encode_text,
         latent_shape=parts.latent_shape,
         # What is trained is f32, whatever the model computes in.
-        lora_shapes=_as_dtype(trained, jnp.float32),
+        trained_shapes=_as_dtype(trained, jnp.float32),
         lora_spec=spec,
         shift=parts.shift,
         heads=parts.transformer.num_attention_heads,
