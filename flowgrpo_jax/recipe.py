@@ -426,7 +426,7 @@ def make_programs(
     )
 
 
-def describe(recipe: Recipe) -> str:
+def summary(recipe: Recipe) -> str:
     """What a run prints first: the derived numbers."""
     model, config = recipe.model, recipe.config
     parts = (model.params | model.text_shapes).values()

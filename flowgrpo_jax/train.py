@@ -301,7 +301,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     cli.prepare(workdir, resume)
     run = recipe.build(config)
     if first_process := jax.process_index() == 0:
-        print(recipe.describe(run))
+        print(recipe.summary(run))
     state = initial_state(run)
     run = dataclasses.replace(run, model=recipe.drop_frozen(run.model, run.algorithm))
     checkpoints = checkpoint.RunCheckpoints(
