@@ -85,7 +85,7 @@ class Report(NamedTuple):
 # ----------------------------------------------------------------------------------- shapes
 
 
-def describe(config: ConfigDict, mesh: Mesh) -> tuple[sd3.SD3, Architecture]:
+def describe_model(config: ConfigDict, mesh: Mesh) -> tuple[sd3.SD3, Architecture]:
     """The recipe's model without its weights."""
     parts = sd3.find_architecture(config.model.path, t5=config.model.t5)
     model = sd3.describe(
@@ -380,7 +380,7 @@ def main(_: list[str]) -> None:
     chip, devices = topology(flags.FLAGS.topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     plan = settings.make_plan(config, sharding.row_shards(mesh))
-    model, parts = describe(config, mesh)
+    model, parts = describe_model(config, mesh)
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     print(f"{config.name}: {config.model.path} on {flags.FLAGS.topology}, {layout}\n{plan}")
     listed, stays = programs(config, model, parts, mesh, plan)

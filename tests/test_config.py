@@ -314,7 +314,7 @@ def test_a_guidance_of_at_most_one_is_none(scale, taken):
 def built(changes):
     config = load("shapes", changes)
     mesh = AbstractMesh((1, 1, 1), sharding.AXES)
-    model, _ = compile.describe(config, mesh)
+    model, _ = compile.describe_model(config, mesh)
     algorithm, plan = recipe.make_algorithm(config), settings.make_plan(config, 1)
     setup = recipe.make_setup(config, 3.0, algorithm)
     optimiser = recipe.make_optimiser(config)
@@ -374,7 +374,7 @@ def test_who_has_split_the_cpu_keeps_it(monkeypatch):
 def test_a_layout_that_makes_no_sense(changes, message, monkeypatch):
     config = load("shapes", changes)
     mesh = AbstractMesh((1, 1, config.mesh.tensor), sharding.AXES)
-    model, _ = compile.describe(config, mesh)
+    model, _ = compile.describe_model(config, mesh)
     scorer = SimpleNamespace(mix=SimpleNamespace(names=("shapes",)), in_graph={}, host=None)
     algorithm, plan = recipe.make_algorithm(config), settings.make_plan(config, 1)
     setup = recipe.make_setup(config, 3.0, algorithm)

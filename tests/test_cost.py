@@ -279,7 +279,7 @@ config.mesh.data, config.sample.guidance_scale = 1, 2.0
 config.mesh[AXIS] = 4
 mesh = sharding.make_mesh(**config.mesh)
 plan = settings.make_plan(config, sharding.row_shards(mesh))
-model, parts = compile.describe(config, mesh)
+model, parts = compile.describe_model(config, mesh)
 for program in compile.programs(config, model, parts, mesh, plan)[0]:
     if program.name in ("sample", "accumulate"):
         text = program.run.trace(*program.args).lower().compile().as_text()
