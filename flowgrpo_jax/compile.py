@@ -183,7 +183,7 @@ def programs(
         lambda x: array(everywhere, plan.groups, *x.shape[1:], dtype=x.dtype),
         jax.eval_shape(model.encode_text, text, ids),
     )
-    null, tested = (
+    empty, tested = (
         jax.tree.map(lambda x, n=n: array(everywhere, n, *x.shape[1:], dtype=x.dtype), cond)
         for n in (1, micro)
     )
@@ -204,14 +204,14 @@ def programs(
     scoring, judging = score(config, mesh, (plan.groups, *pictures[0]), (micro, *pictures[1]))
     towers = {id(x): x for program in (*scoring, *judging) for x in jax.tree.leaves(program[1][0])}
 
-    sampling = (state.policy, weights, cond, null)
-    evaluating = (state.policy, weights, tested, null, array(rows, micro), keys)
+    sampling = (state.policy, weights, cond, empty)
+    evaluating = (state.policy, weights, tested, empty, array(rows, micro), keys)
     sample = (*sampling, state.key, 0, scalar, one_each, one_each, one_each)
     reference = state.policy if config.lora.rank else {}
     others = {
         name: reference if name == "reference" else state.copies[name] for name in algorithm.reads
     }
-    policy = (state.policy, others, weights["transformer"], cond, null)
+    policy = (state.policy, others, weights["transformer"], cond, empty)
     terms = laid_out(
         jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0)), everywhere
     )
@@ -230,7 +230,7 @@ def programs(
         listed += [Program("judge", evaluated, *program) for program in judging]
     # An epoch that is stopped never happened: its first state stays beside the newest.
     states = [state] * min(plan.updates, 2)
-    stays = (weights, list(towers.values()), states, cond, null, [drawn] * batches)
+    stays = (weights, list(towers.values()), states, cond, empty, [drawn] * batches)
     if config.model.text_cache:  # taken to be filled ahead, so that no encoder is ever read
         return listed[1:], stays
     return listed, (text, *stays)
