@@ -1,4 +1,4 @@
-"""The same training epoch in JAX and in PyTorch, on the same CPU or the same NVIDIA GPU.
+"""Compare one training epoch in JAX and in PyTorch, on the same CPU or the same NVIDIA GPU.
 
     python -m benchmarks.epoch --model shapes --repeats 3 [--out FILE.json] \\
         [--engines jax,torch,torch-compile] [--groups 12 --steps 10 --window 5 ...]
@@ -165,7 +165,7 @@ def serve(load: Callable[[str, dict[str, Any], Arrays], Engine]) -> None:
 
 
 def shared_rollout(engine: Engine, folder: Path) -> Arrays:
-    """What all engines are probed with: drawn by the first that comes."""
+    """Return the rollout that all engines are probed with; the first engine draws it."""
     file = folder / "drawn.npz"
     if not file.exists():
         np.savez(file, **engine.draw())
@@ -234,7 +234,7 @@ class Worker:
 
 
 def environment(device: str, hugepages: bool) -> dict[str, str]:
-    """What every engine runs in."""
+    """Return the environment variables of every engine's process."""
     platform = {"cpu": "cpu", "gpu": "cuda"}[device]
     result = dict(os.environ, JAX_PLATFORMS=platform, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     if hugepages:

@@ -1,4 +1,4 @@
-"""What each reward costs: milliseconds an image of those that run here, arithmetic of the others.
+"""Measure the cost of rewards: milliseconds an image on the host, arithmetic in the graph.
 
     python -m benchmarks.rewards --out benchmarks/results/rewards.json
 

@@ -1,4 +1,4 @@
-"""How soon a start is at work: the first one on a machine, the second, a resume, and drawing.
+"""Measure the time from a start to its first work: first start, second start, resume, drawing.
 
     python -m benchmarks.starts --out benchmarks/results/starts.json
 

@@ -51,7 +51,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
-        """As the first process sees them: a shared disk may show a new one to others later."""
+        """List the steps that the first process sees; others may see a new one on a disk later."""
         return sharding.from_first_process(sorted(self._manager.all_steps()))
 
     def write(self, step: int, trees: dict[str, Any], record: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class Checkpoints:
 
     @contextmanager
     def _complete(self) -> Iterator[None]:
-        """What goes wrong inside is an OSError that names the directory, and leaves no parts."""
+        """Turn an error inside into an OSError that names the directory; remove partial files."""
         try:
             yield
         except Exception as error:
@@ -110,7 +110,7 @@ class Checkpoints:
         return trees, self.record(step)
 
     def record(self, step: int) -> dict[str, Any]:
-        """The record alone."""
+        """Read the record of a checkpoint without its arrays."""
         import orbax.checkpoint as ocp
 
         folder = self.directory / str(step) / "record"
@@ -150,24 +150,24 @@ class Checkpoints:
         ) from problem
 
     def save(self, epoch: int, state: TrainState, record: dict[str, Any]) -> None:
-        """A training state after `epoch` epochs."""
+        """Save the training state after `epoch` epochs."""
         self.write(epoch, _parts(state), record)
 
     def resume(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest readable training state, and its record."""
+        """Read the newest readable training state, and its record."""
         trees, record = self.newest(_parts(like))
         state = trees["state"]
         return dataclasses.replace(state, copies={**state.copies, "ema": trees["ema"]}), record
 
     def keep_only(self, step: int) -> None:
-        """Remove all others, newer ones too."""
+        """Remove all checkpoints but that of `step`, newer ones too."""
         for other in self.steps():
             if other != step:
                 with self._complete():
                     self._manager.delete(other)
 
     def wait(self) -> None:
-        """Until all is written. Raises OSError where the last one could not be."""
+        """Wait until all is written. Raises OSError if the last checkpoint could not be."""
         with self._complete():
             self._manager.wait_until_finished()
 
@@ -237,7 +237,7 @@ class Best:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of the libraries and of the devices that decide on a run's bits."""
+    """Return the versions and the devices on which the bits of a run depend."""
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     found = {"devices": devices, "python": platform.python_version()}
     for name in LIBRARIES:
@@ -247,7 +247,7 @@ def versions() -> dict[str, str]:
 
 
 class RunCheckpoints:
-    """What a run keeps in its work directory: its last states, and its best one if asked to.
+    """The checkpoints in a run's work directory: its last states and, on request, its best one.
 
     Args:
       config: the resolved one, kept with every state.
@@ -312,8 +312,11 @@ class RunCheckpoints:
         same_settings(record, self.config, ("advantage", "name"), self.last.directory)
 
     def save(self, epoch: int, state: TrainState) -> None:
-        """If it cannot be written, that is a warning. Of several processes some may not know: there
-        it is an OSError, that the run may be started again."""
+        """Save the state after `epoch` epochs, and log a warning if it cannot be written.
+
+        In a run of several processes this raises OSError instead, because some of them may not
+        know of the failure; the run is then started again.
+        """
         try:
             self._save(epoch, state)
         except OSError as error:
@@ -327,7 +330,7 @@ class RunCheckpoints:
             self._save(epoch, state)
             self.last.wait()  # a second signal must not cut it short
         except OSError as error:
-            self.saved = epoch  # as far as may be, and not once more
+            self.saved = epoch  # do not try again
             raise rescue(epoch, state, self._record(epoch), error) from error
 
     def _save(self, epoch: int, state: TrainState) -> None:
@@ -357,6 +360,6 @@ class RunCheckpoints:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """Cut a state into what is written apart: evaluation reads the EMA alone."""
+    """Split a state into separately written parts, because evaluation reads the EMA alone."""
     copies = {name: copy for name, copy in state.copies.items() if name != "ema"}
     return {"state": dataclasses.replace(state, copies=copies), "ema": state.copies["ema"]}

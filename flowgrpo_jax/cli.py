@@ -1,4 +1,4 @@
-"""What the entry points share: flags, the work directory, stopping on a signal."""
+"""Shared parts of the entry points: flags, the work directory, stopping on a signal."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ def connect() -> None:
 
 
 def has_all_devices() -> bool:
-    """Whether all GPUs that this process of SLURM or Open MPI can see are its own.
+    """Return whether all GPUs that this process of SLURM or Open MPI can see are its own.
 
-    Left to itself JAX gives it one, that of its number on the machine, for it expects a process a
-    GPU: seven of eight would idle beside a process that is alone, and a process that was given one
-    GPU, which it sees as number 0, would not find number 5.
+    By default JAX expects one process per GPU and gives a process the GPU of its number on the
+    machine. A single process would then leave seven of eight GPUs idle, and process 5, if it sees
+    only its own GPU as number 0, would not find number 5.
     """
     env = os.environ
     if "JAX_LOCAL_DEVICE_IDS" in env:
@@ -177,9 +177,11 @@ def leave(status: int) -> None:
 
 @contextmanager
 def exit_for_restart() -> Iterator[None]:
-    """Around a whole program: it ends with the status on which launchers start again at a SIGTERM
-    that nobody else minds, while it loads, and, where it is one of several, when something goes
-    wrong between them (a peer is lost, or late to join)."""
+    """Enclose a whole program, and end it with the exit status on which launchers start it again.
+
+    That happens at a SIGTERM which nothing else handles, such as one during loading, and in a run
+    of several processes when their connection fails (a peer is lost, or late to join).
+    """
     previous = signal.signal(signal.SIGTERM, _restart)
     try:
         yield
@@ -251,13 +253,16 @@ class Stop:
         self._since = 0.0
 
     def check(self) -> None:
-        """Raise Stopped when any process has been asked to stop. All processes call this alike."""
+        """Raise Stopped if any process has been asked to stop. All processes must call this."""
         if number := int(sharding.allgather(np.array(self.requested)).max()):
             raise Stopped(number)
 
     def wait(self, pending: Any) -> Any:
-        """A future's result (what is none is one already), once those of all processes are there: a
-        request to any of them ends the waiting. All processes call this alike."""
+        """Return the result of a future once the futures of all processes are done.
+
+        Anything that is not a future is returned as it is. A request to stop that reaches any
+        process ends the wait with Stopped. All processes must call this together.
+        """
         if not isinstance(pending, Future):
             return pending
         while not sharding.allgather(np.array(bool(wait([pending], 1.0).done))).all():

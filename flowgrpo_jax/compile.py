@@ -69,7 +69,7 @@ class Program(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What one program needs. Memory in bytes a chip."""
+    """The needs of one program; memory is in bytes per chip."""
 
     program: str
     calls: int
@@ -335,7 +335,7 @@ def table(reports: list[Report], resident: float, chip: Chip) -> str:
 
 
 def advice(reports: list[Report], resident: float, chip: Chip, *, fsdp: int, remat: bool) -> str:
-    """Whether the recipe fits, and else which knobs would make it fit."""
+    """Return a text that says whether the recipe fits, or which knobs would make it fit."""
     over = [r for r in reports if r.error or r.memory > chip.memory]
     if not over:
         return "it fits"

@@ -1,5 +1,5 @@
-"""What a program costs, read off its two descriptions: arithmetic from the jaxpr, where every loop
-still has its length, and communication from the compiled HLO, where the partitioner has decided it.
+"""The cost of a program: its arithmetic, counted in the jaxpr, where every loop still has its
+length, and its communication, counted in the compiled HLO, where the partitioner has decided it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs."""
+    """Count how often each computation runs."""
     times: dict[str, int] = defaultdict(int)
 
     def run(name: str, n: int) -> None:
@@ -150,7 +150,7 @@ def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _trips(condition: list[str]) -> int:
-    """How often a loop runs, from the one number that its counter is compared with."""
+    """Read the trip count of a loop: the one number that its counter is compared with."""
     numbers = [int(n) for line in condition for n in CONSTANT.findall(line)]
     return max(numbers, default=1)
 
@@ -160,7 +160,7 @@ def _bytes(kind: str, shape: str) -> int:
 
 
 def _group(line: str) -> int:
-    """How many chips take part, from the three notations of replica groups."""
+    """Count the chips of a replica group, which has three notations."""
     if "replica_groups=" not in line:
         return 2
     # mesh['a'=16,'b'=4] {'a'}, also with an order of devices in between

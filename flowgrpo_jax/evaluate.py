@@ -6,8 +6,8 @@
 
 `--checkpoint` is "base", a work directory or its `checkpoints` folder (the EMA weights of the
 newest checkpoint, or `checkpoints/STEP`), its `best` folder, or an exported LoRA. Writes the mean
-of every reward over all images and per tag as JSON, with what it is of, and a grid of pictures next
-to it.
+of every reward over all images and per tag as JSON, together with the model, the prompts and the
+settings, and a grid of pictures next to it.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _scores(
 
 
 def mean(scores: np.ndarray) -> float:
-    """Of the images that have a score; NaN when there is none."""
+    """Return the mean over the images that have a score; NaN when there is none."""
     scores = scores[~np.isnan(scores)]
     return float(scores.mean()) if scores.size else float("nan")
 

@@ -32,7 +32,7 @@ def replace(file: epath.Path, text: str) -> None:
 
 
 def read_json(file: epath.Path | Path) -> Any:
-    """What a JSON file says. Raises ValueError that names it where it is damaged."""
+    """Read a JSON file. Raises ValueError that names the file if it is damaged."""
     try:
         return json.loads(file.read_text())
     except ValueError as error:

@@ -91,7 +91,7 @@ def t5_limit(directory: Path) -> int:
 
 
 def read_spec(path: str | Path) -> LoRASpec:
-    """Of an exported LoRA. Where there is none, but a run, the error says how to export it."""
+    """Read rank, alpha and targets of an exported LoRA; for a run the error says how to export."""
     try:
         return lora_files.read_spec(path).spec
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics, TensorBoard events, captioned picture grids."""
+"""The logs of a run: metrics, TensorBoard events, captioned picture grids."""
 
 from __future__ import annotations
 
@@ -146,8 +146,10 @@ class Events:
 
 @contextmanager
 def warn_on_error(what: str) -> Iterator[None]:
-    """What cannot be written inside is a warning: it is not worth a run. Buckets and wandb have
-    errors of their own kinds."""
+    """Turn any error inside into a warning, because a log that is lost should not end a run.
+
+    The errors of buckets and of wandb have no common type.
+    """
     try:
         yield
     except Exception as error:
@@ -170,12 +172,12 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row has of an evaluation, and its epoch."""
+    """Return the figures of an evaluation in a row, and the row's epoch."""
     return {k: v for k, v in row.items() if k == "epoch" or k.startswith("eval/")}
 
 
 def plain(value: Any) -> Any:
-    """As JSON knows it: numbers that are not finite become null, also inside of dictionaries."""
+    """Convert a value for JSON: numbers that are not finite become null, also in dictionaries."""
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (str, int, list, tuple)) or value is None:

@@ -1,4 +1,4 @@
-"""Where a command writes. What can be wrong with the place is an error before the work, not after.
+"""Checks of the place that a command writes to, so that an error comes before the work, not after.
 
 Every function takes the flag that names the place, for the error.
 """

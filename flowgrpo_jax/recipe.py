@@ -251,7 +251,7 @@ def load_prompts(config: ConfigDict, training: bool) -> tuple[list[Metadata], li
 
 
 def source(config: ConfigDict, split: str, record: Metadata) -> str:
-    """Which source of prompts a record of a split ("train" or "test") is from."""
+    """Return the prompt source of a record of a split ("train" or "test")."""
     chosen = config.prompts.tasks
     return chosen[record["task"]].get(split, "") if chosen else config.prompts[split]
 
@@ -271,8 +271,10 @@ def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> Pro
 def reward_mixes(
     config: ConfigDict, *, training: bool = True
 ) -> tuple[RewardWeights, RewardWeights]:
-    """Which rewards training and evaluation take, by task where there are several: none for
-    training without `training`, and none for an evaluation that training never makes."""
+    """Return the reward weights of training and of evaluation, by task if there are several.
+
+    Training has no rewards unless `training`; evaluation has none in a run that never evaluates.
+    """
     weights, chosen = config.reward.weights.to_dict(), config.prompts.tasks.to_dict()
     tested = {name: weights.get(name, 0.0) for name in config.eval.rewards} or weights
     tested = {} if training and not config.eval.every else tested
@@ -288,12 +290,12 @@ def scorers(
     *,
     training: bool = True,
 ) -> tuple[Scorer, Scorer]:
-    """Of training, which without `training` has no rewards, and of evaluation, which has none in a
-    run that never evaluates.
+    """Make the scorers of training and of evaluation.
 
-    Both share what they load, and what lies on the devices. Raises what loading a reward raises,
-    ValueError for prompts that a reward cannot judge, and RuntimeError where a reward on another
-    machine does not answer.
+    Training has no rewards unless `training`; evaluation has none in a run that never evaluates.
+    Both scorers share the loaded rewards and their arrays on the devices. Raises the errors of
+    loading a reward, ValueError for prompts that a reward cannot judge, and RuntimeError where a
+    reward on another machine does not answer.
     """
     mix, test_mix = reward_mixes(config, training=training)
     test_mix = RewardWeights({}) if training and not test_prompts else test_mix
@@ -427,7 +429,7 @@ def make_programs(
 
 
 def summary(recipe: Recipe) -> str:
-    """What a run prints first: the derived numbers."""
+    """Return the first lines that a run prints: the numbers derived from its config."""
     model, config = recipe.model, recipe.config
     parts = (model.params | model.text_shapes).values()
     frozen = sum(x.size for part in parts for x in part.values())

@@ -1,4 +1,4 @@
-"""What follows from a config before anything is loaded: is it sound, and how is the batch cut."""
+"""Checks of a config and the cut of its batch, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def micro_batches(self) -> int:
-        """Of one update."""
+        """The number of micro-batches of one update."""
         return self.images // self.updates // self.micro_batch
 
     def __str__(self) -> str:
@@ -73,8 +73,10 @@ def split_cpu(config: ConfigDict) -> None:
 
 
 def _cores(config: ConfigDict) -> int:
-    """As many as there are, or fewer where they would not cut the micro-batches evenly; a mesh that
-    is given in full says it itself."""
+    """Return the number of CPU devices: the size of the mesh if it is given in full.
+
+    Else it is the number of cores, or fewer if they would not divide the micro-batches evenly.
+    """
     given = [size for size in config.mesh.values() if size != -1]
     if len(given) == len(config.mesh):
         return math.prod(given)
@@ -132,7 +134,7 @@ def _micro_batch(config: ConfigDict, images: int, devices: int) -> int:
 
 
 def _uneven(config: ConfigDict, images: int, devices: int) -> str:
-    """What to do where no micro-batch fits, because the images of an update do not."""
+    """Return the message for images of an update that cannot be divided among the devices."""
     s, updates = config.sample, config.train.updates_per_epoch
     groups = updates * devices // math.gcd(s.group_size, devices)
     parts = math.gcd(images, devices)
@@ -236,7 +238,7 @@ def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def guidance(scale: float, knob: str) -> float:
-    """The scale that sampling takes: 1, which computes no null branch, for every scale up to 1.
+    """Return the guidance scale of sampling: 1, which needs no empty prompt, for scales up to 1.
 
     diffusers' pipelines do the same; model cards of distilled models ask for 0. Raises ValueError
     that names the knob for a negative scale and for one that is not finite.
@@ -370,6 +372,6 @@ def window(config: ConfigDict) -> int:
 
 
 def window_range(config: ConfigDict) -> tuple[int, int]:
-    """Where the window may lie; (0, window) is a fixed one."""
+    """Return the steps (low, high) between which the window may lie; (0, window) is fixed."""
     low, high = config.sample.window_range
     return (low, high) if (low, high) != (0, 0) else (0, window(config))

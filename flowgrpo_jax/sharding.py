@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, and one strict table from parameter paths to layouts.
+"""The mesh, and one strict table from parameter paths to the layouts of arrays on it.
 
 Three axes. `data` and `fsdp` both cut the batch; `fsdp` also cuts the frozen weights, each device
 keeping a part and fetching a block's rest when the block runs; `tensor` cuts the linears Megatron's
@@ -59,7 +59,7 @@ def make_mesh(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """All devices, or these, as data x fsdp x tensor; one size may be -1, the rest.
+    """Make a mesh data x fsdp x tensor of all devices or `devices`; one size may be -1, the rest.
 
     Auto axes: the compiler chooses inner layouts. Raises ValueError when the sizes do not fit.
     """
@@ -79,17 +79,17 @@ def make_mesh(
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the batch is cut."""
+    """Return the number of parts into which the batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def weight_shards(mesh: Mesh) -> int:
-    """Into how many parts the frozen weights are cut."""
+    """Return the number of parts into which the frozen weights are cut."""
     return mesh.shape["fsdp"]
 
 
 def head_shards(mesh: Mesh) -> int:
-    """Into how many parts a linear's work is cut, and with it the heads of attention."""
+    """Return the number of parts into which a linear's work and attention's heads are cut."""
     return mesh.shape["tensor"]
 
 
@@ -130,10 +130,10 @@ def place(mesh: Mesh) -> Any:
 
 @lru_cache(maxsize=16)  # one function a mesh, by which models and their programs are cached
 def gather_weights(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array] | None:
-    """What a block does to its weights before it runs: fetch what other devices keep of them.
+    """Return the function that all-gathers a block's weights over `fsdp` before the block runs.
 
-    None where `fsdp` cuts nothing. Said outright because the compiler, left to itself, moves the
-    activations between the devices instead, a hundred times as much.
+    The result is None if `fsdp` cuts nothing. The all-gather is explicit because the compiler alone
+    would move the activations between the devices instead, a hundred times as much data.
     """
     if weight_shards(mesh) == 1:
         return None
@@ -146,7 +146,7 @@ def gather_weights(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array] | None:
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Of training state: what is trained, and what the optimiser keeps of it, by the table.
+    """Return the shardings of a training state: trained weights and optimiser state, by the table.
 
     A leaf belongs to a parameter when the last dictionary key on its way is a parameter's path.
     """
@@ -160,7 +160,7 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def put_state(mesh: Mesh, tree: Any) -> Any:
-    """Training state on the devices."""
+    """Put a training state onto the devices."""
     return jax.tree.map(_put, tree, state_shardings(mesh, tree))
 
 
@@ -172,7 +172,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """A copy of every array on every device. Host arrays must be the same in every process."""
+    """Copy every array to every device. Host arrays must be the same in every process."""
     return jax.tree.map(lambda x: _put(x, replicated(mesh)), tree)
 
 
@@ -188,7 +188,7 @@ def split_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-    """device_put, also of an array that every process has for itself onto devices of them all."""
+    """Call device_put, also from a process-local array onto a mesh of several processes."""
     local = isinstance(x, jax.Array) and x.is_fully_addressable
     if local and not sharding.is_fully_addressable:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -222,21 +222,21 @@ def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def allgather(x: np.ndarray) -> np.ndarray:
-    """[processes, ...]: every process's value of an array of the same shape; a meeting point."""
+    """All-gather an array of the same shape from every process: [processes, ...]. A barrier."""
     if jax.process_count() == 1:
         return x[None]
     return np.asarray(multihost_utils.process_allgather(x))
 
 
 def from_first_process(numbers: list[int]) -> list[int]:
-    """The first process's, in every process; a meeting point."""
+    """Return the numbers of the first process in every process. A barrier."""
     length = int(allgather(np.array(len(numbers)))[0])
     same_length = (numbers + [0] * length)[:length]
     return allgather(np.array(same_length, int))[0].tolist() if length else []
 
 
 def to_host(x: Any) -> np.ndarray:
-    """An array that may be spread over processes, whole on the host."""
+    """Fetch an array, which may be spread over processes, to the host of every process."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

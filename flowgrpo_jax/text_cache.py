@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def fingerprint(directory: Path, *, t5: bool, **settings: object) -> str:
-    """What the states depend on apart from the prompt: the text settings, and which weights.
+    """Return a hash of the text settings and the weights, on which the states of a prompt depend.
 
-    The same on every machine that has the same files, wherever they lie and whatever lies beside
-    them: those count that are read. Raises FileNotFoundError where weights are missing.
+    It is the same on every machine that has the same files, wherever they lie: only files that are
+    read count. Raises FileNotFoundError where weights are missing.
     """
     read: list[Path] = []
     for folder in sorted([*directory.glob("text_encoder*"), *directory.glob("tokenizer*")]):
@@ -65,9 +65,10 @@ def encode_cached(
     Args:
       texts: P prompts. Returns their Conditioning, in order, in the dtype that `encode` gave.
       fingerprint: of the encoders and their settings; another one is another cache.
-      strict: raise what kept a prompt from being written, for who came to fill the cache.
-      allgather: [processes, ...] of every process's array: all encode what one of them lacks, since
-        the encoders may be spread over them all.
+      strict: raise the error that prevents a prompt from being written, for callers that fill the
+        cache.
+      allgather: gathers an array of every process, [processes, ...]. Every process encodes what any
+        of them lacks, since the encoders may be spread over all of them.
       to_host: fetches an array that may be spread over processes.
     """
     folder = Path(directory).expanduser()
@@ -106,7 +107,7 @@ def _read(file: Path) -> dict[str, np.ndarray] | None:
 
 
 def _write(file: Path, states: dict[str, np.ndarray]) -> None:
-    """All or nothing: under another name first, for others may be reading."""
+    """Write a file in one step, through another name, because others may be reading it."""
     partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
     try:
         save_file({name: jax.numpy.asarray(x) for name, x in states.items()}, partial)

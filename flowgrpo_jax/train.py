@@ -226,7 +226,7 @@ def collect_scores(
 
 
 def reward_figures(total: np.ndarray, group_size: int) -> dict[str, float]:
-    """Of what the policy is trained on, f32 [B], NaN where it failed."""
+    """Summarise the training reward, f32 [B], which is NaN where scoring failed."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a group without any score
         spread = np.nan_to_num(np.nanstd(total.reshape(-1, group_size), axis=1))
@@ -365,7 +365,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
 
 
 def evaluation_is_due(run: Recipe, epoch: int) -> bool:
-    """Whether the state after `epoch` epochs is to be evaluated before it is trained further."""
+    """Return whether the state after `epoch` epochs is to be evaluated before further training."""
     every = run.config.eval.every
     return bool(run.test_prompts and every and epoch % every == 0)
 

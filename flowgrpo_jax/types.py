@@ -72,7 +72,7 @@ class Rollout:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes in training. The frozen base is not state."""
+    """The arrays that change in training. The frozen base weights are not part of it."""
 
     step: jax.Array  # i32, optimiser steps taken
     policy: Params  # what is trained: an adapter or, with lora.rank=0, the transformer itself

@@ -1,4 +1,4 @@
-"""How a command is called: reads its flags, lists them for `--help`, and names misspelt ones."""
+"""The command line of a command: read its flags, list them for `--help`, name misspelt ones."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def parse(arguments: Sequence[str]) -> list[str]:
 
 
 def explain(error: BaseException, arguments: Sequence[str]) -> str:
-    """What to tell a user about an error of the flags; empty where it is no mistake on the command
-    line but one in the code of a recipe."""
+    """Return the message to a user about an error of the flags.
+
+    It is empty if the mistake is not on the command line but in the code of a recipe.
+    """
     root = error
     while root.__context__:
         root = root.__context__
@@ -104,7 +106,7 @@ def own_flags() -> list[flags.Flag]:
 
 
 def text(arguments: Sequence[str]) -> str:
-    """What `--help` prints: what the command does, its flags, and the knobs of its recipe."""
+    """Return the text of `--help`: the command's purpose, its flags, and its recipe's knobs."""
     parts = [inspect.getdoc(sys.modules["__main__"]) or "", "", "Flags:"]
     if has_recipe := "config" in flags.FLAGS:
         parts += _entry("--config=FILE (required)", "A recipe: a Python file with get_config().")
@@ -125,7 +127,7 @@ def text(arguments: Sequence[str]) -> str:
 
 
 def _form(flag: flags.Flag) -> str:
-    """How a flag is written, with its default value."""
+    """Return the spelling of a flag, with its default value."""
     kind = flag.flag_type()
     if kind == "bool":
         return f"--[no]{flag.name} ({'on' if flag.default else 'off'})"

@@ -15,7 +15,7 @@ CHECKED = ("flowgrpo_jax", "configs", "config_config", "__main__")  # packages; 
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Around a whole program: print a user's mistake as one line and exit with status 1.
+    """Enclose a whole program, print a user's mistake as one line and exit with status 1.
 
     Other errors, and all of them where the environment has FLOWGRPO_TRACEBACK, go on to Python,
     which prints the traceback.
@@ -30,7 +30,7 @@ def in_one_line() -> Iterator[None]:
 
 
 def is_for_users(error: Exception) -> bool:
-    """Whether the message alone tells a user what to do.
+    """Return whether the message alone tells a user what to do.
 
     That holds for what a check of this package or of a recipe raised, that is, for an error that
     comes from a `raise` in their own code and not from something that they called; and for what the
