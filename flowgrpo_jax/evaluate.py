@@ -30,13 +30,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowgrpo_jax import (
-    checkpoint,
     cli,
     logs,
     outputs,
     policies,
     prompts,
     recipe,
+    run_checkpoints,
     sampler,
     settings,
     sharding,
@@ -186,7 +186,7 @@ def record(config: ConfigDict, source: str, result: dict[str, Any]) -> dict[str,
         "checkpoint": source,
         "model": config.model.path,
         "prompts": {name: task.get("test", "") for name, task in p.tasks.items()} or p.test,
-        "versions": checkpoint.versions(),
+        "versions": run_checkpoints.versions(),
         "config": config.eval.to_dict(),
         **result,
     }

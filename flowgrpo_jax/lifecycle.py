@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from flowgrpo_jax import checkpoint, cli
+from flowgrpo_jax import cli
+from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def count_lost(lost: int, skipped: float, most: int) -> int:
     return lost
 
 
-def save_at_stop(checkpoints: checkpoint.RunCheckpoints, epoch: int, state: TrainState) -> None:
+def save_at_stop(checkpoints: RunCheckpoints, epoch: int, state: TrainState) -> None:
     """Save the state and wait until it is written.
 
     Raises OSError when that fails. A run of several processes ends with the exit status for a
@@ -56,7 +57,7 @@ def save_at_stop(checkpoints: checkpoint.RunCheckpoints, epoch: int, state: Trai
 
 def save_at_error(
     error: Exception,
-    checkpoints: checkpoint.RunCheckpoints,
+    checkpoints: RunCheckpoints,
     epoch: int,
     state: TrainState,
     *,

@@ -32,7 +32,6 @@ from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
     advantages,
-    checkpoint,
     cli,
     lifecycle,
     logs,
@@ -46,6 +45,7 @@ from flowgrpo_jax.evaluate import evaluate, mean, save_grid
 from flowgrpo_jax.lifecycle import RunFailed
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, Scores, TrainState
 
@@ -243,7 +243,7 @@ def evaluate_into(
     run: Recipe,
     state: TrainState,
     epoch: int,
-    checkpoints: checkpoint.RunCheckpoints,
+    checkpoints: RunCheckpoints,
     stop: cli.Stop,
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
@@ -304,7 +304,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         print(recipe.summary(run))
     state = initial_state(run)
     run = dataclasses.replace(run, model=recipe.drop_frozen(run.model, run.algorithm))
-    checkpoints = checkpoint.RunCheckpoints(
+    checkpoints = RunCheckpoints(
         workdir,
         config.to_dict(),
         base_model.of(run.model),

@@ -14,11 +14,11 @@ from safetensors.numpy import save_file
 from configs import shapes
 from flowgrpo_jax import (
     algorithms,
-    checkpoint,
     evaluate,
     generate,
     logs,
     policies,
+    run_checkpoints,
     run_record,
     seeds,
     update,
@@ -38,7 +38,7 @@ def test_an_evaluation_says_what_it_is_of():
     assert {name: record[name] for name in RESULT} == RESULT
     assert (record["checkpoint"], record["model"]) == ("runs/shapes", "shapes")
     assert record["prompts"] == "shapes:test"
-    assert record["versions"] == checkpoint.versions()
+    assert record["versions"] == run_checkpoints.versions()
     assert record["config"] == config.eval.to_dict()
 
 
@@ -193,7 +193,7 @@ def kept(workdir, algorithm="nft"):
         "algorithm": {"name": algorithm},
         "advantage": {"name": "per_prompt"},
     }
-    return checkpoint.RunCheckpoints(workdir, config, keep=None, best="")
+    return run_checkpoints.RunCheckpoints(workdir, config, keep=None, best="")
 
 
 def test_copies_and_memory_are_resumed(tmp_path):

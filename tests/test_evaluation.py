@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from short_runs import call, load, rows
 
-from flowgrpo_jax import checkpoint, cli, policies, recipe, sharding
+from flowgrpo_jax import cli, policies, recipe, run_checkpoints, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models.base_model import BaseModel
@@ -63,11 +63,11 @@ def test_the_best_evaluation_is_kept(runs, whole):
 def test_the_best_may_be_older_than_one_of_before(runs, tmp_path):
     """A run that goes on from an earlier checkpoint with another reward begins anew."""
     state = initial_state(recipe.build(load(runs)))
-    checkpoint.Best(tmp_path, "shapes", {}, BaseModel()).offer(4, state, {"eval/shapes": 0.75})
-    strict = checkpoint.Best(tmp_path, "shapes_strict", {}, BaseModel())
+    run_checkpoints.Best(tmp_path, "shapes", {}, BaseModel()).offer(4, state, {"eval/shapes": 0.75})
+    strict = run_checkpoints.Best(tmp_path, "shapes_strict", {}, BaseModel())
     strict.offer(2, state, {"eval/shapes_strict": 0.25})
     assert Checkpoints(tmp_path).steps() == [2]
-    again = checkpoint.Best(tmp_path, "shapes_strict", {}, BaseModel())
+    again = run_checkpoints.Best(tmp_path, "shapes_strict", {}, BaseModel())
     assert again.value == 0.25
     again.offer(6, state, {"eval/shapes_strict": 0.25})  # not better
     assert Checkpoints(tmp_path).steps() == [2]

@@ -56,7 +56,7 @@ def test_a_resume_says_which_libraries_changed(runs, half, tmp_path, monkeypatch
     saved = Checkpoints(half / "checkpoints").record(2)["versions"]
     assert saved["jax"] == jax.__version__ and saved["numpy"] == np.__version__
     now = saved | {"jax": "0.0.1"}
-    monkeypatch.setattr("flowgrpo_jax.checkpoint.versions", lambda: now)
+    monkeypatch.setattr("flowgrpo_jax.run_checkpoints.versions", lambda: now)
     train(load(runs, epochs=2, eval__every=0), tmp_path / "run", resume=True)
     assert f"other libraries or devices (jax {jax.__version__} -> 0.0.1)" in caplog.text
 
