@@ -237,7 +237,9 @@ print([tuple(c) for c in collectives(devices)])
 @needs_libtpu
 @pytest.mark.parametrize("name, chips", [("v5e:1x1", 1), ("v5p:1x1x1", 1), ("v6e:2x4", 8)])
 def test_topologies_of_one_chip_and_more(name, chips):
-    out = run(f"from flowgrpo_jax import compile; print(len(compile.topology({name!r})[1]))")
+    out = run(
+        f"from flowgrpo_jax import program_costs; print(len(program_costs.topology({name!r})[1]))"
+    )
     assert int(out) == chips
 
 
