@@ -43,9 +43,10 @@ def test_an_evaluation_whose_reward_failed_is_not_the_best(
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
     evaluate_into(tmp_path, run, state, 7, kept, cli.Stop())
     assert epochs == offered
-    assert ("jpeg_incompressibility failed on 90% and cannot be the best" in caplog.text) is (
-        not offered
+    assert ("jpeg_incompressibility failed on 90% and cannot be the best" in caplog.text) == (
+        best == 0.9
     )
+    assert ("pixels that are not finite" in caplog.text) == (broken > 0)
 
 
 def test_the_best_evaluation_is_kept(runs, whole):
