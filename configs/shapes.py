@@ -2,7 +2,7 @@
 
     python -m flowgrpo_jax.train --config configs/shapes.py
 
-Hardware: 2 CPU cores. See README.md for the curve, the time it took and what to expect.
+Hardware: 2 CPU cores. docs/results.md has the curve, the time it took and what to expect.
 CPS noise in three steps whose place is drawn anew each epoch among those where composition is
 decided, the ODE before and after, no guidance: the policy is trained close to how it is evaluated.
 With ten steps and noise in the first five, rollouts improved faster and the 40-step ODE did not: a

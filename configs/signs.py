@@ -4,7 +4,7 @@
 
 Hardware: 2 CPU cores, 10 s an epoch, of which OCR takes two thirds. Needs the reader,
 pip install 'flowgrpo_jax[ocr]'. Settings are those of configs/shapes.py but for the prompts and the
-reward, which nobody here wrote. See README.md for what to expect.
+reward, which nobody here wrote. docs/results.md says what to expect.
 
 Pictures have 64 px: they are enlarged to 256 px, and the detector looks at them at that size. A
 picture then takes 32 ms on one core instead of 240, and all of 160 rendered signs were read right,

@@ -2,7 +2,7 @@
 
     python -m flowgrpo_jax.serve --reward ocr --port 18090 --secret_env REWARD_SECRET
 
-`rewards/remote.py` is the client and `transport/wire_format.py` the format; docs/extending.md
+`rewards/remote.py` is the client and `transport/wire_format.py` the format; docs/rewards.md
 shows both.
 
     GET  /health   200 while the process lives

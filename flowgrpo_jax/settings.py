@@ -208,7 +208,7 @@ LEAST = {  # setting: the least that it may be
     "checkpoint.every": 1,
     "checkpoint.keep": 0,
 }
-UNLIMITED = ("train.max_grad_norm", "advantage.clip")  # may be inf
+UNLIMITED = ("train.max_grad_norm", "advantage.clip", "algorithm.options.clip_range")  # may be inf
 POSITIVE = ("train.max_grad_norm", "advantage.clip", "train.eps")
 DECAYS = ("train.b1", "train.b2", "train.ema_decay")
 

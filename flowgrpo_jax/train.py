@@ -1,10 +1,10 @@
-"""Flow-GRPO training: read this file first.
+"""Training by online reinforcement learning: read this file first.
 
     python -m flowgrpo_jax.train --config configs/shapes.py --workdir runs/shapes [--resume]
 
-An epoch: prompts -> a group of images for each, by the stochastic sampler -> rewards -> advantages
-relative to the group -> clipped policy updates of the LoRA weights (with lora.rank=0, of all of the
-transformer's). Now and then: evaluation by the deterministic ODE, and a checkpoint.
+An epoch: prompts -> a group of images for each, by the sampler -> rewards -> advantages -> policy
+updates of the LoRA weights (with lora.rank=0, of all of the transformer's) by the loss of the
+recipe's algorithm. Now and then: evaluation by the deterministic ODE, and a checkpoint.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def test_the_autoencoder_keeps_what_the_verifier_reads():
 
 
 def test_shapes_are_drawn_cleanly_and_follow_their_prompts_imperfectly():
-    """What README says of the base, on fewer pictures and half the steps: rendering is learned, and
-    composition is left for RL."""
+    """The base does what docs/results.md says, on fewer pictures and half the steps: rendering is
+    learned, and composition is left for RL."""
     config = shapes_recipe.get_config()
     config.eval.images, config.eval.steps, config.eval.micro_batch = 144, 20, 72
     run = recipe.build(config, training=False)
