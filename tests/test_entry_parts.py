@@ -193,7 +193,7 @@ def kept(workdir, algorithm="nft"):
         "algorithm": {"name": algorithm},
         "advantage": {"name": "per_prompt"},
     }
-    return run_checkpoints.RunCheckpoints(workdir, config, keep=None, best="")
+    return run_checkpoints.RunCheckpoints(workdir, config, BaseModel(), keep=None, best="")
 
 
 def test_copies_and_memory_are_resumed(tmp_path):
