@@ -190,7 +190,7 @@ def test_a_row_may_be_used_several_times(monkeypatch):
         {"secret_env": "S", "urls": ["http://a"]},
         {"secret_env": "T", "urls": ["http://b"]},
     ]
-    with pytest.raises(ValueError, match="'far:a' is unknown"):
+    with pytest.raises(ValueError, match="'far:a' cannot be imported"):
         rewards.load(["far:a"])
 
 
