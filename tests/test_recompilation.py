@@ -5,6 +5,7 @@ from collections import Counter
 import jax
 import numpy as np
 import processes
+import tiny_model
 
 from flowgrpo_jax import logs, rewards
 from flowgrpo_jax.compilation_report import COMPILE
@@ -19,7 +20,7 @@ def brightness(images, prompts, metadata):
 
 def test_nothing_is_compiled_after_the_first_epoch_and_evaluation(tmp_path, monkeypatch):
     monkeypatch.setitem(rewards.TABLE, "brightness", "test_recompilation:brightness")
-    processes.write_model(tmp_path / "model")
+    tiny_model.write_model(tmp_path / "model")
     config = processes.load(tmp_path, {"data": 1}, "overlap")
     config.epochs, config.eval.every, config.checkpoint.every = 3, 1, 10
     config.sample.micro_batch = 4  # several micro-batches to an update

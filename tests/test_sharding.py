@@ -1,8 +1,8 @@
 """The table of rules, the mesh, and where the processes meet."""
 
 import jax
-import processes
 import pytest
+import tiny_model
 from flax import nnx
 
 from flowgrpo_jax import cli, sharding
@@ -27,10 +27,10 @@ def test_every_parameter_meets_one_rule():
     large = MMDiTConfig(num_layers=38, num_attention_heads=38, caption_projection_dim=2432)
     everywhere = ("attn.to_q", "attn.to_out.0", "ff.net.0.proj", "ff.net.2", "norm1.linear")
     for shapes in (
-        shapes_of(lambda rngs: MMDiT(processes.MMDIT, rngs=rngs), everywhere),
+        shapes_of(lambda rngs: MMDiT(tiny_model.MMDIT, rngs=rngs), everywhere),
         shapes_of(lambda rngs: MMDiT(large, rngs=rngs)),
-        shapes_of(lambda rngs: CLIPText(processes.clip(100, "gelu"), rngs=rngs)),
-        shapes_of(lambda rngs: T5Encoder(processes.T5, rngs=rngs)),
+        shapes_of(lambda rngs: CLIPText(tiny_model.clip(100, "gelu"), rngs=rngs)),
+        shapes_of(lambda rngs: T5Encoder(tiny_model.T5, rngs=rngs)),
     ):
         for path, leaf in shapes.items():
             assert len(sharding.spec(path, leaf.shape, mesh)) == len(leaf.shape)
