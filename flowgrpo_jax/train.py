@@ -166,7 +166,7 @@ def improve(
             )
             jax.block_until_ready(before)  # two at a time, as in sampling
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
-        if u == 0:  # the policy that drew the images is only before the first update the same
+        if u == 0:  # only before the first update is the policy the one that drew the images
             figures |= worst
             if problem := algorithm.warning(worst | {k: float(v) for k, v in sums.items()}):
                 log.warning("epoch %d: %s", epoch, problem)

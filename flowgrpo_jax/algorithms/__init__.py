@@ -25,6 +25,7 @@ from flowgrpo_jax.types import Rollout
 
 # v(x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C]: the guided velocity of one policy
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+Velocities = Mapping[str, Velocity]  # by the name of the policy
 Figures = dict[str, jax.Array]
 
 
@@ -36,11 +37,9 @@ class Setup:
     group_size: int
 
 
-# loss(setup, {name of a policy: Velocity}, rollout, term i32, advantage) -> loss [M], {figure: [M]}
+# loss(setup, velocities, rollout, term i32, advantage) -> loss [M], {figure: [M]}
 # The advantage is f32 [M], or f32 [W, M] with one value for each transition of the window.
-Loss = Callable[
-    [Setup, Mapping[str, Velocity], Rollout, jax.Array, jax.Array], tuple[jax.Array, Figures]
-]
+Loss = Callable[[Setup, Velocities, Rollout, jax.Array, jax.Array], tuple[jax.Array, Figures]]
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity; `load` caches

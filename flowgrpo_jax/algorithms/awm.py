@@ -17,12 +17,10 @@ Deviations from the published code: the rollout's solver is Euler's; errors are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocity, advantage_of
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
 from flowgrpo_jax.algorithms.grpo import clipped
 from flowgrpo_jax.algorithms.renoise import mean, renoise, stratum
 from flowgrpo_jax.types import Rollout
@@ -53,22 +51,11 @@ def make(
       anchor_beta: weight of the squared distance to the anchor, which keeps
         min(anchor_rate x optimiser steps, anchor_most) of itself at the end of an epoch.
     """
-    for name, value in {"levels": levels, "power": power, "share": share}.items():
-        if not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    if share > 1 or clip_range < 0:
-        raise ValueError(
-            f"algorithm.options: share={share} must be at most 1, and clip_range={clip_range} at"
-            " least 0"
-        )
-
-    def score(velocity: jax.Array, target: jax.Array, sigma: jax.Array) -> jax.Array:
-        error = mean(jnp.square(velocity - target))
-        return -sigma * ((error + TINY) ** power - TINY**power) / power
+    _check(levels, share, power, clip_range)
 
     def loss(
         setup: Setup,
-        v: Mapping[str, Velocity],
+        v: Velocities,
         rollout: Rollout,
         term: jax.Array,
         advantage: jax.Array,
@@ -77,12 +64,18 @@ def make(
         step = stratum(rollout, term, levels, *_range(setup, levels, share))
         x, sigma, target = renoise(rollout, sigmas[step], term)
         velocity = v["policy"](x, sigma)
-        new = score(velocity, target, sigma)
-        old = score(v["old"](x, sigma), target, sigma) if clip_range else jax.lax.stop_gradient(new)
+
+        def distance(name: str) -> jax.Array:
+            return mean(jnp.square(velocity - v[name](x, sigma)))
+
+        new = log_prob(velocity, target, sigma, power)
+        old = jax.lax.stop_gradient(new)
+        if clip_range:
+            old = log_prob(v["old"](x, sigma), target, sigma, power)
         weight = advantage_scale * advantage_of(advantage, term)
         value, ratio = clipped(new - old, weight, clip_range or jnp.inf)
-        to_anchor = mean(jnp.square(velocity - v["anchor"](x, sigma))) if anchor_beta else 0 * new
-        to_reference = mean(jnp.square(velocity - v["reference"](x, sigma))) if kl_beta else 0 * new
+        to_anchor = distance("anchor") if anchor_beta else jnp.zeros_like(value)
+        to_reference = distance("reference") if kl_beta else jnp.zeros_like(value)
         figures = {
             "policy_loss": value,
             "kl": to_reference,
@@ -109,6 +102,26 @@ def make(
         worst=("ratio_gap",),
         summary=f"AWM, {levels} noise levels an image, KL {kl_beta:g}, anchor {anchor_beta:g}",
     )
+
+
+def log_prob(velocity: jax.Array, target: jax.Array, sigma: jax.Array, power: float) -> jax.Array:
+    """Return what stands for the log-prob of M images, f32 [M]: the equation at the top.
+
+    Args:
+      velocity, target: f32 [M, H, W, C]; sigma: f32 [M].
+    """
+    error = mean(jnp.square(velocity - target))
+    return -sigma * ((error + TINY) ** power - TINY**power) / power
+
+
+def _check(levels: int, share: float, power: float, clip_range: float) -> None:
+    for name, value in {"levels": levels, "power": power, "share": share}.items():
+        if not value > 0:
+            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
+    if share > 1:
+        raise ValueError(f"algorithm.options.share={share}: must be at most 1")
+    if not clip_range >= 0:
+        raise ValueError(f"algorithm.options.clip_range={clip_range}: must be at least 0")
 
 
 def _range(setup: Setup, levels: int, share: float) -> tuple[int, int]:

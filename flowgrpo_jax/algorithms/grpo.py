@@ -13,12 +13,13 @@ Deviation from yifan123/flow_grpo: images whose group has no spread keep their p
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from flowgrpo_jax import sde
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocity, advantage_of
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
 from flowgrpo_jax.types import Rollout
 
 STEP_CHOICES = ("random", "first")
@@ -44,7 +45,7 @@ def make(
 
     def loss(
         setup: Setup,
-        v: Mapping[str, Velocity],
+        v: Velocities,
         rollout: Rollout,
         term: jax.Array,
         advantage: jax.Array,
@@ -76,36 +77,39 @@ def make(
         }
         return value + kl_beta * kl, figures
 
-    def terms(setup: Setup, key: jax.Array) -> jax.Array:
-        size = setup.process.window
-        if steps > size:
-            raise ValueError(
-                f"algorithm.options.steps={steps}: the window has {size} steps to train; choose 1"
-                f" to {size}, or 0 for all of them"
-            )
-        if steps in (0, size) or step_choice == "first":
-            return jnp.arange(steps or size)
-        return jnp.sort(jax.random.permutation(key, size)[:steps])
-
-    def warning(figures: Mapping[str, float]) -> str:
-        gap = figures["ratio_gap"]
-        if gap <= clip_range:
-            return ""
-        return (
-            f"ratio_gap {gap:.2g} exceeds clip_range {clip_range:.2g}: update and sampler disagree"
-            " about the log-probs, and the clip cuts noise; use model.dtype='float32', or a larger"
-            " clip_range"
-        )
-
     return Algorithm(
         loss,
-        terms,
+        terms=partial(_terms, steps, step_choice),
         figures=("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_gap"),
         window=True,
         reads=("reference",) if kl_beta else (),
         worst=("ratio_gap",),
-        warning=warning,
+        warning=partial(_warning, clip_range),
         summary=f"{steps or 'all'} steps of the window, clip {clip_range:g}, KL {kl_beta:g}",
+    )
+
+
+def _terms(steps: int, step_choice: str, setup: Setup, key: jax.Array) -> jax.Array:
+    """Return the transitions that an epoch trains, as places in the window."""
+    size = setup.process.window
+    if steps > size:
+        raise ValueError(
+            f"algorithm.options.steps={steps}: the window has {size} steps to train; choose 1"
+            f" to {size}, or 0 for all of them"
+        )
+    if steps in (0, size) or step_choice == "first":
+        return jnp.arange(steps or size)
+    return jnp.sort(jax.random.permutation(key, size)[:steps])
+
+
+def _warning(clip_range: float, figures: Mapping[str, float]) -> str:
+    gap = figures["ratio_gap"]
+    if gap <= clip_range:
+        return ""
+    return (
+        f"ratio_gap {gap:.2g} exceeds clip_range {clip_range:.2g}: update and sampler disagree"
+        " about the log-probs, and the clip cuts noise; use model.dtype='float32', or a larger"
+        " clip_range"
     )
 
 

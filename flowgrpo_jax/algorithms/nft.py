@@ -17,12 +17,10 @@ solver is Euler's; errors are f32 in place of f64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocity, advantage_of
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
 from flowgrpo_jax.algorithms.renoise import mean, renoise, spread
 from flowgrpo_jax.types import Rollout
 
@@ -47,15 +45,11 @@ def make(
         min(max(n - old_flat, 0) x old_rate, old_most) of itself at the end of an epoch. The paper's
         three schedules are (0, 0, 0), the default, and (75, 0.0075, 0.999).
     """
-    for name, value in {"beta": beta, "advantage_clip": advantage_clip}.items():
-        if not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    if not 0 <= old_most < 1:
-        raise ValueError(f"algorithm.options.old_most={old_most}: must be in [0, 1)")
+    _check(beta, advantage_clip, old_most)
 
     def loss(
         setup: Setup,
-        v: Mapping[str, Velocity],
+        v: Velocities,
         rollout: Rollout,
         term: jax.Array,
         advantage: jax.Array,
@@ -64,15 +58,9 @@ def make(
         level = jnp.broadcast_to(sigmas[term], rollout.prompt.shape)
         x, sigma, _ = renoise(rollout, level, term)
         new, old = v["policy"](x, sigma), v["old"](x, sigma)
-
-        def error(velocity: jax.Array) -> jax.Array:
-            miss = x - spread(sigma, x) * velocity - rollout.latents
-            size = jax.lax.stop_gradient(jnp.maximum(mean(jnp.abs(miss)), FLOOR))
-            return mean(jnp.square(miss)) / size
-
         good = jnp.clip(advantage_of(advantage, term) / (2 * advantage_clip) + 0.5, 0, 1)
-        positive = error((1 - beta) * old + beta * new)
-        negative = error((1 + beta) * old - beta * new)
+        positive = image_error((1 - beta) * old + beta * new, x, sigma, rollout.latents)
+        negative = image_error((1 + beta) * old - beta * new, x, sigma, rollout.latents)
         value = (good * positive + (1 - good) * negative) * advantage_clip / beta
         distance = jnp.zeros_like(value)
         if anchor:
@@ -96,3 +84,22 @@ def make(
         copies={"old": decay},
         summary=f"DiffusionNFT, beta {beta:g}, anchor {anchor:g}, old policy keeps {old_most:g}",
     )
+
+
+def image_error(velocity: jax.Array, x: jax.Array, sigma: jax.Array, x_0: jax.Array) -> jax.Array:
+    """Return |x_0(v) - x_0|^2 / w of M images, f32 [M]: how far the predicted images are off.
+
+    Args:
+      velocity, x, x_0: f32 [M, H, W, C]; sigma: f32 [M].
+    """
+    miss = x - spread(sigma, x) * velocity - x_0
+    size = jax.lax.stop_gradient(jnp.maximum(mean(jnp.abs(miss)), FLOOR))
+    return mean(jnp.square(miss)) / size
+
+
+def _check(beta: float, advantage_clip: float, old_most: float) -> None:
+    for name, value in {"beta": beta, "advantage_clip": advantage_clip}.items():
+        if not value > 0:
+            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
+    if not 0 <= old_most < 1:
+        raise ValueError(f"algorithm.options.old_most={old_most}: must be in [0, 1)")
