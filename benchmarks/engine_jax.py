@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from benchmarks.epoch import Arrays, serve
 from flowgrpo_jax import recipe, settings, sharding, train, update
 from flowgrpo_jax.models import lora_files
-from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout
+from flowgrpo_jax.types import PromptBatch, Rollout
 
 
 class JaxEngine:
@@ -28,7 +28,7 @@ class JaxEngine:
         adapter = lora_files.from_torch(factors, run.model.trained_shapes)
         key = jax.random.key(config["seed"])
         state = update.init(adapter, run.algorithm.copies, {}, run.optimiser, key)
-        cond = Conditioning(jnp.asarray(inputs["tokens"]), jnp.asarray(inputs["pooled"]))
+        cond = {name: jnp.asarray(inputs[name]) for name in ("tokens", "pooled")}
         self.state, self.cond = sharding.replicate(run.mesh, (state, cond))
         groups = run.plan.groups
         self.batch = PromptBatch([""] * groups, [{}] * groups, np.arange(groups, dtype=np.int32))

@@ -107,23 +107,21 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
     from benchmarks import random_model
     from configs import shapes
-    from flowgrpo_jax import prompts, sde
-    from flowgrpo_jax.models import directories, lora, lora_files, sd3
+    from flowgrpo_jax import prompts
+    from flowgrpo_jax.models import lora, lora_files, sd3
 
     config = shapes.get_config()
-    config.model.path = str(
-        random_model.find(args.model, folder) or directories.resolve(args.model)
-    )
+    config.model.path = str(random_model.find(args.model, folder) or sd3.resolve(args.model))
     for knob in ("remat", "dtype", "attention"):
         config.model[knob] = getattr(args, knob)
-    config.model.t5_length = args.t5_length or config.model.t5_length
+    config.model.options.t5_length = args.t5_length or config.model.options.t5_length
     for knob in ("groups", "group_size", "micro_batch", "steps", "window"):
         config.sample[knob] = getattr(args, knob) or config.sample[knob]
     config.sample.window_range = (0, 0)  # it begins with the first step
     config.prompts.test = ""  # nothing is evaluated
 
-    spec = lora.LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-    length = config.model.t5_length
+    spec = lora.LoRASpec(config.lora.rank, config.lora.alpha, sd3.JOINT_ATTENTION)
+    length = config.model.options.t5_length
     model = sd3.load(config.model.path, lora_spec=spec, t5_length=length, texts_alone=True)
     size = args.size or model.default_size
     config.model.height = config.model.width = size
@@ -137,9 +135,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
             adapter[name] = rng.normal(scale=0.02, size=factor.shape).astype(np.float32)
     np.savez(
         folder / "inputs.npz",
-        tokens=cond.tokens,
-        pooled=cond.pooled,
-        sigmas=sde.sigma_schedule(s.steps, model.shift),
+        tokens=cond["tokens"],
+        pooled=cond["pooled"],
+        sigmas=model.sigmas(s.steps, config.model.height, config.model.width),
         advantages=rng.normal(size=s.groups * s.group_size).astype(np.float32),
         **{f"lora.{name}": factor for name, factor in adapter.items()},
     )

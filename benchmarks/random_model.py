@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flowgrpo_jax.models import sd3
-from flowgrpo_jax.models.architecture import PUBLISHED, Architecture
+from flowgrpo_jax.models.sd3.architecture import PUBLISHED, Architecture
 from flowgrpo_jax.worlds.pretraining import flow, package
 from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
 from flowgrpo_jax.worlds.shapes.world import WORLD

@@ -24,10 +24,13 @@ def get_config() -> ConfigDict:
     c.model.dtype = "bfloat16"
     # Image size in pixels.
     c.model.height, c.model.width = 512, 512
-    # Load the largest text encoder; without it zeros stand for its states.
-    c.model.t5 = True
-    # T5 tokens of a prompt.
-    c.model.t5_length = 128
+    # The kind of model, a row of flowgrpo_jax/models or one of your own as package.module:name;
+    # empty: what the model's own model_index.json says.
+    c.model.family = ""
+    # Options of that kind of model. SD3's: t5 loads the largest text encoder, without which zeros
+    # stand for its states; t5_length is the T5 tokens of a prompt, where 0 means as many as its
+    # tokenizer says, at most 128.
+    c.model.options = ConfigDict({"t5": True, "t5_length": 0})
     # Directory that keeps encoded prompts (1.7 MB each); empty: none.
     c.model.text_cache = ""
     # Kernel of the transformer's attention: xla, or cudnn (NVIDIA's GPUs, bfloat16)
@@ -52,17 +55,9 @@ def get_config() -> ConfigDict:
     c.lora.rank = 32
     # The adapter's scale is alpha / rank.
     c.lora.alpha = 64.0
-    # Linears with an adapter, by the end of their dotted name.
-    c.lora.targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    # Linears with an adapter, by the end of their dotted name; empty: those that the kind of model
+    # names, SD3's joint attention.
+    c.lora.targets = ()
 
     c.prompts = ConfigDict()
     # Source of training prompts: .txt, .jsonl, geneval:train, ocr:train, ...

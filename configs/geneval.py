@@ -10,8 +10,8 @@ TPUs (docs/scaling.md) and not measured:
 
     15 GB on 1 device, 12 on 4, 10 on 64, with up to 4 images at once a device
     and 1.4 GB for each image more: --config.sample.micro_batch=48 on 4 devices is 12 each, 23 GB
-    and 11 GB for the text encoders; 2 with --config.model.t5=False; 0 with their states on disk
-    (flowgrpo_jax.encode and --config.model.text_cache=DIR)
+    and 11 GB for the text encoders; 2 with --config.model.options.t5=False; 0 with their states on
+    disk (flowgrpo_jax.encode and --config.model.text_cache=DIR)
 
 Of each GPU, JAX takes 75 % at the start and never more, so these figures must be below that; the
 environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 gives it more, 0.6 less. The rest of GPU 0

@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
     c.model.path = "shapes"
     c.model.dtype = "float32"
     c.model.height, c.model.width = 64, 64
-    c.model.t5_length = 10
     c.model.remat = False  # 0.4 GB more, and a quarter less work in the update
     c.cpu_devices = 0  # small steps leave some of the cores idle when one device has them all
 

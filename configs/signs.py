@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
     c.epochs = 40
 
     c.model.path = "signs"
-    c.model.t5_length = 11
 
     c.prompts.train, c.prompts.test = "signs:train", "signs:test"
     c.prompts.tag_weights = ConfigDict()

@@ -30,9 +30,7 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import cli, outputs, recipe, settings, sharding, update
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
-from flowgrpo_jax.models import sd3
-from flowgrpo_jax.models.architecture import Architecture
-from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.models import TEXTS, Model
 from flowgrpo_jax.program_costs import Program, advice, chip_bytes, inspect, table, topology
 from flowgrpo_jax.rewards import described
 from flowgrpo_jax.scoring import graph
@@ -40,21 +38,6 @@ from flowgrpo_jax.settings import Plan
 from flowgrpo_jax.types import Rollout
 
 # ----------------------------------------------------------------------------------- shapes
-
-
-def describe_model(config: ConfigDict, mesh: Mesh) -> tuple[sd3.SD3, Architecture]:
-    """The recipe's model without its weights."""
-    parts = sd3.find_architecture(config.model.path, t5=config.model.t5)
-    model = sd3.describe(
-        parts,
-        lora_spec=LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets)),
-        dtype=jnp.dtype(config.model.dtype),
-        t5_length=config.model.t5_length,
-        remat=config.model.remat,
-        attention=config.model.attention,
-        gather=sharding.gather_weights(mesh),
-    )
-    return recipe.drop_frozen(model, recipe.make_algorithm(config)), parts
 
 
 def laid_out(tree: Any, layout: Any) -> Any:
@@ -70,9 +53,9 @@ def array(layout: Any, *shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
 
-def frozen(model: sd3.SD3, mesh: Mesh) -> dict[str, Any]:
+def frozen(model: Model, mesh: Mesh) -> dict[str, Any]:
     """The frozen weights of each part, where `load` places them."""
-    place = sharding.place(mesh)
+    place = sharding.place(mesh, model.rules)
     return {
         part: laid_out(shapes, {path: place(f"{part}/{path}", x) for path, x in shapes.items()})
         for part, shapes in (model.params | model.text_shapes).items()
@@ -80,7 +63,7 @@ def frozen(model: sd3.SD3, mesh: Mesh) -> dict[str, Any]:
 
 
 def training_state(
-    model: sd3.SD3, algorithm: Algorithm, advantage: Advantage, optimiser: Any, mesh: Mesh
+    model: Model, algorithm: Algorithm, advantage: Advantage, optimiser: Any, mesh: Mesh
 ) -> tuple[Any, Any, Any]:
     """Return the state, and the gradient and figures of an update."""
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -92,7 +75,9 @@ def training_state(
         key,
     )
     gradient, figures = jax.eval_shape(lambda p: update.empty(algorithm, p), model.trained_shapes)
-    state, gradient = (laid_out(x, sharding.state_shardings(mesh, x)) for x in (state, gradient))
+    state, gradient = (
+        laid_out(x, sharding.state_shardings(mesh, x, model.rules)) for x in (state, gradient)
+    )
     return state, gradient, laid_out(figures, sharding.replicated(mesh))
 
 
@@ -111,9 +96,7 @@ def rollout(setup: Setup, micro_batch: int, latent: tuple[int, ...], mesh: Mesh)
     )
 
 
-def programs(
-    config: ConfigDict, model: sd3.SD3, parts: Architecture, mesh: Mesh, plan: Plan
-) -> tuple[list[Program], Any]:
+def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[list[Program], Any]:
     """Every program of a run, and what stays on the devices all the while."""
     everywhere, rows = sharding.replicated(mesh), NamedSharding(mesh, sharding.ROWS)
     weights = frozen(model, mesh)
@@ -122,20 +105,19 @@ def programs(
     advantage = recipe.make_advantage(config)
     state, gradient, figures = training_state(model, algorithm, advantage, optimiser, mesh)
 
-    lengths = [parts.text_encoder.max_position_embeddings] * 2 + [config.model.t5_length]
-    encoded = min(plan.groups, sd3.TEXTS)
+    encoded = min(plan.groups, TEXTS)
     m, micro = plan.micro_batch, config.eval.micro_batch or plan.micro_batch
-    ids = tuple(array(everywhere, encoded, n) for n in lengths)
+    tokens = laid_out(model.token_shapes(encoded), everywhere)
     cond = jax.tree.map(
         lambda x: array(everywhere, plan.groups, *x.shape[1:], dtype=x.dtype),
-        jax.eval_shape(model.encode_text, text, ids),
+        jax.eval_shape(model.encode_text, text, tokens),
     )
     empty, tested = (
         jax.tree.map(lambda x, n=n: array(everywhere, n, *x.shape[1:], dtype=x.dtype), cond)
         for n in (1, micro)
     )
 
-    setup = recipe.make_setup(config, model.shift, algorithm)
+    setup = recipe.make_setup(config, model, algorithm)
     built = recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
     latent = model.latent_shape(config.model.height, config.model.width)
     drawn = rollout(setup, m, latent, mesh)
@@ -166,7 +148,9 @@ def programs(
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
     listed = [
-        Program("text", -(-plan.groups // encoded), model.encode_text, (text, ids), repeated=True),
+        Program(
+            "text", -(-plan.groups // encoded), model.encode_text, (text, tokens), repeated=True
+        ),
         Program("sample", batches, built.sample, sample),
         *(Program("score", batches, *program) for program in scoring),
         Program("accumulate", batches, built.accumulate, (gradient, figures, *policy, *replay)),
@@ -234,10 +218,11 @@ def main(_: list[str]) -> None:
     chip, devices = topology(flags.FLAGS.topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     plan = settings.make_plan(config, sharding.row_shards(mesh))
-    model, parts = describe_model(config, mesh)
+    model = recipe.describe_model(config, mesh)
+    model = recipe.drop_frozen(model, recipe.make_algorithm(config))
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     print(f"{config.name}: {config.model.path} on {flags.FLAGS.topology}, {layout}\n{plan}")
-    listed, stays = programs(config, model, parts, mesh, plan)
+    listed, stays = programs(config, model, mesh, plan)
     names = [program.name for program in listed]
     wanted = flags.FLAGS.programs or names
     if unknown := sorted(set(wanted) - set(names)):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowgrpo_jax import cli, outputs, prompts, recipe, settings, sharding
-from flowgrpo_jax.models.sd3 import TEXTS
+from flowgrpo_jax.models import TEXTS
 
 
 def needed(config: ConfigDict, epochs: int) -> list[str]:

@@ -41,7 +41,7 @@ from flowgrpo_jax import (
     settings,
     sharding,
 )
-from flowgrpo_jax.models.sd3 import TEXTS
+from flowgrpo_jax.models import TEXTS
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.types import Params, PromptBatch
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def encode_many(run: Recipe, texts: list[str]) -> Any:
-    """The Conditioning of an evaluation's prompts in the memory of each process: that of
+    """The conditioning of an evaluation's prompts in the memory of each process: that of
     PickScore's 2,048 takes 3.4 GB, which no device needs to hold."""
     size, whole = min(len(texts), TEXTS), None
     padded = texts + texts[-1:] * (-len(texts) % size)
@@ -212,7 +212,7 @@ def main(_: list[str]) -> None:
     with cli.compiling():
         run = recipe.build(config, training=False)
         policy = policies.load(flags.FLAGS.checkpoint, run.model, run.mesh)
-        policy = sharding.put_state(run.mesh, policy)
+        policy = run.put(policy)
         result, images, batch = evaluate(run, policy, progress=True)
     if jax.process_index() > 0:
         return

@@ -11,19 +11,17 @@ in float32.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 from etils import epath
 
-from flowgrpo_jax import cli, outputs, policies
+from flowgrpo_jax import cli, models, outputs, policies
 from flowgrpo_jax.cli import CONFIG_FILE
 from flowgrpo_jax.files import read_json
-from flowgrpo_jax.models import convert, directories, lora_files, sd3
+from flowgrpo_jax.models import directories, lora_files
 from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.types import Params
 
 
 def export(
@@ -37,10 +35,10 @@ def export(
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: {workdir} is no work directory of train")
     config = read_json(file)
-    c = config["lora"]
-    spec = LoRASpec(c["rank"], c["alpha"], tuple(c["targets"]))
-    parts = sd3.find_architecture(config["model"]["path"], t5=False)
-    model = sd3.describe(parts, lora_spec=spec)
+    c, path = config["lora"], config["model"]["path"]
+    family = models.find(path, config["model"]["family"])
+    spec = LoRASpec(c["rank"], c["alpha"], tuple(c["targets"]) or family.targets)
+    model = family.describe(path, lora_spec=spec, **config["model"]["options"])
     source = workdir / "checkpoints" / str(step) if step is not None else workdir
     if best:
         source = workdir / "best"
@@ -55,31 +53,14 @@ def export(
     outputs.check_directory(out, "--out")
     adapter = policies.load(source, model)
     if not spec.rank:
-        return [
-            export_transformer(adapter, directories.resolve(config["model"]["path"], t5=False), out)
-        ]
-    files = lora_files.write(adapter, spec, out, str(config["model"]["path"]))
+        base = directories.resolve(path, folders=["transformer"])
+        return [family.export(adapter, base, out)]
+    files = lora_files.write(adapter, spec, out, str(path))
     for written in files:
         again = lora_files.read(written, model.trained_shapes)
         if not all(np.array_equal(again[k], adapter[k]) for k in adapter):
             raise OSError(f"{written} does not read back as it was written: the disk may be full")
     return files
-
-
-def export_transformer(trained: Params, model: Path, out: Path) -> Path:
-    """Write a transformer whose weights were all trained; what never is, is the model's own."""
-    parts = sd3.find_architecture(model, t5=False)
-    shapes = sd3.describe(parts, lora_spec=LoRASpec(rank=0)).base
-    patch = parts.transformer.patch_size
-    params = convert.load(model / "transformer", shapes, patch_size=patch) | trained
-    file = out / "transformer" / "diffusion_pytorch_model.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(model / "transformer" / "config.json", file.parent)
-    convert.save(params, file, patch_size=patch)
-    again = convert.load(file.parent, shapes, patch_size=patch)
-    if not all(np.array_equal(again[k], params[k]) for k in params):
-        raise OSError(f"{file} does not read back as it was written: the disk may be full")
-    return file
 
 
 def main(_: list[str]) -> None:

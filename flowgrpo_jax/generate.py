@@ -7,8 +7,10 @@ r"""Draw pictures of prompts, with the base model or a trained LoRA.
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +21,16 @@ from PIL import Image
 from flowgrpo_jax import (
     checkpoint,
     cli,
+    models,
     outputs,
     policies,
     programs,
     sampler,
-    sde,
     seeds,
     settings,
     sharding,
 )
-from flowgrpo_jax.files import read_object
-from flowgrpo_jax.models import directories, lora_files, sd3
+from flowgrpo_jax.models import Family, Model, lora_files
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
 
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def generate(
-    model: sd3.SD3,
+    model: Model,
     adapter: Params,
     prompts: list[str],
     *,
@@ -53,21 +54,19 @@ def generate(
     seed that is not from 0 to 2^32 - 1.
     """
     seeds.check("seed", seed)
-    scale = settings.guidance(guidance, "guidance")
-    size = model.default_size
-    latent = model.latent_shape(height or size, width or size)
+    scale = settings.guidance(guidance, "guidance", model.guidance)
+    height, width = height or model.default_size, width or model.default_size
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = programs.generate(
-        model.velocity,
+        sampler.guided(model.velocity, scale, model.guidance),
         model.decode,
         mesh,
-        guidance=scale,
-        latent=latent,
-        sigmas=tuple(map(float, sde.sigma_schedule(steps, model.shift))),
+        latent=model.latent_shape(height, width),
+        sigmas=tuple(map(float, model.sigmas(steps, height, width))),
     )
     weights = {"transformer": model.base, "vae": model.params["vae"]}
     empty, n = model.encode([""]), len(prompts)
-    most = settings.AT_ONCE // ((height or size) * (width or size))
+    most = settings.AT_ONCE // (height * width)
     at_once = min(n, max(most, 1))
     padded = np.arange(-(-n // at_once) * at_once) % n  # static shapes
     images, finite = [], []
@@ -81,13 +80,6 @@ def generate(
     for i in np.flatnonzero(~np.concatenate(finite)[:n]):
         log.warning("the picture of %r has pixels that are not finite", prompts[i])
     return np.concatenate(images)[:n]
-
-
-def t5_limit(directory: Path) -> int:
-    """T5 tokens of a prompt: what the model's tokenizer says, at most the paper's 128."""
-    file = directory / "tokenizer_3" / "tokenizer_config.json"
-    tokenizer = read_object(file) if file.exists() else {}
-    return int(min(tokenizer.get("model_max_length", 128), 128))
 
 
 def read_spec(path: str | Path) -> LoRASpec:
@@ -110,11 +102,23 @@ def _is_run(directory: Path) -> bool:
     return (directory / cli.CONFIG_FILE).is_file() and any(f.is_dir() for f in folders)
 
 
-def check_size(model: Path, height: int | None, width: int | None) -> None:
-    """Raise ValueError for a size that the model cannot draw, before its weights are read."""
-    parts = sd3.find_architecture(model, t5=False)
-    size = parts.transformer.sample_size * parts.vae.downsampling
-    parts.latent_shape(height or size, width or size)
+def read_options(family: Family, given: list[str]) -> dict[str, Any]:
+    """Read options of a model, such as "t5=false". Values are JSON.
+
+    Raises ValueError for one that is not NAME=VALUE, that the model does not have, or whose value
+    is of another type than the default.
+    """
+    options: dict[str, Any] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            options[name] = json.loads(value.lower())
+        except ValueError as error:
+            raise ValueError(f"--option={text}: give NAME=VALUE, such as name=true") from error
+        default = family.options.get(name)
+        if default is not None and type(options[name]) is not type(default):
+            raise ValueError(f"--option={text}: must be like {name}={json.dumps(default)}")
+    return models.settings_of(family, options, "--option")
 
 
 def main(_: list[str]) -> None:
@@ -123,14 +127,14 @@ def main(_: list[str]) -> None:
     outputs.check_picture(out, "--out")
     settings.guidance(args.guidance, "--guidance")
     spec = read_spec(args.lora) if args.lora else None
-    directory = directories.resolve(args.model, t5=args.t5)
-    check_size(directory, args.height, args.width)
-    length = args.t5_length or t5_limit(directory)
-    dtype = jnp.dtype(args.dtype)
+    family = models.find(args.model)
+    made = {"lora_spec": spec, "dtype": jnp.dtype(args.dtype)}
+    made |= read_options(family, args.option)
+    described = family.describe(args.model, **made)
+    size = described.default_size
+    described.latent_shape(args.height or size, args.width or size)  # judged before the weights
     with cli.compiling():
-        model = sd3.load(
-            directory, name=args.model, lora_spec=spec, dtype=dtype, t5=args.t5, t5_length=length
-        )
+        model = family.load(args.model, **made)
         adapter = policies.load(args.lora or policies.BASE, model)
         images = generate(
             model,
@@ -163,9 +167,8 @@ if __name__ == "__main__":
     own = "in pixels; without it the model's own."
     flags.DEFINE_integer("height", None, f"Height of the pictures {own}", lower_bound=1)
     flags.DEFINE_integer("width", None, f"Width of the pictures {own}", lower_bound=1)
-    flags.DEFINE_bool("t5", True, "Load T5; without it zeros stand for its states.")
-    length = "T5 tokens of a prompt; without it as many as the model's tokenizer says."
-    flags.DEFINE_integer("t5_length", None, length, lower_bound=1)
+    option = "An option of the model, such as t5=false of SD3, which leaves T5 out."
+    flags.DEFINE_multi_string("option", [], option)
     dtypes = ["float32", "bfloat16"]
     flags.DEFINE_enum("dtype", "float32", dtypes, "Type of the weights and the computation.")
     several = "of several prompts every file gets its prompt's number."

@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 
 from flowgrpo_jax import sharding
 from flowgrpo_jax.checkpoint import FOLDERS, Checkpoints
-from flowgrpo_jax.models import base_model, lora_files
+from flowgrpo_jax.models import Model, base_model, lora_files
 from flowgrpo_jax.models.base_model import BaseModel
-from flowgrpo_jax.models.sd3 import SD3
 from flowgrpo_jax.run_record import base_of, same_settings
 from flowgrpo_jax.types import Params
 
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 BASE = "base"  # the name of the policy before training
 
 
-def load(source: epath.PathLike, model: SD3, mesh: Mesh | None = None) -> Params:
+def load(source: epath.PathLike, model: Model, mesh: Mesh | None = None) -> Params:
     """Read the trained weights of a policy: an adapter, or those of the whole transformer.
 
     A policy that was trained from another base model of equal shapes is read with a warning.
@@ -68,10 +67,10 @@ def _holds_steps(folder: epath.Path) -> bool:
     return folder.name in FOLDERS and folder.is_dir() and any(folder.glob("[0-9]*"))
 
 
-def _of_run(folder: epath.Path, step: int | None, model: SD3, mesh: Mesh | None) -> Params:
+def _of_run(folder: epath.Path, step: int | None, model: Model, mesh: Mesh | None) -> Params:
     """Read the EMA weights of a run's checkpoint: of `step`, or of the newest."""
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
-    layout = sharding.state_shardings(mesh, model.trained_shapes)
+    layout = sharding.state_shardings(mesh, model.trained_shapes, model.rules)
     shapes = {
         path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout[path])
         for path, x in model.trained_shapes.items()
@@ -89,7 +88,7 @@ def _of_run(folder: epath.Path, step: int | None, model: SD3, mesh: Mesh | None)
     return trees["ema"]
 
 
-def _of_export(path: epath.Path, model: SD3) -> Params:
+def _of_export(path: epath.Path, model: Model) -> Params:
     """Read the factors of an exported LoRA."""
     file, spec, base = lora_files.read_spec(str(path))
     if spec.scale != model.lora_spec.scale:
@@ -101,7 +100,7 @@ def _of_export(path: epath.Path, model: SD3) -> Params:
     return lora_files.read(file, model.trained_shapes)
 
 
-def _warn_of_another_base(then: BaseModel, model: SD3, where: str) -> None:
+def _warn_of_another_base(then: BaseModel, model: Model, where: str) -> None:
     """Warn where a policy was trained from another model; one that is only described is none."""
     if not model.name:
         return

@@ -134,7 +134,7 @@ def advice(reports: list[Report], resident: float, chip: Chip, *, fsdp: int, rem
         knobs += [] if remat else ["config.model.remat=True"]
     return (
         f"does not fit: {', '.join(r.program for r in over)} (up to {largest.memory / 1e9:.1f} GB"
-        f" of {chip.memory / 1e9:.0f}); try {'; '.join(knobs) or 'config.model.t5=False'}"
+        f" of {chip.memory / 1e9:.0f}); try {'; '.join(knobs) or 'config.model.text_cache'}"
     )
 
 

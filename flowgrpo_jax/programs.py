@@ -20,25 +20,23 @@ from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.types import Params, Pictures, Rollout, Scores, TrainState
 
 HostScore = Callable[[jax.Array, jax.Array], Scores]
-Velocity = Callable[..., jax.Array]  # a model's, not guided
+Guided = Callable[..., jax.Array]  # made by sampler.guided
 Decode = Callable[[Params, jax.Array], Pictures]
 cached = lru_cache(maxsize=32)
 
 
 @cached
 def sample(
-    velocity: Velocity,
+    guided: Guided,
     decode: Decode,
     mesh: Mesh,
     process: Process,
     *,
-    guidance: float,
     latent: tuple[int, int, int],
     same_noise: bool,
     score: HostScore | None,
 ) -> Callable[..., tuple[Rollout, Pictures, Scores]]:
     """Rollout, decoding and, with `score`, the host rewards of a micro-batch."""
-    guided = sampler.guided(velocity, guidance)
 
     @jax.jit
     def draw_rollouts(policy, weights, cond, empty, key, epoch, start, ids, prompt, image):
@@ -63,10 +61,9 @@ def sample(
 
 @cached
 def accumulate(
-    velocity: Velocity, algorithm: Algorithm, setup: Setup, *, guidance: float, images: int
+    guided: Guided, algorithm: Algorithm, setup: Setup, *, images: int
 ) -> Callable[..., update.Carry]:
     """Add a micro-batch's share to the gradient of an update over `images` images."""
-    guided = sampler.guided(velocity, guidance)
 
     @partial(jax.jit, donate_argnums=0)
     def add_gradient(
@@ -111,16 +108,14 @@ def end_epoch(algorithm: Algorithm) -> Callable[[TrainState], TrainState]:
 
 @cached
 def generate(
-    velocity: Velocity,
+    guided: Guided,
     decode: Decode,
     mesh: Mesh,
     *,
-    guidance: float,
     latent: tuple[int, int, int],
     sigmas: tuple[float, ...],
 ) -> Callable[..., Pictures]:
     """Deterministic images by the ODE."""
-    guided = sampler.guided(velocity, guidance)
 
     @jax.jit
     def draw_images(policy, weights, cond, empty, prompt, keys):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +21,11 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     advantages,
     algorithms,
+    models,
     programs,
     prompts,
     rewards,
+    sampler,
     sde,
     sharding,
     text_cache,
@@ -30,7 +33,7 @@ from flowgrpo_jax import (
 )
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import Family, Model
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
@@ -78,7 +81,7 @@ class Scorer:
 @dataclass(frozen=True)
 class Recipe:
     config: ConfigDict
-    model: sd3.SD3
+    model: Model
     mesh: Mesh
     plan: Plan
     setup: Setup
@@ -104,6 +107,10 @@ class Recipe:
     def encode(self, texts: list[str]) -> Conditioning:
         return encode(self.config, self.model, self.mesh, texts)
 
+    def put(self, state: Any) -> Any:
+        """Put a training state, or a part of it, onto the devices."""
+        return sharding.put_state(self.mesh, state, self.model.rules)
+
     def named_policy(self, state: TrainState, name: str) -> Params:
         """Return the parameters of "policy", of "reference" or of a copy."""
         if name == "policy":
@@ -113,11 +120,13 @@ class Recipe:
         return state.copies[name]
 
 
-_fingerprint = cache(text_cache.fingerprint)  # a run's model does not change
+@lru_cache(maxsize=4)  # a run's model does not change
+def _fingerprint(directory: Path, text_files: Callable[[], list[Path]], **settings: Any) -> str:
+    return text_cache.fingerprint(directory, text_files(), **settings)
 
 
 def encode(
-    config: ConfigDict, model: sd3.SD3, mesh: Mesh, texts: list[str], *, strict: bool = False
+    config: ConfigDict, model: Model, mesh: Mesh, texts: list[str], *, strict: bool = False
 ) -> Conditioning:
     """The prompts' states on every device, through the cache where there is one.
 
@@ -127,7 +136,7 @@ def encode(
     c = config.model
     if not c.text_cache:
         return sharding.replicate(mesh, model.encode(texts))
-    mark = _fingerprint(model.directory, dtype=c.dtype, t5=c.t5, t5_length=c.t5_length)
+    mark = _fingerprint(model.directory, model.text_files, dtype=c.dtype, **c.options)
     cond = text_cache.encode_cached(
         model.encode,
         texts,
@@ -140,23 +149,38 @@ def encode(
     return sharding.replicate(mesh, cond)
 
 
-def load_model(
-    config: ConfigDict, mesh: Mesh, lora_spec: LoRASpec | None = None, *, texts_alone: bool = False
-) -> sd3.SD3:
-    """The config's model, its weights on the mesh. Raises what `sd3.load` does."""
-    spec = lora_spec or LoRASpec(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
-    return sd3.load(
+def load_model(config: ConfigDict, mesh: Mesh, *, texts_alone: bool = False) -> Model:
+    """The config's model, its weights on the mesh. Raises what `Family.load` does."""
+    family = models.find(config.model.path, config.model.family)
+    return family.load(
         config.model.path,
-        lora_spec=spec,
-        dtype=jnp.dtype(config.model.dtype),
-        t5=config.model.t5,
-        t5_length=config.model.t5_length,
-        remat=config.model.remat,
-        place=sharding.place(mesh),
+        place=sharding.place(mesh, family.rules),
         texts_alone=texts_alone,
-        attention=config.model.attention,
-        gather=sharding.gather_weights(mesh),
+        **model_settings(config, family, mesh),
     )
+
+
+def describe_model(config: ConfigDict, mesh: Mesh) -> Model:
+    """The config's model without its weights; nothing is allocated."""
+    family = models.find(config.model.path, config.model.family)
+    return family.describe(config.model.path, **model_settings(config, family, mesh))
+
+
+def model_settings(config: ConfigDict, family: Family, mesh: Mesh) -> dict[str, Any]:
+    """Return the settings that `load` and `describe` of a family take.
+
+    Raises ValueError for options that the family does not have.
+    """
+    c = config.model
+    targets = tuple(config.lora.targets) or family.targets
+    return {
+        "lora_spec": LoRASpec(config.lora.rank, config.lora.alpha, targets),
+        "dtype": jnp.dtype(c.dtype),
+        "remat": c.remat,
+        "attention": c.attention,
+        "gather": sharding.gather_weights(mesh, family.rules),
+        **models.settings_of(family, c.options.to_dict(), "config.model.options"),
+    }
 
 
 def build(config: ConfigDict, *, training: bool = True) -> Recipe:
@@ -167,12 +191,12 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     check(config)
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
-    check_size(config)
+    check_size(config, describe_model(config, mesh))
     train_prompts, test_prompts = load_prompts(config, training)
     scorer, test_scorer = scorers(config, mesh, train_prompts, test_prompts, training=training)
     model = load_model(config, mesh)
     algorithm = make_algorithm(config)
-    setup = make_setup(config, model.shift, algorithm)
+    setup = make_setup(config, model, algorithm)
     optimiser = make_optimiser(config)
     score = _callback(config, scorer, mesh)
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)
@@ -193,17 +217,15 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     )
 
 
-def check_size(config: ConfigDict) -> None:
-    """Raises ValueError for pictures that the model cannot draw, before any weights are read."""
-    c = config.model
-    parts = sd3.find_architecture(c.path, t5=c.t5)
+def check_size(config: ConfigDict, model: Model) -> None:
+    """Raise ValueError for pictures that the model cannot draw, before any weights are read."""
     try:
-        parts.latent_shape(c.height, c.width)
+        model.latent_shape(config.model.height, config.model.width)
     except ValueError as error:
         raise ValueError(f"model.height and model.width: {error}") from error
 
 
-def drop_frozen(model: sd3.SD3, algorithm: Algorithm) -> sd3.SD3:
+def drop_frozen(model: Model, algorithm: Algorithm) -> Model:
     """Return the model without the transformer's frozen weights where nothing reads them: in full
     fine-tuning the trained ones take their place, and only the reference policy needs both."""
     if model.lora_spec.rank or "reference" in algorithm.reads:
@@ -221,11 +243,16 @@ def make_advantage(config: ConfigDict) -> Advantage:
     return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip)
 
 
-def make_setup(config: ConfigDict, shift: float, algorithm: Algorithm) -> Setup:
-    """Return how images are drawn, with the sigmas of a model whose schedule has this shift."""
+def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:
+    """Return the model's schedule for the config's pictures: steps + 1 values, hashable."""
+    return tuple(map(float, model.sigmas(steps, config.model.height, config.model.width)))
+
+
+def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
+    """Return how images are drawn for training."""
     s = config.sample
     process = Process(
-        sigmas=tuple(map(float, sde.sigma_schedule(s.steps, shift))),
+        sigmas=sigmas(model, config, s.steps),
         kernel=sde.load(s.kernel),
         noise_level=s.noise_level,
         window=window(config) if algorithm.window else 0,
@@ -379,7 +406,7 @@ def _callback(config: ConfigDict, scorer: Scorer, mesh: Mesh) -> programs.HostSc
 
 def make_programs(
     config: ConfigDict,
-    model: sd3.SD3,
+    model: Model,
     mesh: Mesh,
     plan: Plan,
     setup: Setup,
@@ -389,8 +416,9 @@ def make_programs(
 ) -> Programs:
     """The programs; `model` may be one that is only described."""
     s, t, tensor = config.sample, config.train, sharding.head_shards(mesh)
-    scale = guidance(s.guidance_scale, "sample.guidance_scale")
-    eval_scale = guidance(config.eval.guidance_scale, "eval.guidance_scale")
+    scale = guidance(s.guidance_scale, "sample.guidance_scale", model.guidance)
+    eval_scale = guidance(config.eval.guidance_scale, "eval.guidance_scale", model.guidance)
+    guided = sampler.guided(model.velocity, scale, model.guidance)
     require(
         model.heads % tensor == 0,
         f"mesh.tensor={tensor} does not divide the transformer's {model.heads} heads: choose a"
@@ -399,31 +427,25 @@ def make_programs(
     latent = model.latent_shape(config.model.height, config.model.width)
     return Programs(
         sample=programs.sample(
-            model.velocity,
+            guided,
             model.decode,
             mesh,
             setup.process,
-            guidance=scale,
             latent=latent,
             same_noise=s.same_noise,
             score=score,
         ),
         accumulate=programs.accumulate(
-            model.velocity,
-            algorithm,
-            setup,
-            guidance=scale,
-            images=plan.images // plan.updates,
+            guided, algorithm, setup, images=plan.images // plan.updates
         ),
         apply=programs.apply(optimiser, t.ema_decay),
         end_epoch=programs.end_epoch(algorithm),
         generate=programs.generate(
-            model.velocity,
+            sampler.guided(model.velocity, eval_scale, model.guidance),
             model.decode,
             mesh,
-            guidance=eval_scale,
             latent=latent,
-            sigmas=tuple(map(float, sde.sigma_schedule(config.eval.steps, model.shift))),
+            sigmas=sigmas(model, config, config.eval.steps),
         ),
     )
 

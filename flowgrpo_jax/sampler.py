@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -57,19 +58,27 @@ class Process:
         )
 
 
-def guided(velocity: Callable[..., jax.Array], scale: float) -> Callable[..., jax.Array]:
-    """Classifier-free guidance: v = v_empty + scale (v_prompt - v_empty), both in one batch.
+@lru_cache(maxsize=32)  # programs of the same model and scale are then the same as well
+def guided(
+    velocity: Callable[..., jax.Array], scale: float, kind: str = "branch"
+) -> Callable[..., jax.Array]:
+    """Return the guided velocity of a model.
+
+    Args:
+      kind: "branch", classifier-free guidance: v = v_empty + scale (v_prompt - v_empty), both in
+        one batch. As in diffusers a scale of at most 1 means none: the empty prompt's branch is not
+        computed. "input": the scale is an input of the network. "none": the scale has no meaning.
 
     Returns f(policy, frozen, x [M, H, W, C], sigma scalar or [M], cond, empty, prompt i32 [M]) ->
     f32 [M, H, W, C], where `cond` is a tree of arrays [P, ...] for P prompts, `empty` the same for
-    the empty prompt, and `prompt` each image's row in `cond`. As in diffusers a scale of at most 1
-    means no guidance: the empty prompt's branch is not computed.
+    the empty prompt, and `prompt` each image's row in `cond`.
     """
 
     def single(policy, frozen, x, sigma, cond, empty, prompt):
         del empty
         sigmas = jnp.broadcast_to(sigma, x.shape[:1])
-        return velocity(policy, frozen, x, sigmas, jax.tree.map(lambda c: c[prompt], cond))
+        given = (jnp.full(x.shape[:1], scale, jnp.float32),) if kind == "input" else ()
+        return velocity(policy, frozen, x, sigmas, jax.tree.map(lambda c: c[prompt], cond), *given)
 
     def double(policy, frozen, x, sigma, cond, empty, prompt):
         # Each image's two branches side by side: put end to end they would have to move between
@@ -84,7 +93,7 @@ def guided(velocity: Callable[..., jax.Array], scale: float) -> Callable[..., ja
         v_empty, v_prompt = jnp.moveaxis(v.reshape(-1, 2, *v.shape[1:]), 1, 0)
         return v_empty + scale * (v_prompt - v_empty)
 
-    return single if scale <= 1.0 else double
+    return double if kind == "branch" and scale > 1.0 else single
 
 
 def image_keys(key: jax.Array, epoch: int, prompt_ids: jax.Array, images: jax.Array) -> jax.Array:

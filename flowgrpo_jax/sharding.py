@@ -1,4 +1,4 @@
-"""The mesh, and one strict table from parameter paths to the layouts of arrays on it.
+"""The mesh, and strict rules from parameter paths to the layouts of arrays on it.
 
 Three axes. `data` and `fsdp` both cut the batch; `fsdp` also cuts the frozen weights, each device
 keeping a part and fetching a block's rest when the block runs; `tensor` cuts the linears Megatron's
@@ -24,32 +24,51 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))  # the batch axis
 LEAVES = ("lora_a", "lora_b", "kernel", "bias", "scale", "embedding")  # ends of parameters' paths
 
-# Which layout each parameter has: exactly one pattern must match the end of its path. The layout is
-# that of one layer; a stack has its own first axis before it, which is never cut.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # linears whose outputs are cut, so that each device has whole heads or hidden units
-    (r"(to_[qkv]|add_[qkv]_proj|[qkv]_proj|net/0/proj|fc1|wi_[01]|[qkv])/kernel",
-     ("fsdp", "tensor")),
-    (r"(to_[qkv]|add_[qkv]_proj|[qkv]_proj|net/0/proj|fc1)/bias", ("tensor",)),
-    # linears whose inputs are cut, and whose outputs are summed over the devices
-    (r"(to_out/0|to_add_out|out_proj|net/2|fc2|wo|o)/kernel", ("tensor", "fsdp")),
-    (r"(to_out/0|to_add_out|out_proj|net/2|fc2)/bias", (None,)),
-    # modulations, embeddings and the projections at both ends: cut for storage alone
-    (r"(linear|linear_[12]|context_embedder|pos_embed/proj|proj_out|text_projection)/kernel",
-     ("fsdp", None)),
-    (r"(linear|linear_[12]|context_embedder|pos_embed/proj|proj_out)/bias", (None,)),
-    (r"(token_embedding|shared)/embedding", ("fsdp", None)),
-    (r"(position_embedding|relative_attention_bias)/embedding", (None, None)),
-    (r"pos_embed/pos_embed", (None, None, None)),
-    (r"(norm_(added_)?[qk]|layer_norm[12]?|final_layer_norm)/(scale|bias)", (None,)),
-    # the adapter is cut like the linear it belongs to
-    (r"(to_[qkv]|add_[qkv]_proj|net/0/proj)/lora_a", ("fsdp", None)),
-    (r"(to_[qkv]|add_[qkv]_proj|net/0/proj)/lora_b", (None, "tensor")),
-    (r"(to_out/0|to_add_out|net/2)/lora_a", ("tensor", None)),
-    (r"(to_out/0|to_add_out|net/2)/lora_b", (None, "fsdp")),
-    (r"(linear|linear_[12]|context_embedder|pos_embed/proj|proj_out)/lora_a", ("fsdp", None)),
-    (r"(linear|linear_[12]|context_embedder|pos_embed/proj|proj_out)/lora_b", (None, None)),
-)  # fmt: skip
+# A model's table of rules: which layout each of its parameters has. Exactly one pattern must match
+# the end of a parameter's path. The layout is that of one layer; a stack has its own first axis
+# before it, which is never cut.
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
+
+
+def cut_outputs(names: str) -> Rules:
+    """Return the rules of linears whose outputs are cut, so that each device has whole heads or
+    hidden units. `names` is a pattern; adapters are cut like the linear that they belong to."""
+    return (
+        (rf"({names})/kernel", ("fsdp", "tensor")),
+        (rf"({names})/bias", ("tensor",)),
+        (rf"({names})/lora_a", ("fsdp", None)),
+        (rf"({names})/lora_b", (None, "tensor")),
+    )
+
+
+def cut_inputs(names: str) -> Rules:
+    """Return the rules of linears whose inputs are cut, and whose outputs the devices sum up."""
+    return (
+        (rf"({names})/kernel", ("tensor", "fsdp")),
+        (rf"({names})/bias", (None,)),
+        (rf"({names})/lora_a", ("tensor", None)),
+        (rf"({names})/lora_b", (None, "fsdp")),
+    )
+
+
+def cut_storage(names: str) -> Rules:
+    """Return the rules of linears that are cut for storage alone, and run whole."""
+    return (
+        (rf"({names})/kernel", ("fsdp", None)),
+        (rf"({names})/bias", (None,)),
+        (rf"({names})/lora_a", ("fsdp", None)),
+        (rf"({names})/lora_b", (None, None)),
+    )
+
+
+def cut_table(names: str) -> Rules:
+    """Return the rule of embedding tables that are cut for storage."""
+    return ((rf"({names})/embedding", ("fsdp", None)),)
+
+
+def whole(pattern: str, ndim: int) -> Rules:
+    """Return the rule of parameters of `ndim` axes that every device has in full."""
+    return ((pattern, (None,) * ndim),)
 
 
 def make_mesh(
@@ -96,16 +115,16 @@ def head_shards(mesh: Mesh) -> int:
 # ------------------------------------------------------------------------------- parameters
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
     """The layout of the parameter at `path`. An axis that does not divide its dimension is not cut.
 
     Raises ValueError unless exactly one rule matches.
     """
-    matching = [cut for pattern, cut in RULES if re.search(rf"(^|/)({pattern})$", path)]
+    matching = [cut for pattern, cut in rules if re.search(rf"(^|/)({pattern})$", path)]
     if len(matching) != 1:
         raise ValueError(
-            f"parameter {path!r} meets {len(matching)} rules of sharding.RULES, it must be exactly"
-            " one: add or correct a row"
+            f"parameter {path!r} meets {len(matching)} sharding rules of its model, it must be"
+            " exactly one: add or correct a row of the model's `rules`"
         )
     (cut,) = matching
     stack = (None,) * (len(shape) - len(cut))
@@ -117,19 +136,19 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     )
 
 
-def place(mesh: Mesh) -> Any:
+def place(mesh: Mesh, rules: Rules) -> Any:
     """(component/path, shape) -> sharding, for loading. The autoencoder is on every device."""
 
     def of(path: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         if path.startswith("vae/"):
             return replicated(mesh)
-        return NamedSharding(mesh, spec(path, leaf.shape, mesh))
+        return NamedSharding(mesh, spec(path, leaf.shape, mesh, rules))
 
     return of
 
 
 @lru_cache(maxsize=16)  # one function a mesh, by which models and their programs are cached
-def gather_weights(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array] | None:
+def gather_weights(mesh: Mesh, rules: Rules) -> Callable[[str, jax.Array], jax.Array] | None:
     """Return the function that all-gathers a block's weights over `fsdp` before the block runs.
 
     The result is None if `fsdp` cuts nothing. The all-gather is explicit because the compiler alone
@@ -138,15 +157,15 @@ def gather_weights(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array] | None:
     if weight_shards(mesh) == 1:
         return None
 
-    def whole(path: str, x: jax.Array) -> jax.Array:
-        cut = (None if axis == "fsdp" else axis for axis in spec(path, x.shape, mesh))
+    def gathered(path: str, x: jax.Array) -> jax.Array:
+        cut = (None if axis == "fsdp" else axis for axis in spec(path, x.shape, mesh, rules))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*cut)))
 
-    return whole
+    return gathered
 
 
-def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Return the shardings of a training state: trained weights and optimiser state, by the table.
+def state_shardings(mesh: Mesh, tree: Any, rules: Rules) -> Any:
+    """Return the shardings of a training state: trained weights and optimiser state, by the rules.
 
     A leaf belongs to a parameter when the last dictionary key on its way is a parameter's path.
     """
@@ -154,14 +173,16 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
     def of(path: tuple[Any, ...], x: Any) -> NamedSharding:
         keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
         known = bool(keys) and keys[-1].rpartition("/")[2] in LEAVES
-        return NamedSharding(mesh, spec(keys[-1], x.shape, mesh) if known else PartitionSpec())
+        return NamedSharding(
+            mesh, spec(keys[-1], x.shape, mesh, rules) if known else PartitionSpec()
+        )
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def put_state(mesh: Mesh, tree: Any) -> Any:
+def put_state(mesh: Mesh, tree: Any, rules: Rules) -> Any:
     """Put a training state onto the devices."""
-    return jax.tree.map(_put, tree, state_shardings(mesh, tree))
+    return jax.tree.map(_put, tree, state_shardings(mesh, tree, rules))
 
 
 # --------------------------------------------------------------------------------- batches

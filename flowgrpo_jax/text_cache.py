@@ -21,28 +21,21 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from flowgrpo_jax import files
-from flowgrpo_jax.models.weight_files import component_files
 from flowgrpo_jax.types import Conditioning
 
 log = logging.getLogger(__name__)
 
 
-def fingerprint(directory: Path, *, t5: bool, **settings: object) -> str:
-    """Return a hash of the text settings and the weights, on which the states of a prompt depend.
+def fingerprint(directory: Path, read: Sequence[Path], **settings: object) -> str:
+    """Return a hash of the text settings and the files, on which the states of a prompt depend.
 
-    It is the same on every machine that has the same files, wherever they lie: only files that are
-    read count. Raises FileNotFoundError where weights are missing.
+    It is the same on every machine that has the same files, wherever their directory lies.
+
+    Args:
+      read: the files below the directory that the model reads to encode text.
     """
-    read: list[Path] = []
-    for folder in sorted([*directory.glob("text_encoder*"), *directory.glob("tokenizer*")]):
-        if folder.name.endswith("_3") and not t5:
-            continue
-        if folder.name.startswith("text_encoder"):
-            read += [folder / "config.json", *component_files(folder)]
-        else:
-            read += sorted(f for f in folder.iterdir() if f.is_file())
     seen = [(f.relative_to(directory).as_posix(), files.digest(f)) for f in read]
-    return hashlib.sha256(repr((seen, t5, sorted(settings.items()))).encode()).hexdigest()
+    return hashlib.sha256(repr((seen, sorted(settings.items()))).encode()).hexdigest()
 
 
 def encode_cached(
@@ -84,7 +77,7 @@ def encode_cached(
         filled = missing + missing[-1:] * (len(texts) - len(missing))
         fresh = jax.tree.map(to_host, encode(filled))
         for i, text in enumerate(missing):
-            found[text] = {"tokens": fresh.tokens[i], "pooled": fresh.pooled[i]}
+            found[text] = {name: states[i] for name, states in fresh.items()}
             try:
                 _write(folder / f"{names[text]}.st", found[text])
             except (OSError, SafetensorError) as error:
@@ -94,8 +87,7 @@ def encode_cached(
     if unwritten:
         log.warning("%s keeps not all prompts, which are encoded again: %s", folder, unwritten[0])
     rows = [found[t] for t in texts]
-    tokens, pooled = (np.stack([row[k] for row in rows]) for k in ("tokens", "pooled"))
-    return Conditioning(jnp.asarray(tokens), jnp.asarray(pooled))
+    return {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 def _read(file: Path) -> dict[str, np.ndarray] | None:

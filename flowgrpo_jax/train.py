@@ -76,7 +76,7 @@ def one_epoch(
     advantage, memory = run.advantage.compute(
         state.memory, jnp.asarray(scores), jnp.asarray(weights), jnp.asarray(batch.ids)
     )
-    state = dataclasses.replace(state, memory=sharding.put_state(run.mesh, memory))
+    state = dataclasses.replace(state, memory=run.put(memory))
 
     # Policy updates, each on its own groups.
     state, figures = improve(run, state, cond, rollouts, advantage, epoch, stop)
@@ -148,7 +148,7 @@ def improve(
     for u in range(plan.updates):
         others = {name: run.named_policy(state, name) for name in algorithm.reads}
         # Where the program leaves them, or it would be compiled once more for the second call.
-        gradient, sums = sharding.put_state(run.mesh, update.empty(algorithm, state.policy))
+        gradient, sums = run.put(update.empty(algorithm, state.policy))
         for m in range(u * plan.micro_batches, (u + 1) * plan.micro_batches):
             stop.check()
             before = sums
@@ -282,13 +282,13 @@ def initial_state(run: Recipe) -> TrainState:
     memory = run.advantage.initial(len(run.train_prompts))
     # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
     state = update.init(
-        sharding.put_state(run.mesh, run.model.init_trained(key)),
+        run.put(run.model.init_trained(key)),
         run.algorithm.copies,
         memory,
         run.optimiser,
         key,
     )
-    return sharding.put_state(run.mesh, state)
+    return run.put(state)
 
 
 def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) -> TrainState:

@@ -27,6 +27,8 @@ import jax
 import numpy as np
 
 Params = dict[str, Any]  # flat: path -> array
+# Text, encoded once per prompt and never per image: a model's own arrays [P, ...] by their names
+Conditioning = dict[str, Any]
 Metadata = dict[str, Any]
 # {reward: f32 [B]}, unweighted; NaN where a reward failed or does not apply to the prompt
 Scores = dict[str, Any]
@@ -38,14 +40,6 @@ class PromptBatch(NamedTuple):
     prompts: list[str]
     metadata: list[Metadata]
     ids: np.ndarray  # i32 [P], each prompt's place in its source
-
-
-@flax.struct.dataclass
-class Conditioning:
-    """Text, encoded once per prompt and never per image."""
-
-    tokens: jax.Array  # [P, L, E]
-    pooled: jax.Array  # [P, V]
 
 
 class Pictures(NamedTuple):

@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks import random_model
 from flowgrpo_jax.models import sd3
-from flowgrpo_jax.models.architecture import PUBLISHED
-from flowgrpo_jax.models.mmdit import MMDiTConfig
+from flowgrpo_jax.models.sd3.architecture import PUBLISHED
+from flowgrpo_jax.models.sd3.mmdit import MMDiTConfig
 from flowgrpo_jax.models.vae import VAEConfig
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_a_published_model_with_random_weights_loads_and_keeps_its_scale(tmp_pat
     monkeypatch.setitem(random_model.PUBLISHED, name, small)
     model = sd3.load(random_model.find("random:sd3.5-medium", tmp_path), t5_length=16)
     cond = model.encode(["a red circle"])
-    assert cond.tokens.shape == (1, 77 + 16, 256) and cond.pooled.shape == (1, 768 + 1280)
+    assert cond["tokens"].shape == (1, 77 + 16, 256) and cond["pooled"].shape == (1, 768 + 1280)
     x, sigma = jax.random.normal(jax.random.key(0), (1, 8, 8, 16)), jnp.full(1, 0.5)
     adapter = model.init_trained(jax.random.key(1))
     velocity = model.velocity(adapter, model.base, x, sigma, cond)

@@ -8,9 +8,8 @@ import pytest
 
 from configs import shapes as shapes_recipe
 from configs import signs as signs_recipe
-from flowgrpo_jax import policies, recipe, rewards, sampler, sde
+from flowgrpo_jax import policies, recipe, rewards, sampler
 from flowgrpo_jax.evaluate import evaluate
-from flowgrpo_jax.generate import t5_limit
 from flowgrpo_jax.models import directories, sd3
 from flowgrpo_jax.worlds.pretraining import vae
 from flowgrpo_jax.worlds.shapes import grammar
@@ -35,7 +34,7 @@ def test_it_is_small_enough_to_come_along(name):
 def decoded(name, pictures):
     """The pictures after the autoencoder there and back, and their latents."""
     directory = directories.resolve(name)
-    model = sd3.load(directory, t5_length=t5_limit(directory))
+    model = sd3.load(directory)
     settings = json.loads((directory / "vae" / "config.json").read_text())
     means = vae.encode_all(model.params["vae"], pictures, batch=100)
     latents = (means - settings["shift_factor"]) * settings["scaling_factor"]
@@ -92,7 +91,7 @@ def test_diffusers_draws_the_same_with_it(name):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     directory, prompts, steps = directories.resolve(name), PROMPTS[name], 2
-    length = t5_limit(directory)
+    length = sd3.t5_limit(directory)
     noise = np.random.default_rng(0).normal(size=(2, 8, 8, 16)).astype(np.float32)
 
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(directory, dtype=torch.float32)
@@ -115,7 +114,7 @@ def test_diffusers_draws_the_same_with_it(name):
     def velocity(x, sigma):
         return guided(lora, model.base, x, sigma, cond, None, np.arange(2))
 
-    end = sampler.ode(velocity, sde.sigma_schedule(steps, model.shift), noise)
+    end = sampler.ode(velocity, model.sigmas(steps, 64, 64), noise)
     pictures = model.decode(model.params["vae"], end)
     assert pictures.finite.all()
     np.testing.assert_allclose(pictures.pixels / 255, theirs, atol=0.6 / 255)

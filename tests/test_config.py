@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import compile, recipe, rewards, settings, sharding
+from flowgrpo_jax import recipe, rewards, settings, sharding
 
 ROOT = Path(__file__).parent.parent
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
@@ -212,7 +212,6 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
         ({"train.eps": 0.0}, r"train\.eps=0\.0: .*above 0"),
         ({"lora.rank": -1}, r"lora\.rank=-1: .*at least 1, or 0 to train all"),
         ({"lora.alpha": 0.0}, r"lora\.alpha=0\.0: .*above 0.*64"),
-        ({"lora.targets": ()}, r"lora\.targets=\(\): .*at least one.*lora\.rank=0"),
         (
             {"prompts.tag_weights": ConfigDict({"position": -1.0})},
             r"prompts\.tag_weights\.position=-1\.0: .*at least 0",
@@ -314,9 +313,9 @@ def test_a_guidance_of_at_most_one_is_none(scale, taken):
 def built(changes):
     config = load("shapes", changes)
     mesh = AbstractMesh((1, 1, 1), sharding.AXES)
-    model, _ = compile.describe_model(config, mesh)
+    model = recipe.describe_model(config, mesh)
     algorithm, plan = recipe.make_algorithm(config), settings.make_plan(config, 1)
-    setup = recipe.make_setup(config, 3.0, algorithm)
+    setup = recipe.make_setup(config, model, algorithm)
     optimiser = recipe.make_optimiser(config)
     return recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
 
@@ -374,10 +373,10 @@ def test_who_has_split_the_cpu_keeps_it(monkeypatch):
 def test_a_layout_that_makes_no_sense(changes, message, monkeypatch):
     config = load("shapes", changes)
     mesh = AbstractMesh((1, 1, config.mesh.tensor), sharding.AXES)
-    model, _ = compile.describe_model(config, mesh)
+    model = recipe.describe_model(config, mesh)
     scorer = SimpleNamespace(mix=SimpleNamespace(names=("shapes",)), in_graph={}, host=None)
     algorithm, plan = recipe.make_algorithm(config), settings.make_plan(config, 1)
-    setup = recipe.make_setup(config, 3.0, algorithm)
+    setup = recipe.make_setup(config, model, algorithm)
     with pytest.raises(ValueError, match=message):
         score = recipe._callback(config, scorer, mesh)
         recipe.make_programs(config, model, mesh, plan, setup, algorithm, None, score)

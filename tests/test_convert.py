@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from flowgrpo_jax.models import convert, sd3
-from flowgrpo_jax.models.architecture import PUBLISHED
 from flowgrpo_jax.models.layers import functional
-from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from flowgrpo_jax.models.sd3.architecture import PUBLISHED
+from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.models.vae import VAE, VAEConfig
 from flowgrpo_jax.models.weight_files import component_files
 

@@ -262,7 +262,8 @@ def test_the_recipe_in_the_box_compiles_for_a_pod(tmp_path):
     assert 0 < report["resident"] < 1e9
     for name in ("sample", "evaluate", "text", "apply"):
         assert programs[name]["links"] < 1e5, programs[name]
-    spec = LoRASpec(report["config"]["lora"]["rank"], report["config"]["lora"]["alpha"])
+    c = report["config"]["lora"]
+    spec = LoRASpec(c["rank"], c["alpha"], sd3.JOINT_ATTENTION)
     adapted = sd3.describe(sd3.find_architecture("shapes"), lora_spec=spec).trained_shapes
     adapter = 4 * sum(x.size for x in adapted.values())  # bytes
     # Summed over 4 chips once for each of the window's transitions, and next to nothing else.
@@ -274,15 +275,15 @@ def test_the_recipe_in_the_box_compiles_for_a_pod(tmp_path):
 SHARDED = """
 import jax
 from configs import shapes
-from flowgrpo_jax import compile, cost, settings, sharding
+from flowgrpo_jax import compile, cost, recipe, settings, sharding
 
 config = shapes.get_config()
 config.mesh.data, config.sample.guidance_scale = 1, 2.0
 config.mesh[AXIS] = 4
 mesh = sharding.make_mesh(**config.mesh)
 plan = settings.make_plan(config, sharding.row_shards(mesh))
-model, parts = compile.describe_model(config, mesh)
-for program in compile.programs(config, model, parts, mesh, plan)[0]:
+model = recipe.describe_model(config, mesh)
+for program in compile.programs(config, model, mesh, plan)[0]:
     if program.name in ("sample", "accumulate"):
         text = program.run.trace(*program.args).lower().compile().as_text()
         print(program.name, {c.kind: c.bytes for c in cost.collectives(text)}, sep=" = ")

@@ -14,8 +14,8 @@ from short_runs import call, load
 from flowgrpo_jax import policies, recipe
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.export import export
-from flowgrpo_jax.generate import generate, t5_limit
-from flowgrpo_jax.models import directories, sd3
+from flowgrpo_jax.generate import generate
+from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.worlds.shapes import grammar
 
@@ -50,9 +50,7 @@ def test_a_run_that_kept_no_best_says_so(whole, tmp_path):
 
 
 def test_generating_with_the_base(runs, monkeypatch):
-    model = sd3.load(
-        "shapes", lora_spec=LoRASpec(2, 4.0), t5_length=t5_limit(directories.resolve("shapes"))
-    )
+    model = sd3.load("shapes", lora_spec=LoRASpec(2, 4.0, sd3.JOINT_ATTENTION))
     base = policies.load("base", model)
     two = ["a red circle", "three stars"]
 

@@ -15,7 +15,6 @@ from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models import convert, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.train import one_epoch, train
-from flowgrpo_jax.types import Conditioning
 
 FULL = {
     "lora__rank": 0,
@@ -42,7 +41,7 @@ def run(runs):
 
 def test_every_weight_is_trained(runs, run):
     workdir, state = run
-    model = sd3.load(runs / "model", t5_length=10)
+    model = sd3.load(runs / "model")
     assert set(model.base) - set(state.policy) == {"pos_embed/pos_embed"}
     still = {k for k, x in state.policy.items() if np.array_equal(x, model.base[k])}
     # The last block drops the text tokens' output, so their queries there have no effect.
@@ -56,7 +55,9 @@ def test_every_weight_is_trained(runs, run):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_what_is_trained_is_float32_whatever_computes(rank):
     parts = sd3.find_architecture("shapes")
-    model = sd3.describe(parts, lora_spec=LoRASpec(rank=rank), dtype=jnp.bfloat16)
+    model = sd3.describe(
+        parts, lora_spec=LoRASpec(rank, 2.0 * rank, sd3.JOINT_ATTENTION), dtype=jnp.bfloat16
+    )
     assert {x.dtype for x in model.trained_shapes.values()} == {np.dtype("float32")}
     assert {x.dtype for x in model.base.values()} == {jnp.dtype("bfloat16")}
 
@@ -94,7 +95,9 @@ def test_the_export_is_the_trained_transformer(runs, run, tmp_path):
             timestep=torch.from_numpy(1000 * sigma),
         ).sample.numpy()
     model = recipe.build(load(runs), training=False).model
-    ours = model.velocity(state.copies["ema"], model.base, x, sigma, Conditioning(tokens, pooled))
+    ours = model.velocity(
+        state.copies["ema"], model.base, x, sigma, {"tokens": tokens, "pooled": pooled}
+    )
     expected = expected.transpose(0, 2, 3, 1)
     np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 

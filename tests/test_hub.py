@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from flowgrpo_jax.models import directories, sd3
+from flowgrpo_jax.models import sd3
 
 NAME = "stabilityai/stable-diffusion-3.5-medium"
 RESPONSE = SimpleNamespace(headers={}, request=None)
@@ -67,7 +67,7 @@ def test_only_what_is_read_is_downloaded(t5, monkeypatch, tmp_path):
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda _, **k: asked.update(k) or str(tmp_path)
     )
-    assert directories.resolve(NAME, t5=t5) == tmp_path
+    assert sd3.resolve(NAME, t5=t5) == tmp_path
     assert set(filter_repo_objects(FILES, **asked)) == {
         name for name, (full, without) in FILES.items() if (full if t5 else without)
     }

@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from flowgrpo_jax.models import lora, lora_files, peft_config, sd3
-from flowgrpo_jax.models.architecture import PUBLISHED
 from flowgrpo_jax.models.layers import Linear, LoRAParam, functional
-from flowgrpo_jax.models.lora import JOINT_ATTENTION, LoRASpec
-from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
-from flowgrpo_jax.types import Conditioning
+from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.models.sd3 import JOINT_ATTENTION
+from flowgrpo_jax.models.sd3.architecture import PUBLISHED
+from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 
 SMALL = MMDiTConfig(
     num_layers=3,
@@ -27,7 +27,7 @@ SMALL = MMDiTConfig(
     pos_embed_max_size=3,
 )
 SPECS = {
-    "SD3's": LoRASpec(rank=4, alpha=8.0),
+    "SD3's": LoRASpec(4, 8.0, JOINT_ATTENTION),
     "chosen": LoRASpec(3, 7.0, ("attn2.to_v", "ff.net.0.proj", "ff_context.net.2", "proj_out")),
 }
 FILES = {
@@ -60,7 +60,7 @@ def assert_same(ours, wanted):
 
 def test_start_is_drawn_as_pefts_gaussian():
     """A ~ N(0, 1 / rank^2), each factor its own draw; B = 0."""
-    factors = lora.init(jax.random.key(0), shapes_of(LoRASpec(rank=8))[0])
+    factors = lora.init(jax.random.key(0), shapes_of(LoRASpec(8, 16.0, JOINT_ATTENTION))[0])
     a = [np.asarray(v).reshape(-1, 8) for k, v in factors.items() if k.endswith("lora_a")]
     b = [v for k, v in factors.items() if k.endswith("lora_b")]
     assert len(a) == len(b) and not any(np.any(x) for x in b)
@@ -70,7 +70,7 @@ def test_start_is_drawn_as_pefts_gaussian():
 
 
 def test_start_is_what_peft_starts_with(checkpoint):
-    _, theirs = torch_adapter(checkpoint, LoRASpec(8, 8.0))
+    _, theirs = torch_adapter(checkpoint, LoRASpec(8, 8.0, JOINT_ATTENTION))
     a = np.concatenate([np.ravel(v) for k, v in theirs.items() if "lora_A" in k])
     assert stats.kstest(8 * a, "norm").pvalue > 0.01
     assert not any(v.any() for k, v in theirs.items() if "lora_B" in k)
@@ -80,7 +80,7 @@ def test_published_sizes():
     """Rank 32 on the joint attention of the two full-size models."""
     for name, linears, parameters in (("medium", 191, 18_776_064), ("large", 303, 47_161_344)):
         config = PUBLISHED[f"stabilityai/stable-diffusion-3.5-{name}"].transformer
-        shapes = shapes_of(LoRASpec(), config)[0]
+        shapes = shapes_of(LoRASpec(32, 64.0, JOINT_ATTENTION), config)[0]
         names = lora_files.to_torch({k: np.broadcast_to(0, v.shape) for k, v in shapes.items()})
         assert len(names) == 2 * linears
         assert sum(x.size for x in names.values()) == parameters
@@ -158,16 +158,19 @@ def test_a_merged_adapter_acts_as_one_beside_its_kernel(padded):
 
 def test_impossible_targets_are_refused():
     with pytest.raises(ValueError, match=r"LoRA targets \['attn.to_x', 'to_'\] match no linear"):
-        shapes_of(LoRASpec(targets=("to_", "attn.to_q", "attn.to_x")))
+        shapes_of(LoRASpec(32, 64.0, ("to_", "attn.to_q", "attn.to_x")))
     with pytest.raises(ValueError, match=r"\['proj'\] match pos_embed.proj, a convolution in the"):
-        shapes_of(LoRASpec(targets=("proj",)))
+        shapes_of(LoRASpec(32, 64.0, ("proj",)))
 
 
 # ---------------------------------------------------------------------------- files
 
 
 def test_files_read_back_as_written(tmp_path):
-    for spec in (LoRASpec(4, 8.0), LoRASpec(3, 7.0, ("ff.net.0.proj", "proj_out"))):
+    for spec in (
+        LoRASpec(4, 8.0, JOINT_ATTENTION),
+        LoRASpec(3, 7.0, ("ff.net.0.proj", "proj_out")),
+    ):
         shapes, _ = shapes_of(spec)
         factors = random_factors(shapes)
         written = lora_files.write(factors, spec, tmp_path, "somewhere/model")
@@ -180,7 +183,7 @@ def test_files_read_back_as_written(tmp_path):
 
 
 def test_files_without_what_they_need_are_refused(tmp_path):
-    spec = LoRASpec(4, 8.0)
+    spec = LoRASpec(4, 8.0, JOINT_ATTENTION)
     shapes, _ = shapes_of(spec)
     with pytest.raises(FileNotFoundError, match=f"no LoRA at {tmp_path}: looked for "):
         lora_files.read_spec(tmp_path)
@@ -210,7 +213,7 @@ def test_files_without_what_they_need_are_refused(tmp_path):
 @pytest.fixture
 def written(tmp_path):
     """An export, and the shapes and factors that it was made of."""
-    spec = LoRASpec(4, 8.0)
+    spec = LoRASpec(4, 8.0, JOINT_ATTENTION)
     shapes, _ = shapes_of(spec)
     factors = random_factors(shapes)
     lora_files.write(factors, spec, tmp_path, "somewhere/model")
@@ -376,7 +379,9 @@ def test_every_file_names_its_base(written):
 
 def test_factors_that_do_not_fit_are_one_error(tmp_path):
     shapes, _ = shapes_of(LoRASpec(4, 8.0, ("ff.net.0.proj", "proj_out")))
-    file, *_ = lora_files.write(random_factors(shapes), LoRASpec(4, 8.0), tmp_path, "model")
+    file, *_ = lora_files.write(
+        random_factors(shapes), LoRASpec(4, 8.0, JOINT_ATTENTION), tmp_path, "model"
+    )
     wrong_rank, _ = shapes_of(LoRASpec(2, 8.0, ("ff.net.2", "proj_out")))
     with pytest.raises(ValueError) as caught:
         lora_files.read(file, wrong_rank)
@@ -401,7 +406,7 @@ def inputs(model):
     channels = model.latent_shape(model.default_size, model.default_size)[-1]
     shapes = ((2, 6, 8, channels), (2,), (2, 5, 64), (2, 40))
     x, _, tokens, pooled = (rng.normal(size=s).astype(np.float32) for s in shapes)
-    return x, np.array([0.9, 0.2], np.float32), Conditioning(tokens, pooled)
+    return x, np.array([0.9, 0.2], np.float32), {"tokens": tokens, "pooled": pooled}
 
 
 def their_velocity(transformer, x, sigma, text):
@@ -410,8 +415,8 @@ def their_velocity(transformer, x, sigma, text):
     with torch.no_grad():
         v = transformer(
             channels_first(x),
-            torch.tensor(text.tokens),
-            torch.tensor(text.pooled),
+            torch.tensor(text["tokens"]),
+            torch.tensor(text["pooled"]),
             torch.tensor(1000 * sigma),
         )
     return channels_last(v[0])

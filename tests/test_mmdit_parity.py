@@ -19,7 +19,7 @@ from torch_models import (
 )
 
 from flowgrpo_jax.models import convert
-from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig, sine_grid
+from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig, sine_grid
 
 SIZE = (8, 12)  # 4 x 6 patches of the 9 x 9 in the position grid: both margins are odd
 CASES = {

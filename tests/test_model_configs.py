@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 
-from flowgrpo_jax.models import architecture, directories
-from flowgrpo_jax.models.tokenizers import Tokenizers
+from flowgrpo_jax.models import directories
+from flowgrpo_jax.models.sd3 import architecture
+from flowgrpo_jax.models.sd3.tokenizers import Tokenizers
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

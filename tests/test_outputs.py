@@ -8,7 +8,7 @@ from PIL import Image
 
 from configs import shapes
 from flowgrpo_jax import cli, compile, encode, evaluate, export, generate, outputs, policies, serve
-from flowgrpo_jax.models import sd3
+from flowgrpo_jax.models import convert
 
 
 @pytest.mark.parametrize("name", ["a.png", "new/a.PNG", "a.jpg", "a.webp", "a.b.png"])
@@ -45,7 +45,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def unloaded(monkeypatch):
     """No command reads weights, loads a reward or compiles."""
     for owner, name in (
-        (sd3, "load"),
+        (convert, "load"),
         (evaluate.recipe, "build"),
         (encode.recipe, "load_model"),
         (policies, "load"),
@@ -54,7 +54,7 @@ def unloaded(monkeypatch):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("the work began"))
 
 
-DRAW = dict(model="shapes", lora=None, t5=True, t5_length=None, dtype="float32", prompt=["a"])
+DRAW = dict(model="shapes", lora=None, option=[], dtype="float32", prompt=["a"])
 SIZE = dict(height=None, width=None, guidance=1.0, steps=1, seed=0)
 
 

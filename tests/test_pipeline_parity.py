@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from torch_models import PROMPTS, TOLERANCE, channels_first, channels_last, diffusers, worst
 
 from flowgrpo_jax import sampler, sde
-from flowgrpo_jax.models import architecture, convert, sd3
+from flowgrpo_jax.models import convert, sd3
+from flowgrpo_jax.models.sd3 import architecture
 
 STEPS = 4
 
@@ -19,7 +20,7 @@ STEPS = 4
 def ours(model, prompts, noise, guidance):
     """Final latents f32 [B, H, W, C] and images uint8."""
     velocity = sampler.guided(model.velocity, guidance)
-    sigmas = sde.sigma_schedule(STEPS, model.shift)
+    sigmas = model.sigmas(STEPS, 16, 16)
     rows = jnp.arange(len(prompts))
 
     @jax.jit
@@ -113,25 +114,27 @@ def test_t5_switched_off(checkpoint, length):
     )
     model = sd3.load(checkpoint, t5=False, t5_length=length)
     ours = model.encode(PROMPTS)
-    assert worst(ours.tokens, wanted) <= TOLERANCE and worst(ours.pooled, pooled) <= TOLERANCE
-    assert not np.asarray(ours.tokens[:, -length:]).any()
-    assert "text_encoder_3" not in model.text_shapes and model.tokenizers.t5 is None
+    assert worst(ours["tokens"], wanted) <= TOLERANCE and worst(ours["pooled"], pooled) <= TOLERANCE
+    assert not np.asarray(ours["tokens"][:, -length:]).any()
+    assert "text_encoder_3" not in model.text_shapes and model.tokenize.t5 is None
     kept = sd3.load(checkpoint, t5_length=length).encode(PROMPTS)
-    assert kept.tokens.shape == ours.tokens.shape
-    assert worst(kept.tokens, wanted) > 100 * TOLERANCE
+    assert kept["tokens"].shape == ours["tokens"].shape
+    assert worst(kept["tokens"], wanted) > 100 * TOLERANCE
 
 
 def test_t5_without_its_tokenizer(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "tokenizer_3")
-    with pytest.raises(FileNotFoundError, match=r"tokenizer_3 does not exist.*model\.t5=False"):
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer_3 does not exist.*model\.options\.t5=False"
+    ):
         sd3.load(tmp_path)
-    assert sd3.load(tmp_path, t5=False).encode(["a cat"]).tokens.shape[0] == 1
+    assert sd3.load(tmp_path, t5=False).encode(["a cat"])["tokens"].shape[0] == 1
 
 
 def test_what_the_directory_says(checkpoint):
     model = sd3.load(checkpoint)
-    assert (model.shift, model.default_size) == (3.0, 16)
+    assert model.default_size == 16
     assert model.latent_shape(16, 24) == (8, 12, 4)
     with pytest.raises(ValueError, match="image size 16 x 18: both must be multiples of 4"):
         model.latent_shape(16, 18)

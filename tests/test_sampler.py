@@ -11,7 +11,7 @@ from scipy.stats import kstest
 
 from flowgrpo_jax import programs, sampler, sde, sharding
 from flowgrpo_jax.sampler import ODE_KEY, SDE_KEY, Process
-from flowgrpo_jax.types import Conditioning, Pictures
+from flowgrpo_jax.types import Pictures
 
 SHAPE = (4, 4, 2)
 SIGMAS = tuple(sde.sigma_schedule(6).tolist())
@@ -54,12 +54,12 @@ def test_guidance(scale, rows, sigma):
     seen = []
 
     def model(policy, frozen, x, sigma, text):
-        assert x.shape[0] == sigma.shape[0] == text.tokens.shape[0] == text.pooled.shape[0]
+        assert x.shape[0] == sigma.shape[0] == text["tokens"].shape[0] == text["pooled"].shape[0]
         seen.append(x.shape[0])
-        return policy * frozen * (sigma * x * text.tokens[:, 0, 0] + text.pooled[:, 0])
+        return policy * frozen * (sigma * x * text["tokens"][:, 0, 0] + text["pooled"][:, 0])
 
-    cond = Conditioning(jnp.array([2.0, 3.0]).reshape(2, 1, 1), jnp.array([[10.0], [20.0]]))
-    empty = Conditioning(jnp.full((1, 1, 1), 5.0), jnp.full((1, 1), 7.0))
+    cond = {"tokens": jnp.array([2.0, 3.0]).reshape(2, 1, 1), "pooled": jnp.array([[10.0], [20.0]])}
+    empty = {"tokens": jnp.full((1, 1, 1), 5.0), "pooled": jnp.full((1, 1), 7.0)}
     x, prompt = jnp.array([1.0, 2.0, 4.0]), jnp.array([1, 0, 1])
     v = sampler.guided(model, scale)(2.0, 0.5, x, sigma, cond, empty, prompt)
     s = np.broadcast_to(sigma, 3)
@@ -202,16 +202,15 @@ def test_a_group_may_start_from_the_same_noise(same_noise):
     """Its images then differ by the transitions' noise alone; other prompts' start elsewhere."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = programs.sample(
-        lambda policy, frozen, x, sigma, text: x - 1,
+        sampler.guided(lambda policy, frozen, x, sigma, text: x - 1, 1.0),
         lambda vae, latents: Pictures(latents, jnp.ones(4, bool)),
         mesh,
         Process(SIGMAS, sde.CPS, window=2),
-        guidance=1.0,
         latent=(2, 2, 1),
         same_noise=same_noise,
         score=None,
     )
-    cond = Conditioning(jnp.zeros((2, 1, 1)), jnp.zeros((2, 1)))
+    cond = {"text": jnp.zeros((2, 1))}
     weights = {"transformer": {}, "vae": {}}
     ids, images = jnp.array([3, 3, 5, 5]), jnp.array([0, 1, 0, 1])
     rollout, _, _ = run({}, weights, cond, cond, KEY, 0, 0, ids, ids // 5, images)

@@ -6,9 +6,9 @@ import tiny_model
 from flax import nnx
 
 from flowgrpo_jax import cli, sharding
-from flowgrpo_jax.models import layers, lora
+from flowgrpo_jax.models import layers, lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.models.text import CLIPText, T5Encoder
 
 
@@ -16,7 +16,7 @@ def shapes_of(create, targets=()):
     def build():
         model = create(nnx.Rngs(0))
         if targets:
-            lora.add(model, LoRASpec(targets=targets))
+            lora.add(model, LoRASpec(32, 64.0, targets))
         return model
 
     return layers.functional(nnx.eval_shape(build))[1]
@@ -33,9 +33,9 @@ def test_every_parameter_meets_one_rule():
         shapes_of(lambda rngs: T5Encoder(tiny_model.T5, rngs=rngs)),
     ):
         for path, leaf in shapes.items():
-            assert len(sharding.spec(path, leaf.shape, mesh)) == len(leaf.shape)
-    with pytest.raises(ValueError, match=r"'blocks/new_layer/kernel' meets 0 rules.*add"):
-        sharding.spec("blocks/new_layer/kernel", (2, 2), mesh)
+            assert len(sharding.spec(path, leaf.shape, mesh, sd3.RULES)) == len(leaf.shape)
+    with pytest.raises(ValueError, match=r"'blocks/new_layer/kernel' meets 0 sharding rules.*add"):
+        sharding.spec("blocks/new_layer/kernel", (2, 2), mesh, sd3.RULES)
 
 
 def test_a_mesh_that_does_not_fit_names_the_sizes():

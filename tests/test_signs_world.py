@@ -9,7 +9,7 @@ import pytest
 from configs import signs
 from flowgrpo_jax import prompts, rewards
 from flowgrpo_jax.models import directories
-from flowgrpo_jax.models.tokenizers import Tokenizers
+from flowgrpo_jax.models.sd3.tokenizers import Tokenizers, t5_limit
 from flowgrpo_jax.rewards import ocr
 from flowgrpo_jax.worlds.pretraining.tokenizers import clip_merges, sizes, write_tokenizers
 from flowgrpo_jax.worlds.signs import grammar
@@ -172,7 +172,7 @@ def test_the_reward_reads_the_signs():
 
 def test_the_recipes_prompts_fit_the_model():
     config = signs.get_config()
-    assert config.model.t5_length == WORLD.length
+    assert t5_limit(directories.resolve("signs")) == WORLD.length
     assert (config.model.height, config.model.width) == (64, 64)
 
 

@@ -122,14 +122,18 @@ def test_an_error_inside_a_row_of_the_package_is_not_hidden():
 
 def test_a_second_model_of_the_same_settings_shares_its_programs():
     """The functions of two descriptions are the same object, so that nothing is traced again."""
-    from flowgrpo_jax import programs, sharding
+    from flowgrpo_jax import programs, sampler, sharding
     from flowgrpo_jax.models import sd3
 
     parts = sd3.find_architecture("shapes")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     made = []
     for _ in range(2):
-        model = sd3.describe(parts, t5_length=10, gather=sharding.gather_weights(mesh))
-        settings_of = {"guidance": 1.0, "latent": (8, 8, 16), "sigmas": (1.0, 0.5, 0.0)}
-        made.append(programs.generate(model.velocity, model.decode, mesh, **settings_of))
+        model = sd3.describe(parts, t5_length=10, gather=sharding.gather_weights(mesh, sd3.RULES))
+        settings_of = {"latent": (8, 8, 16), "sigmas": (1.0, 0.5, 0.0)}
+        made.append(
+            programs.generate(
+                sampler.guided(model.velocity, 1.0), model.decode, mesh, **settings_of
+            )
+        )
     assert made[0] is made[1]

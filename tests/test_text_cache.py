@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flowgrpo_jax import text_cache
+from flowgrpo_jax.models import sd3
 from flowgrpo_jax.text_cache import encode_cached, fingerprint
-from flowgrpo_jax.types import Conditioning
 
 
 class Encoder:
@@ -20,12 +20,12 @@ class Encoder:
     def __call__(self, texts):
         self.asked.append(list(texts))
         rows = jnp.array([[len(t), sum(map(ord, t)) / 7] for t in texts], self.dtype)
-        return Conditioning(tokens=rows[:, None, :] * jnp.ones((1, 3, 1), self.dtype), pooled=-rows)
+        return {"tokens": rows[:, None, :] * jnp.ones((1, 3, 1), self.dtype), "pooled": -rows}
 
 
 def same(ours, theirs):
     for name in ("tokens", "pooled"):
-        a, b = getattr(ours, name), getattr(theirs, name)
+        a, b = ours[name], theirs[name]
         assert a.dtype == b.dtype and a.shape == b.shape
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -71,7 +71,7 @@ def test_processes_encode_what_one_of_them_lacks(tmp_path):
 def test_other_encoders_have_other_states(tmp_path):
     encode_cached(Encoder(), ["a"], tmp_path, "x")
     other = Encoder(jnp.bfloat16)
-    assert encode_cached(other, ["a"], tmp_path, "y").pooled.dtype == jnp.bfloat16
+    assert encode_cached(other, ["a"], tmp_path, "y")["pooled"].dtype == jnp.bfloat16
     assert other.asked == [["a"]]
 
 
@@ -106,6 +106,10 @@ def test_a_cache_that_cannot_be_read_or_written_costs_a_warning(tmp_path, monkey
     same(encode_cached(encode, ["a"], tmp_path / "y", "x"), Encoder()(["a"]))
 
 
+def mark(directory, **settings):
+    return fingerprint(directory, sd3.text_files(directory, t5=settings["t5"]), **settings)
+
+
 def test_the_fingerprint_tells_models_and_settings_apart(tmp_path):
     def model(name, content):
         (tmp_path / name / "text_encoder").mkdir(parents=True, exist_ok=True)
@@ -115,16 +119,16 @@ def test_the_fingerprint_tells_models_and_settings_apart(tmp_path):
 
     small, large = b"1" * 100, b"1" * 10_000_000  # the second is not read whole
     one = model("one", small)
-    marks = [fingerprint(one, t5_length=n, t5=t) for n in (8, 9) for t in (True, False)]
+    marks = [mark(one, t5_length=n, t5=t) for n in (8, 9) for t in (True, False)]
     others = (small[:-1] + b"2", small + b"1", large, large[:-1] + b"2", b"2" + large[1:])
-    marks += [fingerprint(model("two", c), t5_length=8, t5=True) for c in others]
+    marks += [mark(model("two", c), t5_length=8, t5=True) for c in others]
     assert len(set(marks)) == 9
     (one / "text_encoder" / "model.fp16.safetensors").write_bytes(small)  # which nobody reads
-    assert marks[0] == fingerprint(one, t5_length=8, t5=True)
+    assert marks[0] == mark(one, t5_length=8, t5=True)
     (one / "tokenizer_3").mkdir()
     (one / "tokenizer_3" / "spiece.model").write_bytes(b"words")
-    assert marks[0] != fingerprint(one, t5_length=8, t5=True)
-    assert marks[1] == fingerprint(one, t5_length=8, t5=False)
+    assert marks[0] != mark(one, t5_length=8, t5=True)
+    assert marks[1] == mark(one, t5_length=8, t5=False)
 
 
 def test_the_fingerprint_does_not_depend_on_where_and_when_files_were_written(tmp_path):
@@ -135,5 +139,5 @@ def test_the_fingerprint_does_not_depend_on_where_and_when_files_were_written(tm
         file = tmp_path / name / "tokenizer_3" / "spiece.model"
         file.write_bytes(b"words")
         os.utime(file, (i, i))
-        marks.add(fingerprint(tmp_path / name, t5_length=8, t5=True))
+        marks.add(mark(tmp_path / name, t5_length=8, t5=True))
     assert len(marks) == 1

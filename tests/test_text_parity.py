@@ -25,15 +25,15 @@ from torch_models import (
 )
 
 from flowgrpo_jax.models import convert
+from flowgrpo_jax.models.sd3.networks import encode_prompt
+from flowgrpo_jax.models.sd3.tokenizers import Tokenizers
 from flowgrpo_jax.models.text import (
     CLIPConfig,
     CLIPText,
     T5Config,
     T5Encoder,
-    encode_prompt,
     relative_buckets,
 )
-from flowgrpo_jax.models.tokenizers import Tokenizers
 from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
 from flowgrpo_jax.worlds.shapes.grammar import LENGTH
 
@@ -264,7 +264,7 @@ def without_torch(root, first):
 import json, sys
 sys.modules["torch"] = None
 {first}
-from flowgrpo_jax.models.tokenizers import Tokenizers
+from flowgrpo_jax.models.sd3.tokenizers import Tokenizers
 print(json.dumps(Tokenizers.load({str(root)!r})({PROMPTS!r})[2].tolist()))
 """
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -18,11 +18,11 @@ from scipy.stats import norm
 
 from flowgrpo_jax import advantages, algorithms, sampler, sde, sharding, update
 from flowgrpo_jax.algorithms import Setup
-from flowgrpo_jax.models import lora
+from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.layers import functional
-from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.sampler import ODE_KEY, Process
-from flowgrpo_jax.types import Conditioning, Rollout
+from flowgrpo_jax.types import Rollout
 
 KEY = jax.random.key(0)
 SIGMAS = tuple(sde.sigma_schedule(5).tolist())
@@ -170,7 +170,7 @@ def mmdit():
         qk_norm="rms_norm",
     )
     module = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
-    lora.add(module, lora.LoRASpec(rank=2, alpha=4))
+    lora.add(module, lora.LoRASpec(2, 4, sd3.JOINT_ATTENTION))
     apply, shapes = functional(module)
     rng = np.random.default_rng(0)
     params = {k: rng.normal(scale=0.3, size=s.shape).astype(np.float32) for k, s in shapes.items()}
@@ -179,7 +179,7 @@ def mmdit():
 
     @jax.jit
     def velocity(adapter, base, x, sigma, text):
-        return apply({**base, **adapter}, x, 1000 * sigma, text.tokens, text.pooled)
+        return apply({**base, **adapter}, x, 1000 * sigma, text["tokens"], text["pooled"])
 
     return velocity, adapter, base
 
@@ -191,7 +191,10 @@ def test_the_update_replays_what_the_sampler_recorded(mmdit, kernel, guidance):
     rng = np.random.default_rng(1)
     tokens, pooled = rng.normal(size=(3, 5, 12)), rng.normal(size=(3, 10))
     cond, empty = (
-        Conditioning(jnp.asarray(tokens[s], jnp.float32), jnp.asarray(pooled[s], jnp.float32))
+        {
+            "tokens": jnp.asarray(tokens[s], jnp.float32),
+            "pooled": jnp.asarray(pooled[s], jnp.float32),
+        }
         for s in (slice(2), slice(2, 3))
     )
     process = Process(SIGMAS, sde.load(kernel), 0.7, window=3)

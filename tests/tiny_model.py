@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from flowgrpo_jax.models import layers
-from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig
+from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.models.vae import VAE, VAEConfig
 from flowgrpo_jax.worlds.pretraining import flow, package

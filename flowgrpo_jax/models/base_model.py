@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flowgrpo_jax.files import digest
-from flowgrpo_jax.models import directories
-from flowgrpo_jax.models.sd3 import SD3
+from flowgrpo_jax.models import Model, directories
 from flowgrpo_jax.models.weight_files import component_files
 
 
@@ -37,7 +36,7 @@ def mark(directory: Path) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def of(model: SD3) -> BaseModel:
+def of(model: Model) -> BaseModel:
     """A loaded model as the base of what is trained. Raises ValueError for one without weights."""
     if not model.name:
         raise ValueError("this model is only described: `load` it to train it")

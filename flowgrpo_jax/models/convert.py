@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from flowgrpo_jax.models.layers import Params
+from flowgrpo_jax.models.layers import PATCHES, Params
 from flowgrpo_jax.models.weight_files import Tensor, Tensors, component_files, from_safetensors
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -58,7 +58,7 @@ def _torch_shape(path: str, layer: tuple[int, ...], patch: int | None) -> tuple[
 def _from_torch(path: str, x: np.ndarray) -> np.ndarray:
     if not path.endswith("kernel"):
         return x
-    if x.ndim == 4 and path == "pos_embed/proj/kernel":  # a strided convolution, kept as a matrix
+    if x.ndim == 4 and path == PATCHES:
         return x.reshape(x.shape[0], -1).T
     return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
@@ -79,7 +79,7 @@ def _expected(
     for path, leaf in shapes.items():
         names, stacked = torch_names(path), _is_stack(path)
         layer = tuple(leaf.shape[1:] if stacked else leaf.shape)
-        shape = _torch_shape(path, layer, patch_size if path == "pos_embed/proj/kernel" else None)
+        shape = _torch_shape(path, layer, patch_size if path == PATCHES else None)
         for i, torch_name in enumerate(names):
             table[torch_name] = (path, i if stacked else None, shape)
     return table
@@ -220,7 +220,7 @@ def load(
       directory: folder with one or more safetensors files (and an index when sharded).
       shapes: {path: ShapeDtypeStruct} from `layers.functional` on the abstract model.
       dtype: dtype on the device, whatever the file holds.
-      patch_size: of the MMDiT, whose patch projection is a convolution in the file.
+      patch_size: of the patch projection, which is a convolution in the file.
       ignore: names that may be in the file and are not wanted (tied duplicates).
       tied: {second name: first name} of tensors that may be stored under either.
       place: where each parameter lives; default device without it.

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 BUNDLED = ("shapes", "signs")  # the models of the worlds of the package, by their names
-ENCODERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-PARTS = ("scheduler", "transformer", "vae", *ENCODERS)
-T5_PARTS = "tokenizer_3", "text_encoder_3"
 KNOB = "config.model.path (of generate: --model)"  # what errors say to set
 
 
-def resolve(model: str | Path, *, t5: bool = True) -> Path:
-    """A model's directory from a path, the name of a model of the package, or a hub id.
+def resolve(model: str | Path, *, folders: Sequence[str] = (), configs: bool = False) -> Path:
+    """Return a model's directory from a path, the name of a model of the package, or a hub id.
 
     Args:
-      t5: whether to download the largest text encoder of a model on the hub.
+      folders: the components to download of a model on the hub, beside its model_index.json.
+      configs: download no weights of them, but their configs alone.
 
     Raises FileNotFoundError that says what to do when none of them leads to a model.
     """
@@ -32,8 +31,8 @@ def resolve(model: str | Path, *, t5: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     # Folders by name: the hub repository holds the same weights a second time in other layouts.
-    parts = (*PARTS, *T5_PARTS) if t5 else PARTS
-    wanted = ["model_index.json", *(f"{part}/*" for part in parts)]
+    kinds = "*config.json" if configs else "*"
+    wanted = ["model_index.json", *(f"{folder}/{kinds}" for folder in folders)]
     twice = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.bin", "*.index.fp16.json"]
     try:
         return Path(snapshot_download(str(model), allow_patterns=wanted, ignore_patterns=twice))

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, Any]  # flat: path -> array, or ShapeDtypeStruct for an abstract model
+# The patch projection of diffusers' PatchEmbed: a strided convolution in files, a linear here.
+PATCHES = "pos_embed/proj/kernel"
 Gather = Callable[[str, jax.Array], jax.Array]  # (path, parameter) -> the same, laid out otherwise
 
 

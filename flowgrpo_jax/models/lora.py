@@ -12,21 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flowgrpo_jax.models.layers import Linear, LoRAParam, Params, name
-
-JOINT_ATTENTION = tuple(
-    f"attn.{m}"
-    for m in (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
-)
+from flowgrpo_jax.models.layers import PATCHES, Linear, LoRAParam, Params, name
 
 
 @dataclass(frozen=True)
@@ -36,9 +22,9 @@ class LoRASpec:
     Rank 0 means no adapter: all of the model's weights are trained.
     """
 
-    rank: int = 32
-    alpha: float = 64.0
-    targets: tuple[str, ...] = JOINT_ATTENTION
+    rank: int
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -59,9 +45,9 @@ def add(model: nnx.Module, spec: LoRASpec) -> None:
         matched = {t for t in spec.targets if dotted.endswith("." + t)}
         if not matched:
             continue
-        if dotted == ".pos_embed.proj":
+        if name(path) + "/kernel" == PATCHES:
             raise ValueError(
-                f"LoRA targets {sorted(matched)} match pos_embed.proj, a convolution in the"
+                f"LoRA targets {sorted(matched)} match {dotted[1:]}, a convolution in the"
                 " checkpoint: write longer names, such as 'ff.net.0.proj'"
             )
         unused -= matched

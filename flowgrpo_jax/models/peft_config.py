@@ -96,6 +96,7 @@ def targets_of(modules: Collection[str]) -> set[str]:
     """Return LoRA targets: in a block the part of the name after its number, else the full name."""
     ends = set()
     for module in modules:
-        stack, _, rest = module.partition(".")
-        ends.add(rest.partition(".")[2] if stack == "transformer_blocks" else module)
+        _, _, rest = module.partition(".")
+        number, _, inside = rest.partition(".")
+        ends.add(inside if number.isdigit() else module)
     return ends

@@ -1,9 +1,8 @@
-"""The text encoders of the SD3 family: two CLIP text towers and the encoder of T5.
+"""Text encoders: CLIP's text tower and the encoder of T5.
 
-Follows transformers' `CLIPTextModelWithProjection` and `T5EncoderModel` as diffusers'
-`StableDiffusion3Pipeline` calls them: no padding mask in any of the three, so padding tokens are
-read like words. Each model is a plain function of token ids; `encode_prompt` joins their outputs
-into what the transformer is conditioned on.
+Follows transformers' `CLIPTextModelWithProjection` and `T5EncoderModel` as diffusers' pipelines
+call them: without a padding mask, so that padding tokens are read like words. Each model is a plain
+function of token ids.
 """
 
 from __future__ import annotations
@@ -283,29 +282,3 @@ def relative_buckets(length: int, config: T5Config) -> np.ndarray:
     far = exact + (np.log(ratio) / span * np.float32(per_sign - exact)).astype(np.int32)
     bucket = np.where(distance < exact, distance, np.minimum(far, per_sign - 1))
     return bucket + per_sign * (offset > 0)
-
-
-def encode_prompt(
-    clip_l: tuple[jax.Array, jax.Array],
-    clip_g: tuple[jax.Array, jax.Array],
-    t5: jax.Array | None,
-    *,
-    t5_length: int = 256,
-    width: int = 4096,
-) -> tuple[jax.Array, jax.Array]:
-    """Join the text states for the transformer as `StableDiffusion3Pipeline.encode_prompt` does.
-
-    Args:
-      clip_l, clip_g: the outputs of `CLIPText` of each encoder, [B, 77, D] and [B, V].
-      t5: the output of `T5Encoder` [B, L, E], or None for zeros [B, t5_length, width].
-    Returns:
-      tokens [B, 77 + L, E], the CLIP part filled up with zeros; pooled [B, V_l + V_g].
-    """
-    (hidden_l, pooled_l), (hidden_g, pooled_g) = clip_l, clip_g
-    clip = jnp.concatenate([hidden_l, hidden_g], axis=-1)
-    if t5 is None:
-        t5 = jnp.zeros((clip.shape[0], t5_length, width), clip.dtype)
-    if clip.shape[-1] > t5.shape[-1]:
-        raise ValueError(f"CLIP states, {clip.shape[-1]} wide, do not fit into {t5.shape[-1]}")
-    clip = jnp.pad(clip, ((0, 0), (0, 0), (0, t5.shape[-1] - clip.shape[-1])))
-    return jnp.concatenate([clip, t5], axis=1), jnp.concatenate([pooled_l, pooled_g], axis=-1)

@@ -1,83 +1,18 @@
-"""The three tokenizers of the SD3 family, called as `StableDiffusion3Pipeline` calls them.
+"""Tokenizers of text encoders: CLIP's and T5's, read from the folders of a checkpoint.
 
-Reads the folders `tokenizer`, `tokenizer_2` and `tokenizer_3` of a checkpoint, in the form of the
-hub (`vocab.json` and `merges.txt`; `tokenizer.json` or `spiece.model` for T5) or as
-`save_pretrained` writes them (`tokenizer.json`). Needs transformers, not torch.
+They come in the form of the hub (`vocab.json` and `merges.txt`; `tokenizer.json` or `spiece.model`
+for T5) or as `save_pretrained` writes them (`tokenizer.json`). Needs transformers, not torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowgrpo_jax.models.text import LEGACY_EOS, CLIPConfig, T5Config
-
-CLIP_LENGTH = 77  # positions of both CLIP text models; a tokenizer's own limit may be lower
 PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # where no settings file says
-
-
-@dataclass(frozen=True)
-class Tokenizers:
-    """Prompts to the token ids that the three text encoders read."""
-
-    clip_l: Any
-    clip_g: Any
-    t5: Any | None
-    t5_length: int
-
-    @classmethod
-    def load(cls, directory: str | Path, t5_length: int = 256, t5: bool = True) -> Tokenizers:
-        """Load the tokenizers of a model directory; `tokenizer_3` is optional, and needs `t5`.
-
-        Raises:
-          FileNotFoundError: no checkpoint, no tokenizer folder, or a folder without vocabulary.
-          ImportError: T5's vocabulary is only there as `spiece.model`, and sentencepiece is not.
-        """
-        if t5_length < 1:
-            raise ValueError(f"t5_length is {t5_length}, it must be at least 1 token")
-        root = Path(directory)
-        third = load_t5(root / "tokenizer_3") if t5 and (root / "tokenizer_3").is_dir() else None
-        return cls(load_clip(root / "tokenizer"), load_clip(root / "tokenizer_2"), third, t5_length)
-
-    def check(
-        self, clip_l: CLIPConfig, clip_g: CLIPConfig, t5: T5Config | None, directory: Path
-    ) -> None:
-        """Raise ValueError where a tokenizer does not fit the text encoder that reads its ids.
-
-        Such an id would be taken for another word's without an error, and an end token that the
-        encoder does not know would make the pooled state that of the first token.
-        """
-        pairs = [("tokenizer", self.clip_l, clip_l), ("tokenizer_2", self.clip_g, clip_g)]
-        problems = [
-            f"the end token of {name} is {tokens.eos_token_id}, but eos_token_id of its encoder is"
-            f" {encoder.eos_token_id}"
-            for name, tokens, encoder in pairs
-            if encoder.eos_token_id not in (LEGACY_EOS, tokens.eos_token_id)
-        ]
-        readers: list[tuple[str, Any, CLIPConfig | T5Config]] = list(pairs)
-        readers += [("tokenizer_3", self.t5, t5)] if t5 and self.t5 is not None else []
-        for name, tokens, reader in readers:
-            if len(tokens) > reader.vocab_size:
-                problems.append(
-                    f"{name} has {len(tokens)} tokens, but vocab_size of its encoder is"
-                    f" {reader.vocab_size}"
-                )
-        if problems:
-            raise ValueError(
-                f"the parts of {directory} do not fit each other: {'; '.join(problems)}. Take all"
-                " of them from one model"
-            )
-
-    def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Texts -> ids of CLIP-L and bigG, i32 [B, 77], and of T5, i32 [B, t5_length] or None."""
-        # The pipeline cuts both CLIP inputs to the first tokenizer's limit.
-        length = min(self.clip_l.model_max_length, CLIP_LENGTH)
-        ids_t5 = None if self.t5 is None else padded(self.t5, texts, self.t5_length)
-        return padded(self.clip_l, texts, length), padded(self.clip_g, texts, length), ids_t5
 
 
 def padded(tokenizer: Any, texts: list[str], length: int) -> np.ndarray:
@@ -109,15 +44,6 @@ def load_t5(folder: Path) -> Any:
             "`pip install sentencepiece protobuf`, or add the tokenizer.json of the repository"
         )
     return T5TokenizerFast.from_pretrained(folder, local_files_only=True)
-
-
-def require_t5(directory: Path) -> None:
-    """Raise FileNotFoundError where the tokenizer of a model's T5 is missing."""
-    if not (directory / "tokenizer_3").is_dir():
-        raise FileNotFoundError(
-            f"{directory}/tokenizer_3 does not exist, though text_encoder_3 does: download it as"
-            " well, or set config.model.t5=False (of generate: --not5)"
-        )
 
 
 def importable(package: str) -> bool:

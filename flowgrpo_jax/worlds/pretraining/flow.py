@@ -14,8 +14,9 @@ from optax.contrib import MuonDimensionNumbers
 
 from flowgrpo_jax.models import layers
 from flowgrpo_jax.models.layers import Params
-from flowgrpo_jax.models.mmdit import MMDiT, MMDiTConfig, sine_grid
-from flowgrpo_jax.models.text import CLIPConfig, CLIPText, T5Config, T5Encoder, encode_prompt
+from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig, sine_grid
+from flowgrpo_jax.models.sd3.networks import encode_prompt
+from flowgrpo_jax.models.text import CLIPConfig, CLIPText, T5Config, T5Encoder
 
 WIDTH = 128
 TRANSFORMER = MMDiTConfig(

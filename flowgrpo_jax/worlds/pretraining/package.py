@@ -13,7 +13,7 @@ from flax import nnx
 
 from flowgrpo_jax.models import convert, layers
 from flowgrpo_jax.models.layers import Params
-from flowgrpo_jax.models.mmdit import MMDiTConfig
+from flowgrpo_jax.models.sd3.mmdit import MMDiTConfig
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.models.vae import VAEConfig
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from flowgrpo_jax import cli, files, seeds
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models.layers import Params
-from flowgrpo_jax.models.tokenizers import Tokenizers
+from flowgrpo_jax.models.sd3.tokenizers import Tokenizers
 from flowgrpo_jax.models.vae import VAEConfig
 from flowgrpo_jax.worlds.pretraining import data, flow, package, vae
 from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers

@@ -4,7 +4,7 @@ Every known word is one token, so a prompt of the shapes world fits into ten tok
 spelled out: in bytes by the CLIP tokenizers, which know no capitals and join bytes that also follow
 each other in a known word, unless that is forbidden (`spelled`); in ASCII characters by the T5
 tokenizer, whose last resort is `<unk>`. The files are those of the hub's repositories, so
-transformers, diffusers and `models.tokenizers` read them like any other checkpoint's.
+transformers, diffusers and `models.sd3.tokenizers` read them like any other checkpoint's.
 """
 
 from __future__ import annotations
