@@ -220,7 +220,8 @@ class Worker:
             self._process.send_signal(signal.SIGCONT)
             self._process.stdin.write(command + "\n")
             answer = self._process.stdout.readline()
-            self._process.send_signal(signal.SIGSTOP)
+            if answer:  # otherwise it is ending, and would never end if it were stopped
+                self._process.send_signal(signal.SIGSTOP)
         except BrokenPipeError:
             pass
         if not answer:
