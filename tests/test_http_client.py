@@ -53,6 +53,58 @@ def test_an_error_is_worth_another_try_or_not(status, kind):
     assert type(error) is kind and f"{stub.url} answered {status}: the reason" in str(error)
 
 
+@pytest.fixture
+def proxy(monkeypatch):
+    """A proxy that the environment names, which refuses whatever it is asked for."""
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Stub(always(403, b"blocked by policy")) as stub:
+        monkeypatch.setenv("http_proxy", stub.url)
+        http_client._opener.cache_clear()
+        yield stub
+    http_client._opener.cache_clear()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.0.0.2", "0.0.0.0"])
+def test_a_server_on_this_machine_is_asked_without_the_proxy(proxy, host):
+    with Stub(always(200, b"here")) as stub:
+        stub_url = stub.url.replace("127.0.0.1", host)
+        if host == "127.0.0.2":  # nobody listens there, but the proxy is not asked either
+            took(http_client.request, stub_url, timeout=5)
+        else:
+            assert http_client.request(stub_url, b"", {"X-Secret": "s"}, timeout=5) == b"here"
+    assert not proxy.seen
+
+
+def test_other_servers_are_asked_through_the_proxy_and_the_error_says_so(proxy, monkeypatch):
+    _, error = took(http_client.request, "http://a.invalid:1/x", timeout=5)
+    assert [path for _, path, _, _ in proxy.seen] == ["http://a.invalid:1/x"]
+    assert "blocked by policy (through the proxy of the environment variable http_proxy" in str(
+        error
+    )
+    assert "add a.invalid to no_proxy" in str(error)
+    monkeypatch.setenv("no_proxy", "a.invalid")
+    _, error = took(http_client.request, "http://a.invalid:1/x", timeout=5)
+    assert len(proxy.seen) == 1 and "proxy" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "url, local",
+    [
+        ("http://[::1]:80/v1", True),
+        ("http://[::ffff:127.0.0.1]", True),
+        ("http://judge.localhost", True),
+        ("http://localhost.", True),
+        ("http://localhost.example.org", False),
+        ("http://127.0.0.1.example.org", False),
+        ("http://10.0.0.1:80", False),
+        ("http://[fe80::1]", False),
+    ],
+)
+def test_which_addresses_are_this_machine(url, local):
+    assert http_client.is_local(url) == local
+
+
 def test_nobody_there():
     seconds, error = took(http_client.request, nobody(), timeout=5)
     assert type(error) is http_client.Unreachable and seconds < 1
