@@ -106,8 +106,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     import jax
 
     from benchmarks import random_model
-    from configs import shapes
     from flowgrpo_jax import prompts, sde
+    from flowgrpo_jax.configs import shapes
     from flowgrpo_jax.models import directories, lora, lora_files, sd3
 
     config = shapes.get_config()

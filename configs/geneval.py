@@ -35,7 +35,7 @@ there is --config.reward.options.geneval.detector=small, for a quick look, which
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder  # a value that is None until it is set
 
-from configs import base
+from flowgrpo_jax.configs import base
 
 
 def get_config(variant: str = "full") -> ConfigDict:

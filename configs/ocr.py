@@ -21,7 +21,7 @@ github.com/yifan123/flow_grpo: --config.prompts.train=FILE --config.prompts.test
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder  # a value that is None until it is set
 
-from configs import base
+from flowgrpo_jax.configs import base
 
 
 def get_config(variant: str = "full") -> ConfigDict:

@@ -19,7 +19,7 @@ should not fall.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from flowgrpo_jax.configs import base
 
 PROMPTS = "flow_grpo/dataset/pickscore"
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -11,7 +11,7 @@ good part of what was learned made up for the coarse steps.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from flowgrpo_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -13,7 +13,7 @@ words as well as random letters; of no sign, nothing was read.
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from flowgrpo_jax.configs import shapes
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-BASE = "configs.base"  # its comments explain every knob
+BASE = "flowgrpo_jax.configs.base"  # its comments explain every knob
 
 
 def recipe_file(arguments: Sequence[str]) -> str | None:

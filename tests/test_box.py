@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import shapes as shapes_recipe
-from configs import signs as signs_recipe
 from flowgrpo_jax import policies, recipe, rewards, sampler, sde
+from flowgrpo_jax.configs import shapes as shapes_recipe
+from flowgrpo_jax.configs import signs as signs_recipe
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.generate import t5_limit
 from flowgrpo_jax.models import directories, sd3

@@ -6,8 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from configs import signs
 from flowgrpo_jax import prompts, rewards
+from flowgrpo_jax.configs import signs
 from flowgrpo_jax.models import directories
 from flowgrpo_jax.models.tokenizers import Tokenizers
 from flowgrpo_jax.rewards import ocr

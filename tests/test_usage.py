@@ -85,7 +85,8 @@ def test_a_recipe_that_is_not_there(command, arguments, problem, message):
 def test_an_error_in_the_code_of_a_recipe_keeps_its_traceback(command, tmp_path, code):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        f"from configs import base\n\ndef get_config():\n    c = base.get_config()\n    {code}\n"
+        "from flowgrpo_jax.configs import base\n\n"
+        f"def get_config():\n    c = base.get_config()\n    {code}\n"
     )
     with pytest.raises(Exception) as caught:
         command(f"--config={recipe}")

@@ -8,7 +8,7 @@ each.
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from flowgrpo_jax.configs import shapes
 
 
 def get_config() -> ConfigDict:

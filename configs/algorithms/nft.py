@@ -8,7 +8,7 @@ itself at the end of an epoch, as in the paper's first schedule.
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from flowgrpo_jax.configs import shapes
 
 
 def get_config() -> ConfigDict:
