@@ -1,6 +1,6 @@
 """GenEval in miniature on the model in the box.
 
-    python -m flowgrpo_jax.train --config configs/shapes.py
+    python -m flowgrpo_jax.train --config shapes
 
 Hardware: 2 CPU cores. docs/results.md has the curve, the time it took and what to expect.
 CPS noise in three steps whose place is drawn anew each epoch among those where composition is

@@ -44,10 +44,7 @@ def named(name):
 
 def test_the_recipe_of_the_page(tmp_path):
     assert "--config my_recipe.py\n" in PAGE
-    own, shapes = (
-        knobs.load(str(tmp_path / "my_recipe.py")),
-        knobs.load(str(ROOT / "configs" / "shapes.py")),
-    )
+    own, shapes = knobs.load(str(tmp_path / "my_recipe.py")), knobs.load("shapes")
     changed = {knob: value for knob, value in own.items() if value != shapes.get(knob)}
     assert changed == {"name": "bright", "epochs": 20, "reward.weights.my_reward:brightness": 1.0}
     settings.check(importlib.import_module("my_recipe").get_config())

@@ -1,6 +1,6 @@
 """Advantage-weighted matching on the model in the box: `configs/shapes.py` with another algorithm.
 
-    python -m flowgrpo_jax.train --config configs/algorithms/awm.py
+    python -m flowgrpo_jax.train --config algorithms/awm
 
 The images are drawn by the plain ODE in 14 steps, as in the paper, and trained at six noise levels
 each.
