@@ -32,6 +32,7 @@ class TorchEngine:
             len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         )
         sample, self.train = config["sample"], config["train"]
+        self.clip = config["algorithm"]["options"]["clip_range"]
         self.groups, self.group_size = sample["groups"], sample["group_size"]
         self.micro_batch, self.window = sample["micro_batch"], sample["window"]
         self.angle = sample["noise_level"] * math.pi / 2
@@ -116,7 +117,7 @@ class TorchEngine:
 
     def backward(self, stored: Any, log_probs: Any, m: int) -> None:
         """Add micro-batch m's share to the gradient."""
-        text, advantage, clip = self.text(m), self.advantages[m], self.train["clip_range"]
+        text, advantage, clip = self.text(m), self.advantages[m], self.clip
         for step, (x, x_next, old) in enumerate(zip(stored, stored[1:], log_probs)):
             mean, std = self.transition(x, self.velocity(x, step, text), step)
             ratio = torch.exp(log_prob(x_next, mean, std) - old)

@@ -106,8 +106,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     import jax
 
     from benchmarks import random_model
-    from configs import shapes
     from flowgrpo_jax import prompts
+    from flowgrpo_jax.configs import shapes
     from flowgrpo_jax.models import lora, lora_files, sd3
 
     config = shapes.get_config()
@@ -218,7 +218,8 @@ class Worker:
             self._process.send_signal(signal.SIGCONT)
             self._process.stdin.write(command + "\n")
             answer = self._process.stdout.readline()
-            self._process.send_signal(signal.SIGSTOP)
+            if answer:  # otherwise it is ending, and would never end if it were stopped
+                self._process.send_signal(signal.SIGSTOP)
         except BrokenPipeError:
             pass
         if not answer:

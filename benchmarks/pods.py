@@ -82,7 +82,7 @@ def compiled(topology: str, settings: list[str]) -> dict[str, Any]:
     """The tool's report, or only a verdict where the compiler itself died."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        command = ["--config=configs/geneval.py", f"--topology={topology}", f"--out={out}"]
+        command = ["--config=geneval", f"--topology={topology}", f"--out={out}"]
         command.append(f"--programs={','.join(TRAINING)}")  # evaluation needs less than sampling
         done = subprocess.run(
             [sys.executable, "-m", "flowgrpo_jax.compile", *command, *settings],

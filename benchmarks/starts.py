@@ -33,7 +33,7 @@ from typing import Any
 
 from benchmarks.epoch import ROOT, machine
 
-CONFIG = ["--config", "configs/shapes.py"]
+CONFIG = ["--config", "shapes"]
 DRAWS = "begins to draw"
 # Runs a command's module as `python -m` does, and says when the program that draws is called first.
 WATCHED = f"""

@@ -1,8 +1,7 @@
 """Every knob, with one sentence each. Recipes start from here and change a few lines.
 
 Any knob that a recipe lists can be set on the command line: `--config.train.learning_rate=1e-4`.
-Recipes of the paper's tasks have variants, chosen as `--config configs/geneval.py:fast`: `variant`
-below.
+Recipes of the paper's tasks have variants, chosen as `--config geneval:fast`: `variant` below.
 """
 
 from ml_collections import ConfigDict

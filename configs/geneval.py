@@ -1,8 +1,8 @@
 """Composition: GenEval with SD3.5-medium at 512 px, the first task of the Flow-GRPO paper.
 
-    python -m flowgrpo_jax.train --config configs/geneval.py             # full: as the paper
-    python -m flowgrpo_jax.train --config configs/geneval.py:fast        # CPS window, no guidance
-    python -m flowgrpo_jax.train --config configs/geneval.py:single_gpu  # fast, on one device
+    python -m flowgrpo_jax.train --config geneval             # full: as the paper
+    python -m flowgrpo_jax.train --config geneval:fast        # CPS window, no guidance
+    python -m flowgrpo_jax.train --config geneval:single_gpu  # fast, on one device
 
 Hardware: all have the paper's 48 groups of 24 an epoch on any 1, 2, 4, 8, 16, 32 or 64 devices, on
 more as docs/scaling.md says. What JAX needs of a device's memory in `full`, by the compiler for
@@ -35,7 +35,7 @@ there is --config.reward.options.geneval.detector=small, for a quick look, which
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder  # a value that is None until it is set
 
-from configs import base
+from flowgrpo_jax.configs import base
 
 
 def get_config(variant: str = "full") -> ConfigDict:

@@ -1,8 +1,8 @@
 """Rendered text with SD3.5-medium at 512 px, the second task of the Flow-GRPO paper.
 
-    python -m flowgrpo_jax.train --config configs/ocr.py             # full: as the paper
-    python -m flowgrpo_jax.train --config configs/ocr.py:fast        # CPS window, no guidance
-    python -m flowgrpo_jax.train --config configs/ocr.py:single_gpu  # fast, on one device
+    python -m flowgrpo_jax.train --config ocr             # full: as the paper
+    python -m flowgrpo_jax.train --config ocr:fast        # CPS window, no guidance
+    python -m flowgrpo_jax.train --config ocr:single_gpu  # fast, on one device
 
 Hardware and memory: as configs/geneval.py, without a detector. T5 reads the letters, so do not
 switch it off here. PP-OCR runs on the host's cores (pip install 'flowgrpo_jax[ocr]'): 0.16 s an
@@ -21,7 +21,7 @@ github.com/yifan123/flow_grpo: --config.prompts.train=FILE --config.prompts.test
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder  # a value that is None until it is set
 
-from configs import base
+from flowgrpo_jax.configs import base
 
 
 def get_config(variant: str = "full") -> ConfigDict:

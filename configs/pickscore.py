@@ -1,9 +1,9 @@
 """Human preference: PickScore with SD3.5-medium at 512 px, the third task of the Flow-GRPO paper.
 
     git clone --depth 1 https://github.com/yifan123/flow_grpo     # its prompts, read as they are
-    python -m flowgrpo_jax.train --config configs/pickscore.py             # full: as the paper
-    python -m flowgrpo_jax.train --config configs/pickscore.py:fast        # CPS window, no guidance
-    python -m flowgrpo_jax.train --config configs/pickscore.py:single_gpu  # fast, on one device
+    python -m flowgrpo_jax.train --config pickscore             # full: as the paper
+    python -m flowgrpo_jax.train --config pickscore:fast        # CPS window, no guidance
+    python -m flowgrpo_jax.train --config pickscore:single_gpu  # fast, on one device
 
 Hardware and memory: as configs/geneval.py, without a detector, and on every device 11 GB more for
 the rewards in float32: 4 for PickScore's CLIP-H, and for the evaluation 4 for HPSv2's, 2 for
@@ -19,7 +19,7 @@ should not fall.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from flowgrpo_jax.configs import base
 
 PROMPTS = "flow_grpo/dataset/pickscore"
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

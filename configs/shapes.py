@@ -1,6 +1,6 @@
 """GenEval in miniature on the model in the box.
 
-    python -m flowgrpo_jax.train --config configs/shapes.py
+    python -m flowgrpo_jax.train --config shapes
 
 Hardware: 2 CPU cores. docs/results.md has the curve, the time it took and what to expect.
 CPS noise in three steps whose place is drawn anew each epoch among those where composition is
@@ -11,7 +11,7 @@ good part of what was learned made up for the coarse steps.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from flowgrpo_jax.configs import base
 
 
 def get_config() -> ConfigDict:

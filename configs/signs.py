@@ -1,6 +1,6 @@
 """Rendered text in miniature: short words on signs, read by PP-OCR.
 
-    python -m flowgrpo_jax.train --config configs/signs.py
+    python -m flowgrpo_jax.train --config signs
 
 Hardware: 2 CPU cores, 10 s an epoch, of which OCR takes two thirds. Needs the reader,
 pip install 'flowgrpo_jax[ocr]'. Settings are those of configs/shapes.py but for the prompts and the
@@ -13,7 +13,7 @@ words as well as random letters; of no sign, nothing was read.
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from flowgrpo_jax.configs import shapes
 
 
 def get_config() -> ConfigDict:

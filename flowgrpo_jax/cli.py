@@ -40,10 +40,10 @@ COORDINATES = ("COORDINATOR", "PROCESSES", "PROCESS")
 
 
 def define_flags(*, config: bool) -> None:
-    """`--config FILE`, with any knob of it as `--config.section.key=value`."""
+    """`--config NAME|FILE`, with any knob of it as `--config.section.key=value`."""
     logging.set_verbosity(logging.WARNING)
     if config:
-        config_flags.DEFINE_config_file("config", None, "A Python file with get_config().")
+        config_flags.DEFINE_config_file("config", None, "A recipe's name or file (`usage.parse`).")
         flags.mark_flag_as_required("config")
 
 

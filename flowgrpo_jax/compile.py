@@ -1,6 +1,6 @@
 r"""Compile a recipe for a TPU pod without the pod, and say whether it fits and what it costs.
 
-    python -m flowgrpo_jax.compile --config configs/geneval.py:fast --topology v5e:4x4 \
+    python -m flowgrpo_jax.compile --config geneval:fast --topology v5e:4x4 \
         [--config.mesh.fsdp=4] [--out report.json]
 
 The programs of an epoch are compiled ahead of time for real chips, on any machine, by the compiler

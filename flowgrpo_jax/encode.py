@@ -1,6 +1,6 @@
 """Encode a run's prompts ahead of it, so that training needs no text encoder on its devices.
 
-    python -m flowgrpo_jax.encode --config configs/geneval.py --config.model.text_cache=texts
+    python -m flowgrpo_jax.encode --config geneval --config.model.text_cache=texts
 
 Fills `model.text_cache` with the prompts of the epochs, of the evaluation and the empty one.
 `train` with the same cache then reads them there, and loads the text encoders only for a prompt

@@ -1,8 +1,7 @@
 """Evaluate a policy: deterministic ODE sampling of the test prompts with fixed seeds.
 
-    python -m flowgrpo_jax.evaluate --config configs/shapes.py --checkpoint base --out base.json
-    python -m flowgrpo_jax.evaluate --config configs/shapes.py --checkpoint runs/shapes \
-        --out trained.json
+    python -m flowgrpo_jax.evaluate --config shapes --checkpoint base --out base.json
+    python -m flowgrpo_jax.evaluate --config shapes --checkpoint runs/shapes --out rl.json
 
 `--checkpoint` is "base", a work directory or its `checkpoints` folder (the EMA weights of the
 newest checkpoint, or `checkpoints/STEP`), its `best` folder, or an exported LoRA. Writes the mean

@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import runpy
-from collections.abc import Mapping, Sequence
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
-BASE = "configs.base"  # its comments explain every knob
+from flowgrpo_jax import recipe_files
+from flowgrpo_jax.configs import base  # its comments explain every knob
 
 
-def recipe_file(arguments: Sequence[str]) -> str | None:
-    """The value of `--config` on a command line, if it is given."""
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
-            return value if equals else following
-    return None
+def load(recipe: str | None) -> dict[str, Any]:
+    """Every knob with its value by dotted name.
 
+    Args:
+      recipe: a value of `--config`; None: the base that every recipe starts from.
 
-def base() -> ModuleType | None:
-    """The module that every recipe starts from; None where Python does not find it."""
-    try:
-        return importlib.import_module(BASE)
-    except ImportError:
-        return None
-
-
-def load(file: str | None) -> dict[str, Any]:
-    """Every knob with its value by dotted name, of the recipe in a file or of the base of all.
-
-    Empty where neither is there. Raises what the recipe's code raises.
+    Raises FileNotFoundError where there is no such recipe, and what the recipe's code raises.
     """
-    if file:
-        path, *variant = file.split(":", 1)
-        return flat(runpy.run_path(path)["get_config"](*variant).to_dict())
-    module = base()
-    return flat(module.get_config().to_dict()) if module else {}
+    if recipe is None:
+        return flat(base.get_config().to_dict())
+    path, *variant = recipe_files.find(recipe).split(":", 1)
+    return flat(runpy.run_path(path)["get_config"](*variant).to_dict())
 
 
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -58,9 +42,7 @@ def comments() -> dict[str, str]:
 
     The comment of a knob stands in whole lines directly above it.
     """
-    if (module := base()) is None:
-        return {}
-    source = inspect.getsource(module.get_config)
+    source = inspect.getsource(base.get_config)
     lines = source.splitlines()
     said: dict[str, str] = {}
     for statement in ast.parse(source).body[0].body:  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """Training by online reinforcement learning: read this file first.
 
-    python -m flowgrpo_jax.train --config configs/shapes.py --workdir runs/shapes [--resume]
+    python -m flowgrpo_jax.train --config shapes --workdir runs/shapes [--resume]
 
 An epoch: prompts -> a group of images for each, by the sampler -> rewards -> advantages -> policy
 updates of the LoRA weights (with lora.rank=0, of all of the transformer's) by the loss of the

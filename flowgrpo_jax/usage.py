@@ -8,12 +8,11 @@ import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from flowgrpo_jax import knobs, user_errors
+from flowgrpo_jax import knobs, recipe_files, user_errors
 
 HELP = {"--help", "-help", "-h"}
 KINDS = {"int": "INTEGER", "float": "NUMBER", "comma separated list of strings": "TEXT,TEXT"}
@@ -29,18 +28,12 @@ def parse(arguments: Sequence[str]) -> list[str]:
     the one that was meant, for what cannot be understood, and FileNotFoundError for a recipe that
     does not exist. What the code of a recipe raises passes through.
     """
-    if file := knobs.recipe_file(arguments):
-        path = file.partition(":")[0]
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"--config={file}: there is no file {path!r}; give a recipe such as"
-                " configs/shapes.py, or configs/geneval.py:fast for its variant"
-            )
+    located = recipe_files.located(arguments)
     if HELP & set(arguments):
         print(text(arguments))
         raise SystemExit(0)
     try:
-        left = flags.FLAGS(list(arguments))
+        left = flags.FLAGS(located)
     except Exception as error:
         if explained := explain(error, arguments):
             raise ValueError(explained) from error
@@ -48,7 +41,7 @@ def parse(arguments: Sequence[str]) -> list[str]:
     if len(left) > 1:
         raise ValueError(
             f"{left[1]!r} belongs to no flag: put a text that has spaces between quotes, and give"
-            " every value by its flag, a recipe as --config FILE"
+            " every value by its flag, a recipe as --config NAME"
         )
     return left
 
@@ -65,9 +58,9 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
         return user_errors.message(root)  # a recipe refuses its variant
     if "Traceback" in str(error):
         return ""
-    file = knobs.recipe_file(arguments)
-    known = knobs.load(file) if "config" in flags.FLAGS else {}
-    for argument in arguments if file else ():
+    recipe = recipe_files.on_command_line(arguments)
+    known = knobs.load(recipe) if "config" in flags.FLAGS else {}
+    for argument in arguments if recipe else ():
         flag = re.split(r"[=\[]", argument)[0]
         if flag.startswith("--config.") and not _has(known, flag.removeprefix("--config.")):
             return unknown(flag, known)
@@ -109,14 +102,16 @@ def text(arguments: Sequence[str]) -> str:
     """Return the text of `--help`: the command's purpose, its flags, and its recipe's knobs."""
     parts = [inspect.getdoc(sys.modules["__main__"]) or "", "", "Flags:"]
     if has_recipe := "config" in flags.FLAGS:
-        parts += _entry("--config=FILE (required)", "A recipe: a Python file with get_config().")
+        recipes = f"A recipe: {', '.join(recipe_files.names())}, or a file with get_config()."
+        parts += _entry("--config=NAME|FILE (required)", recipes)
     for flag in own_flags():
         parts += _entry(_form(flag), re.sub(ADDED, "", flag.help or ""))
     if has_recipe:
-        file = knobs.recipe_file(arguments)
+        recipe = recipe_files.on_command_line(arguments)
         said, shown = knobs.comments(), set()
-        parts += ["", f"Knobs of {file or 'configs/base.py'}; --config.epochs=10 sets one of them:"]
-        for name, value in knobs.load(file).items():
+        owner = recipe or "every recipe"
+        parts += ["", f"Knobs of {owner}; --config.epochs=10 sets one of them:"]
+        for name, value in knobs.load(recipe).items():
             sections = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
             for section in [s for s in sections if s in said and s not in shown]:
                 parts += _entry(section, said[section])

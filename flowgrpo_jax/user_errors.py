@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 TRACEBACK = "FLOWGRPO_TRACEBACK"  # environment variable that shows every error's traceback
-CHECKED = ("flowgrpo_jax", "configs", "config_config", "__main__")  # packages; a config file's name
+CHECKED = ("flowgrpo_jax", "config_config", "__main__")  # packages; a config file's name
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 # Run a command again while it exits with 75 (stopped by SIGTERM after saving) or dies of a lost
 # peer or machine, up to RESTARTS times. The other launchers wrap training in it:
 #
-#   launch/run.sh python -m flowgrpo_jax.train --config configs/geneval.py --workdir runs/geneval
+#   launch/run.sh python -m flowgrpo_jax.train --config geneval --workdir runs/geneval
 #
 # --resume is always added: it goes on from the last checkpoint, and starts where there is none.
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SLURM: one process a node, with all of its GPUs. The processes find each other by themselves.
 #
-#   sbatch --nodes=4 launch/slurm.sh --config configs/geneval.py --workdir /shared/runs/geneval
+#   sbatch --nodes=4 launch/slurm.sh --config geneval --workdir /shared/runs/geneval
 #
 # SLURM sends SIGTERM two minutes before the time is up; the run saves, and the job puts itself
 # back into the queue and goes on from there. To end it, saved, before: scancel --signal=INT JOB.

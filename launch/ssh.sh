@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One process on each of a list of machines that share a file system, over plain ssh.
 #
-#   HOSTS="node1 node2" launch/ssh.sh --config configs/geneval.py --workdir /shared/runs/geneval
+#   HOSTS="node1 node2" launch/ssh.sh --config geneval --workdir /shared/runs/geneval
 #
 # DIRECTORY is where this repository lies on every machine (here, without it); PYTHON its
 # interpreter; PORT a free port of the first machine. Ends when every process has ended. Ctrl-C,

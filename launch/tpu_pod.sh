@@ -4,7 +4,7 @@
 #   export NAME=flowgrpo ZONE=us-east5-b TYPE=v6e-64 PROJECT=my-project
 #   launch/tpu_pod.sh create        # QUEUED=1: as a queued resource; SPOT=1: and a spot slice
 #   launch/tpu_pod.sh install       # EXTRAS=tpu,torch: what the recipe needs, see launch/README.md
-#   launch/tpu_pod.sh start --config configs/geneval.py --workdir gs://my-bucket/runs/geneval
+#   launch/tpu_pod.sh start --config geneval --workdir gs://my-bucket/runs/geneval
 #   launch/tpu_pod.sh logs          # of worker 0, followed
 #   launch/tpu_pod.sh watch ...     # start, and after a preemption create, install and start again;
 #                                   # ends when the run does, and can itself be started again

@@ -42,7 +42,7 @@ def brightness(images, prompts, metadata):
 
 
 def load(folder, mesh, host_call):
-    from configs import shapes
+    from flowgrpo_jax.configs import shapes
 
     c = shapes.get_config()
     c.model.path = str(folder / "model")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = """
 from pathlib import Path
 
-from configs import shapes
+from flowgrpo_jax.configs import shapes
 from ml_collections import ConfigDict
 
 def get_config():

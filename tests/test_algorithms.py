@@ -217,7 +217,7 @@ def test_copies_move_at_the_end_of_an_epoch():
         ("grpo", {"kl_weighting": "dt"}, r"kl_weighting='dt': choose from 'exact', 'no_dt'"),
         ("grpo", {"step_choice": "last"}, r"step_choice='last': choose from 'random', 'first'"),
         ("nft", {"beta": 0.0}, r"beta=0.0: must be above 0"),
-        ("awm", {"share": 2.0}, r"share=2.0 must be at most 1"),
+        ("awm", {"share": 2.0}, r"share=2.0: must be at most 1"),
     ],
 )
 def test_wrong_options_are_named(name, options, problem):

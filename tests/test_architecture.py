@@ -21,17 +21,23 @@ def dotted(file):
     return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-FILES = {dotted(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+CONFIGS = PACKAGE / "configs"  # a link to the recipes, which are no code of the package
+PYTHON = [file for file in sorted(PACKAGE.rglob("*.py")) if not file.is_relative_to(CONFIGS)]
+FILES = {dotted(file): file for file in PYTHON}
 
 
 def imports(module):
     """Every dotted name that a module imports, at its top or later: `from a import b` is a.b."""
+    return imports_of(FILES[module])
+
+
+def imports_of(file):
     names = set()
-    for node in ast.walk(tree(FILES[module])):
+    for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} has a relative import"
+            assert node.level == 0, f"{file} has a relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
@@ -72,6 +78,7 @@ def test_imports_have_a_direction():
     list(TopologicalSorter(folders).static_order())
     layers = [
         {"types", "cost", "files", "tables", "pictures", "seeds", "huge_pages", "outputs"},
+        {"configs", "recipe_files"},
         {"program_costs", "knobs", "user_errors", "compilation_cache", "compilation_report"},
         {"sde", "advantages", "sharding", "logs", "models", "detection", "transport"},
         {"sampler", "text_cache", "scoring", "cli", "usage"},
@@ -123,6 +130,15 @@ def names(module):
 def test_modules_end_at_the_models():
     users = {module for module in FILES if any(n.startswith("flax.nnx") for n in imports(module))}
     assert all(m.startswith(("models.", "worlds.pretraining.")) for m in users)
+
+
+def test_recipes_import_recipes_alone():
+    """By the name that they have in a checkout and where the package is installed."""
+    recipes = list(CONFIGS.glob("*.py")) + list(CONFIGS.glob("*/*.py"))
+    assert {"base.py", "nft.py"} <= {file.name for file in recipes}
+    for file in recipes:
+        others = {name for name in imports_of(file) if not name.startswith("flowgrpo_jax.configs.")}
+        assert {name.partition(".")[0] for name in others} <= {"ml_collections"}, file
 
 
 def test_configs_stop_at_the_entry_points():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import random_model
+from benchmarks import epoch, random_model
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.sd3.architecture import PUBLISHED
 from flowgrpo_jax.models.sd3.mmdit import MMDiTConfig
@@ -36,6 +36,17 @@ def test_a_small_epoch(tmp_path):
     assert set(engines) <= set(found["medians"])
     for name in engines:
         assert 0 < found["medians"][name]["sample"] < found["medians"][name]["epoch"]
+
+
+def test_an_engine_that_dies_is_an_error_with_its_last_words(tmp_path, monkeypatch):
+    """It was stopped while it ended, and waited for without an end."""
+    (tmp_path / "dying.py").write_text("import sys; sys.stdin.readline(); sys.exit('no memory')")
+    monkeypatch.setitem(epoch.ENGINES, "dying", "dying")
+    monkeypatch.setattr(epoch, "ROOT", tmp_path)
+    for _ in range(10):
+        worker = epoch.Worker("dying", tmp_path, dict(os.environ))
+        with pytest.raises(RuntimeError, match="dying ended with 1:\nno memory"):
+            worker.ask("probe")
 
 
 def test_a_published_model_with_random_weights_loads_and_keeps_its_scale(tmp_path, monkeypatch):

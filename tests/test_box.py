@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import shapes as shapes_recipe
-from configs import signs as signs_recipe
 from flowgrpo_jax import policies, recipe, rewards, sampler
+from flowgrpo_jax.configs import shapes as shapes_recipe
+from flowgrpo_jax.configs import signs as signs_recipe
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models import directories, sd3
 from flowgrpo_jax.worlds.pretraining import vae

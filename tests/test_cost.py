@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import pickscore, shapes
 from flowgrpo_jax import compile, cost, sharding
+from flowgrpo_jax.configs import pickscore, shapes
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import described
@@ -124,7 +124,7 @@ import sys
 sys.path.insert(0, "tests")
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from configs import pickscore, shapes
+from flowgrpo_jax.configs import pickscore, shapes
 from flowgrpo_jax import compile, cost, sharding
 from test_cost import W, X, layers_loss
 
@@ -274,7 +274,7 @@ def test_the_recipe_in_the_box_compiles_for_a_pod(tmp_path):
 
 SHARDED = """
 import jax
-from configs import shapes
+from flowgrpo_jax.configs import shapes
 from flowgrpo_jax import compile, cost, recipe, settings, sharding
 
 config = shapes.get_config()

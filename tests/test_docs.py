@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from flowgrpo_jax import advantages, algorithms, rewards, sampler, sde
+from flowgrpo_jax import advantages, algorithms, knobs, rewards, sampler, sde, settings
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.sampler import Process
 
@@ -28,7 +28,7 @@ def examples(tmp_path, monkeypatch):
         name = re.match(r"# (my_\w+)\.py\n", block)[1]
         (tmp_path / f"{name}.py").write_text(block)
         names.append(name)
-    assert names == ["my_reward", "my_algorithm", "my_advantage", "my_kernel"]
+    assert names == ["my_recipe", "my_reward", "my_algorithm", "my_advantage", "my_kernel"]
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     yield
@@ -40,6 +40,14 @@ def named(name):
     """The name of a row, which the page gives as the value of a knob."""
     assert f'"{name}"' in PAGE
     return name
+
+
+def test_the_recipe_of_the_page(tmp_path):
+    assert "--config my_recipe.py\n" in PAGE
+    own, shapes = knobs.load(str(tmp_path / "my_recipe.py")), knobs.load("shapes")
+    changed = {knob: value for knob, value in own.items() if value != shapes.get(knob)}
+    assert changed == {"name": "bright", "epochs": 20, "reward.weights.my_reward:brightness": 1.0}
+    settings.check(importlib.import_module("my_recipe").get_config())
 
 
 def test_the_reward_of_the_page():

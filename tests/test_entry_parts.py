@@ -11,7 +11,6 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from configs import shapes
 from flowgrpo_jax import (
     algorithms,
     evaluate,
@@ -23,6 +22,7 @@ from flowgrpo_jax import (
     seeds,
     update,
 )
+from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.models import base_model, sd3
 from flowgrpo_jax.models.base_model import BaseModel
 from flowgrpo_jax.models.lora import LoRASpec

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import geneval as recipe
 from flowgrpo_jax import rewards
+from flowgrpo_jax.configs import geneval as recipe
 from flowgrpo_jax.detection import clip_colors, coco, yolo
 from flowgrpo_jax.detection.coco import Found
 from flowgrpo_jax.rewards import geneval

@@ -1,6 +1,7 @@
 """Requests with a time limit, retries and replicas, against real servers that misbehave."""
 
-import time
+import threading
+from types import SimpleNamespace
 
 import pytest
 from http_stub import Stub, nobody
@@ -12,20 +13,36 @@ def always(status, body=b""):
     return lambda request, _: (status, body)
 
 
-def slow(seconds, body=b"late"):
-    def answer(request, _):
-        time.sleep(seconds)
-        return 200, body
-
-    return answer
-
-
-def took(f, *arguments, **options):
-    """Seconds until f raised Failed, and what it raised."""
-    start = time.monotonic()
+def refused(f, *arguments, **options):
+    """What f raised: Failed or one of its kinds."""
     with pytest.raises(http_client.Failed) as caught:
         f(*arguments, **options)
-    return time.monotonic() - start, caught.value
+    return caught.value
+
+
+class Servers:
+    """Servers that hang or answer on a clock of their own, on which a hang takes its time limit."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.hung, self.seen = 100.0, set(), []
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.wait)
+        monkeypatch.setattr(http_client, "time", clock)
+        monkeypatch.setattr(http_client, "request", self.request)
+
+    def wait(self, seconds):
+        self.now += seconds
+
+    def request(self, url, body, headers, *, timeout):
+        self.seen.append(url.removesuffix("/"))
+        if self.seen[-1] in self.hung:
+            self.wait(timeout)
+            raise http_client.Unreachable(f"{url}: timed out")
+        return self.seen[-1].encode()
+
+
+@pytest.fixture
+def servers(monkeypatch):
+    return Servers(monkeypatch)
 
 
 # ------------------------------------------------------------------------------- one request
@@ -49,33 +66,92 @@ def test_a_request_and_its_answer():
 )
 def test_an_error_is_worth_another_try_or_not(status, kind):
     with Stub(always(status, b"the reason")) as stub:
-        _, error = took(http_client.request, stub.url, timeout=5)
+        error = refused(http_client.request, stub.url, timeout=5)
     assert type(error) is kind and f"{stub.url} answered {status}: the reason" in str(error)
 
 
+@pytest.fixture
+def proxy(monkeypatch):
+    """A proxy that the environment names, which refuses whatever it is asked for."""
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Stub(always(403, b"blocked by policy")) as stub:
+        monkeypatch.setenv("http_proxy", stub.url)
+        http_client._opener.cache_clear()
+        yield stub
+    http_client._opener.cache_clear()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST", "127.0.0.2", "0.0.0.0"])
+def test_a_server_on_this_machine_is_asked_without_the_proxy(proxy, host):
+    with Stub(always(200, b"here")) as stub:
+        stub_url = stub.url.replace("127.0.0.1", host)
+        if host == "127.0.0.2":  # nobody listens there, but the proxy is not asked either
+            refused(http_client.request, stub_url, timeout=5)
+        else:
+            assert http_client.request(stub_url, b"", {"X-Secret": "s"}, timeout=5) == b"here"
+    assert not proxy.seen
+
+
+def test_other_servers_are_asked_through_the_proxy_and_the_error_says_so(proxy, monkeypatch):
+    error = refused(http_client.request, "http://a.invalid:1/x", timeout=5)
+    assert [path for _, path, _, _ in proxy.seen] == ["http://a.invalid:1/x"]
+    assert "blocked by policy (through the proxy of the environment variable http_proxy" in str(
+        error
+    )
+    assert "add a.invalid to no_proxy" in str(error)
+    monkeypatch.setenv("no_proxy", "a.invalid")
+    error = refused(http_client.request, "http://a.invalid:1/x", timeout=5)
+    assert len(proxy.seen) == 1 and "proxy" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "url, local",
+    [
+        ("http://[::1]:80/v1", True),
+        ("http://[::ffff:127.0.0.1]", True),
+        ("http://judge.localhost", True),
+        ("http://localhost.", True),
+        ("http://localhost.example.org", False),
+        ("http://127.0.0.1.example.org", False),
+        ("http://10.0.0.1:80", False),
+        ("http://[fe80::1]", False),
+    ],
+)
+def test_which_addresses_are_this_machine(url, local):
+    assert http_client.is_local(url) == local
+
+
 def test_nobody_there():
-    seconds, error = took(http_client.request, nobody(), timeout=5)
-    assert type(error) is http_client.Unreachable and seconds < 1
+    assert type(refused(http_client.request, nobody(), timeout=60)) is http_client.Unreachable
 
 
 def test_a_server_that_does_not_answer_in_time():
-    with Stub(slow(2.0)) as stub:
-        seconds, error = took(http_client.request, stub.url, timeout=0.2)
-    assert type(error) is http_client.Unreachable and 0.2 <= seconds < 1.5
+    given_up = threading.Event()  # until then the server holds its answer back
+
+    def answer(request, _):
+        assert given_up.wait(60)
+        return 200, b"late"
+
+    with Stub(answer) as stub:
+        error = refused(http_client.request, stub.url, timeout=0.2)
+        given_up.set()
+    assert type(error) is http_client.Unreachable and "timed out" in str(error)
 
 
 def test_an_answer_that_trickles_does_not_get_round_the_time_limit():
     def answer(request, _):
         request.send_response(200)
-        request.send_header("Content-Length", "100")
+        request.send_header("Content-Length", "100000")
         request.end_headers()
-        for _ in range(100):
+        while not given_up.wait(0.03):
             request.wfile.write(b"x")
-            time.sleep(0.03)
 
+    given_up = threading.Event()
     with Stub(answer) as stub:
-        seconds, error = took(http_client.request, stub.url, timeout=0.3)
-    assert type(error) is http_client.Unreachable and 0.3 <= seconds < 2.0
+        error = refused(http_client.request, stub.url, timeout=0.3)
+        given_up.set()
+    assert type(error) is http_client.Unreachable and "did not end" in str(error)
 
 
 def test_an_answer_that_breaks_off():
@@ -87,14 +163,14 @@ def test_an_answer_that_breaks_off():
         request.close_connection = True
 
     with Stub(answer) as stub:
-        _, error = took(http_client.request, stub.url, timeout=5)
+        error = refused(http_client.request, stub.url, timeout=5)
     assert type(error) is http_client.Unreachable and "broke off" in str(error)
 
 
 def test_an_answer_that_is_too_long():
     with Stub(always(200, b"x" * 101)) as stub:
         assert len(http_client.request(stub.url, timeout=5, limit=101)) == 101
-        _, error = took(http_client.request, stub.url, timeout=5, limit=100)
+        error = refused(http_client.request, stub.url, timeout=5, limit=100)
     assert type(error) is http_client.Refused
 
 
@@ -102,7 +178,7 @@ def test_a_redirect_does_not_carry_the_secret_away():
     with Stub(always(200, b"thanks")) as thief:
         redirect = lambda request, _: request.reply(302, Location=thief.url)  # noqa: E731
         with Stub(redirect) as stub:
-            _, error = took(
+            error = refused(
                 http_client.request, stub.url, headers={"Authorization": "s"}, timeout=5
             )
     assert type(error) is http_client.Refused and not thief.seen
@@ -128,17 +204,17 @@ def test_tries_are_bounded_and_the_waits_double(monkeypatch):
     monkeypatch.setattr(http_client.time, "sleep", waits.append)
     with Stub(always(500, b"broken")) as stub:
         replicas = http_client.Replicas(stub.url, retries=3, backoff=0.5)
-        _, error = took(replicas.post, "/", b"")
+        error = refused(replicas.post, "/", b"")
         assert len(stub.seen) == 4 and waits == [0.5, 1.0, 2.0]
         assert "after 4 tries" in str(error) and "broken" in str(error)
-        took(replicas.post, "/", b"")  # a server that answers is not given up
+        refused(replicas.post, "/", b"")  # a server that answers is not given up
         assert len(stub.seen) == 8
 
 
 def test_a_refusal_is_final():
     with Stub(always(401)) as one, Stub(always(200)) as other:
         replicas = http_client.Replicas([one.url, other.url], backoff=0)
-        _, error = took(replicas.post, "/", b"")
+        error = refused(replicas.post, "/", b"")
     assert type(error) is http_client.Refused and len(one.seen) == 1 and not other.seen
 
 
@@ -149,42 +225,45 @@ def test_replicas_share_the_work():
         assert {path for _, path, _, _ in one.seen} == {"/x"}
 
 
-def test_another_replica_takes_over_and_the_hung_one_rests_until_it_is_back(monkeypatch):
+def test_another_replica_takes_over_and_the_hung_one_rests_until_it_is_back(servers, monkeypatch):
     monkeypatch.setattr(http_client, "RESTS", 1.0)
-    hung = slow(1.5)
-    with Stub(hung) as one, Stub(always(200, b"2")) as two:
-        replicas = http_client.Replicas([one.url, two.url], timeout=0.4, retries=0, rest=0.6)
-        assert b"".join(replicas.post("/", b"") for _ in range(4)) == b"2222"
-        assert len(one.seen) == 1 and len(two.seen) == 4
-        one.answer = always(200, b"1")
-        time.sleep(0.7)
-        assert sorted(replicas.post("/", b"") for _ in range(2)) == [b"1", b"2"]
+    servers.hung = {"http://1"}
+    replicas = http_client.Replicas(["http://1", "http://2"], timeout=0.4, retries=0, rest=0.6)
+    assert {replicas.post("/", b"") for _ in range(4)} == {b"http://2"}
+    assert servers.seen.count("http://1") == 1
+    servers.hung = set()
+    servers.wait(0.59)
+    assert {replicas.post("/", b"") for _ in range(2)} == {b"http://2"}
+    servers.wait(0.02)
+    assert {replicas.post("/", b"") for _ in range(2)} == {b"http://1", b"http://2"}
 
 
-def test_a_replica_that_hangs_costs_a_tenth_of_the_time_at_most(caplog):
+def test_a_replica_that_hangs_costs_a_tenth_of_the_time_at_most(servers, caplog):
     """Not its whole time limit every few requests, for ever; and it does not go unsaid."""
-    with Stub(slow(1.5)) as hung, Stub(always(200, b"2")) as good:
-        replicas = http_client.Replicas([hung.url, good.url], timeout=0.2, retries=0, rest=0.1)
-        for pause in (0.0, 0.5):
-            time.sleep(pause)
-            assert [replicas.post("/", b"") for _ in range(2)] == [b"2"] * 2
-        assert len(hung.seen) == 1 and "asked last until it answers" in caplog.text
-        hung.answer = always(200, b"1")
-        time.sleep(1.6)
-        assert sorted(replicas.post("/", b"") for _ in range(2)) == [b"1", b"2"]
-        assert f"{hung.url} is back" in caplog.text
+    servers.hung = {"http://1"}
+    replicas = http_client.Replicas(["http://1", "http://2"], timeout=20, retries=0, rest=0.1)
+    begun = servers.now
+    for _ in range(1000):
+        assert replicas.post("/", b"") == b"http://2"
+        servers.wait(1.0)
+    lost = 20 * servers.seen.count("http://1")
+    assert 0 < lost <= (servers.now - begun) / 10 and "asked last until it answers" in caplog.text
+    servers.hung = set()
+    servers.wait(200.0)
+    assert {replicas.post("/", b"") for _ in range(2)} == {b"http://1", b"http://2"}
+    assert "http://1 is back" in caplog.text
 
 
-def test_when_nobody_is_there_the_next_requests_fail_at_once_and_later_ones_try_again():
-    with Stub(slow(1.5)) as stub:
-        replicas = http_client.Replicas(stub.url, timeout=0.2, retries=1, backoff=0, rest=0.5)
-        seconds, _ = took(replicas.post, "/", b"")
-        assert seconds >= 0.4 and len(stub.seen) == 2
-        seconds, error = took(replicas.post, "/", b"")
-        assert seconds < 0.1 and len(stub.seen) == 2 and "given up" in str(error)
-        stub.answer = always(200, b"back")
-        time.sleep(0.55)
-        assert replicas.post("/", b"") == b"back"
+def test_when_nobody_is_there_the_next_requests_fail_at_once_and_later_ones_try_again(servers):
+    servers.hung = {"http://1"}
+    replicas = http_client.Replicas("http://1", timeout=20, retries=1, backoff=0, rest=50)
+    refused(replicas.post, "/", b"")
+    assert (servers.now, len(servers.seen)) == (140.0, 2)
+    assert "given up" in str(refused(replicas.post, "/", b""))
+    assert (servers.now, len(servers.seen)) == (140.0, 2)
+    servers.hung = set()
+    servers.wait(51)
+    assert replicas.post("/", b"") == b"http://1"
 
 
 def test_a_check_needs_one_good_replica_and_names_the_bad_ones(caplog):

@@ -33,7 +33,7 @@ def one_device(folder):
 def same(ours, theirs, within=2e-3):
     for mine, other in zip(ours[0], theirs[0], strict=True):
         gap = mine.pop("ratio_gap", 0), other.pop("ratio_gap", 0)
-        assert max(gap) < 1e-5
+        assert max(gap) < 3e-5  # rounding: the sampler and the update are two programs
         # Losses are sums of advantages near 0: what is left of them is rounding.
         assert mine == pytest.approx(other, rel=2e-3, abs=5e-5)
     for path, x in theirs[1].items():

@@ -9,8 +9,8 @@ import ripple
 from ml_collections import ConfigDict
 from short_runs import rows, same
 
-from configs import shapes
 from flowgrpo_jax import evaluate, export, generate, models, policies, recipe
+from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.train import train
 
 

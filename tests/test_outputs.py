@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from configs import shapes
 from flowgrpo_jax import cli, compile, encode, evaluate, export, generate, outputs, policies, serve
+from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.models import convert
 
 

@@ -27,7 +27,7 @@ EACH = [(name, variant) for name in RECIPES for variant in VARIANTS]
 
 
 def load(name, *variant):
-    return importlib.import_module(f"configs.{name}").get_config(*variant)
+    return importlib.import_module(f"flowgrpo_jax.configs.{name}").get_config(*variant)
 
 
 # ------------------------------------------------------------------------------- soundness

@@ -18,9 +18,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import ocr as ocr_recipe
-from configs import shapes
 from flowgrpo_jax import advantages, prompts, recipe, rewards, sharding
+from flowgrpo_jax.configs import ocr as ocr_recipe
+from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.rewards import geneval, imagereward, ocr, remote
 from flowgrpo_jax.rewards import shapes as shapes_rewards
 from flowgrpo_jax.scoring import graph, host

@@ -6,8 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from configs import signs
 from flowgrpo_jax import prompts, rewards
+from flowgrpo_jax.configs import signs
 from flowgrpo_jax.models import directories
 from flowgrpo_jax.models.sd3.tokenizers import Tokenizers, t5_limit
 from flowgrpo_jax.rewards import ocr

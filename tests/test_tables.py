@@ -78,7 +78,7 @@ def test_prompts_of_ones_own():
 
 
 def test_a_recipe_of_rows_of_ones_own_is_sound():
-    from configs import shapes
+    from flowgrpo_jax.configs import shapes
 
     config = shapes.get_config()
     config.algorithm = ConfigDict({"name": "my_rows:algorithm", "options": {}})
@@ -93,7 +93,7 @@ def test_a_recipe_of_rows_of_ones_own_is_sound():
 
 
 def test_a_package_with_dots_names_a_reward_in_a_recipe():
-    from configs import shapes
+    from flowgrpo_jax.configs import shapes
 
     config = shapes.get_config()
     weights = {"numpy.linalg:norm": 1.0}

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from flowgrpo_jax import knobs, prompts, settings, usage, user_errors
+from flowgrpo_jax import knobs, prompts, recipe_files, settings, usage, user_errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,13 +64,83 @@ def test_a_mistake_on_the_command_line_names_what_was_meant(command, arguments, 
     assert user_errors.is_for_users(caught.value)
 
 
+@pytest.fixture
+def elsewhere(command, tmp_path, monkeypatch):
+    """A function that reads a command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return command
+
+
+@pytest.mark.parametrize("name", ["geneval", "geneval:fast", "algorithms/nft", "signs"])
+def test_a_recipe_by_its_name_is_the_one_by_its_file(command, monkeypatch, tmp_path, name):
+    path, colon, variant = name.partition(":")
+    by_file = command("--config", f"configs/{path}.py{colon}{variant}", "--config.epochs=3")
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["--config", name], [f"--config={name}"], [f"-config={name}"]):
+        by_name = command(*arguments, "--config.epochs=3")
+        assert by_name.config.to_dict() == by_file.config.to_dict()
+
+
+def test_a_name_is_no_other_argument(elsewhere):
+    """A folder, a value or a knob that is called like a recipe stays what it is."""
+    Path("shapes").mkdir()
+    values = elsewhere("--config", "shapes", "--config.name=shapes", "--config.model.path=signs")
+    assert (values.config.name, values.config.model.path) == ("shapes", "signs")
+    assert values.config.prompts.train == "shapes:train"
+
+
+def test_a_file_wins_over_a_recipe_of_its_name(elsewhere):
+    code = "from flowgrpo_jax.configs import signs\n\nget_config = signs.get_config\n"
+    Path("shapes").write_text(code)
+    assert elsewhere("--config=shapes").config.name == "signs"
+
+
+def test_a_recipe_of_ones_own_builds_on_a_packaged_one(elsewhere):
+    Path("mine.py").write_text(
+        "from flowgrpo_jax.configs import geneval\n\n"
+        "def get_config(variant='fast'):\n    c = geneval.get_config(variant)\n"
+        "    c.sample.groups = 7\n    return c\n"
+    )
+    for recipe, kernel in (("mine.py", "cps"), ("mine.py:full", "flow_sde")):
+        config = elsewhere(f"--config={recipe}", "--config.epochs=3").config
+        assert (config.sample.groups, config.sample.kernel, config.epochs) == (7, kernel, 3)
+    with pytest.raises(ValueError, match=r"did you mean --config\.sample\.groups\?$"):
+        elsewhere("--config=mine.py", "--config.smaple.groups=3")
+
+
+@pytest.mark.parametrize("path", ["configs/geneval.py", "/tree/configs/geneval.py", "geneval.py"])
+def test_outside_a_checkout_the_error_gives_the_name(elsewhere, path):
+    message = r"no file .* by its name, --config=geneval:fast$"
+    with pytest.raises(FileNotFoundError, match=message) as caught:
+        elsewhere(f"--config={path}:fast")
+    assert user_errors.is_for_users(caught.value)
+
+
+def test_which_files_are_recipes():
+    """Those that train on something: neither the base nor what makes the folder a package."""
+    names = recipe_files.names()
+    assert {"geneval", "ocr", "pickscore", "shapes", "signs", "algorithms/nft"} <= set(names)
+    assert all(knobs.load(name)["name"] != "base" for name in names)
+    assert not [name for name in names if "__init__" in name]
+
+
 @pytest.mark.parametrize(
     "arguments, problem, message",
     [
         ([], ValueError, "^--config is required"),
-        (["--config=configs/shape.py"], FileNotFoundError, r"no file 'configs/shape\.py'; give"),
-        (["--config=nowhere.py", "--config.epochs=3"], FileNotFoundError, r"no file 'nowhere\.py'"),
-        (["--config=configs/geneval.py:fst"], ValueError, "^geneval:fst: .*full, fast"),
+        (["--config=configs/shape.py"], FileNotFoundError, r"mean --config=shapes\? The package"),
+        (["--config=geneva:fast"], FileNotFoundError, r"did you mean --config=geneval:fast\? The"),
+        (["--config", "nft"], FileNotFoundError, r"did you mean --config=algorithms/nft\? The"),
+        (["--config=base"], FileNotFoundError, r"no recipe 'base'; .* has algorithms/awm, algor"),
+        (
+            ["--config=mine/nowhere.py", "--config.epochs=3"],
+            FileNotFoundError,
+            r"no file and no recipe 'mine/nowhere\.py'; the package has .*geneval, ocr, .*own by",
+        ),
+        (["--help", "--config=nowhere"], FileNotFoundError, "no recipe 'nowhere'"),
+        (["--config="], FileNotFoundError, "no recipe ''"),
+        (["--config"], FileNotFoundError, "no recipe ''"),
+        (["--config=geneval:fst"], ValueError, "^geneval:fst: .*full, fast"),
     ],
 )
 def test_a_recipe_that_is_not_there(command, arguments, problem, message):
@@ -85,7 +155,8 @@ def test_a_recipe_that_is_not_there(command, arguments, problem, message):
 def test_an_error_in_the_code_of_a_recipe_keeps_its_traceback(command, tmp_path, code):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        f"from configs import base\n\ndef get_config():\n    c = base.get_config()\n    {code}\n"
+        "from flowgrpo_jax.configs import base\n\n"
+        f"def get_config():\n    c = base.get_config()\n    {code}\n"
     )
     with pytest.raises(Exception) as caught:
         command(f"--config={recipe}")
@@ -97,7 +168,9 @@ def test_help_lists_every_flag_and_every_knob_with_a_word_on_each(command, capsy
         command("--help")
     shown = capsys.readouterr().out
     assert caught.value.code == 0
-    assert all(f"--{name}" in shown for name in ("config=FILE (required)", "[no]resume", "step="))
+    assert "algorithms/nft, geneval, ocr, " in " ".join(shown.split())
+    forms = ("--config=NAME|FILE (required)", "--[no]resume", "--step=")
+    assert all(form in shown for form in forms)
     said = knobs.comments()
     for name in knobs.load(None):
         assert re.search(rf"^  {re.escape(name)}=", shown, re.M), name
@@ -106,15 +179,17 @@ def test_help_lists_every_flag_and_every_knob_with_a_word_on_each(command, capsy
 
 def test_help_shows_the_values_of_a_recipe(command, capsys):
     with pytest.raises(SystemExit):
-        command("--help", "--config=configs/shapes.py")
+        command("--help", "--config=shapes")
     shown = capsys.readouterr().out
+    assert "Knobs of shapes;" in shown
     assert "  sample.groups=24 " in shown and "  reward.weights.shapes=1.0" in shown
 
 
 @pytest.mark.parametrize("line", ["--config=a.py:b", "--config a.py:b", "-config=a.py:b"])
 def test_where_a_recipe_is_named(line):
-    assert knobs.recipe_file(["train", "--resume", *line.split(), "--config.x=1"]) == "a.py:b"
-    assert knobs.recipe_file(["train", "--config.x=1"]) is None
+    arguments = ["train", "--resume", *line.split(), "--config.x=1"]
+    assert recipe_files.on_command_line(arguments) == "a.py:b"
+    assert recipe_files.on_command_line(["train", "--config.x=1"]) is None
 
 
 # ------------------------------------------------------------------------------ user's errors

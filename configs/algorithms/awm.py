@@ -1,6 +1,6 @@
 """Advantage-weighted matching on the model in the box: `configs/shapes.py` with another algorithm.
 
-    python -m flowgrpo_jax.train --config configs/algorithms/awm.py
+    python -m flowgrpo_jax.train --config algorithms/awm
 
 The images are drawn by the plain ODE in 14 steps, as in the paper, and trained at six noise levels
 each.
@@ -8,7 +8,7 @@ each.
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from flowgrpo_jax.configs import shapes
 
 
 def get_config() -> ConfigDict:

@@ -1,6 +1,6 @@
 """DiffusionNFT on the model in the box: `configs/shapes.py` with another algorithm.
 
-    python -m flowgrpo_jax.train --config configs/algorithms/nft.py
+    python -m flowgrpo_jax.train --config algorithms/nft
 
 The images are drawn by the plain ODE, without noise. The policy that draws them keeps up to half of
 itself at the end of an epoch, as in the paper's first schedule.
@@ -8,7 +8,7 @@ itself at the end of an epoch, as in the paper's first schedule.
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from flowgrpo_jax.configs import shapes
 
 
 def get_config() -> ConfigDict:

@@ -1,17 +1,21 @@
 """Requests to servers: a time limit for each, bounded retries with back-off, several replicas.
 
-Plain `urllib`: the requests are few and large, so that a connection for each costs nothing.
+Plain `urllib`: the requests are few and large, so that a connection for each costs nothing. Its
+proxies are those of `http_proxy`, `https_proxy` and `no_proxy`, but a server on this machine is
+always reached directly: a proxy cannot reach it, and would see the secret and the pictures.
 """
 
 from __future__ import annotations
 
 import functools
 import http.client
+import ipaddress
 import itertools
 import logging
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,8 +49,35 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 @functools.cache
-def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_NoRedirect)
+def _opener(direct: bool) -> urllib.request.OpenerDirector:
+    """An opener that asks no proxy, or the proxies of the environment."""
+    proxies = urllib.request.ProxyHandler({} if direct else None)
+    return urllib.request.build_opener(_NoRedirect, proxies)
+
+
+def is_local(url: str) -> bool:
+    """Whether the host of an address is this machine: localhost, 127.0.0.0/8, ::1 or 0.0.0.0."""
+    host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # it is a name
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
+
+
+def _route(url: str) -> str:
+    """What an error says about the proxy that a request took; "" where there was none."""
+    parts = urllib.parse.urlsplit(url)
+    proxies, host = urllib.request.getproxies(), parts.hostname or ""
+    if is_local(url) or parts.scheme not in proxies or urllib.request.proxy_bypass(host):
+        return ""
+    return (
+        f" (through the proxy of the environment variable {parts.scheme}_proxy; to ask the server"
+        f" directly, add {host} to no_proxy)"
+    )
 
 
 def request(
@@ -68,13 +99,15 @@ def request(
     deadline = time.monotonic() + timeout
     call = urllib.request.Request(url, data=body, headers=dict(headers or {}))
     try:
-        with _opener().open(call, timeout=timeout) as answer:
+        with _opener(is_local(url)).open(call, timeout=timeout) as answer:
             return _read(url, answer, deadline, limit)
     except urllib.error.HTTPError as error:
         kind = Unavailable if error.code in RETRIED or error.code >= 500 else Refused
-        raise kind(f"{url} answered {error.code}: {_reason(error)}") from error
+        reason = f"{url} answered {error.code}: {_reason(error)}{_route(url)}"
+        raise kind(reason) from error
     except (OSError, http.client.HTTPException) as error:
-        raise Unreachable(f"{url}: {getattr(error, 'reason', None) or error!r}") from error
+        reason = getattr(error, "reason", None) or repr(error)
+        raise Unreachable(f"{url}: {reason}{_route(url)}") from error
 
 
 def _read(url: str, answer: Any, deadline: float, limit: int) -> bytes:

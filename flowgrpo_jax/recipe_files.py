@@ -1,0 +1,68 @@
+"""Find the file of the recipe that `--config` names: the package's own, or one of the user's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "configs"  # in a checkout a link to the folder at its top
+FLAG = ("--config", "-config")
+
+
+def names() -> list[str]:
+    """The names of the package's recipes. `base` is none: it rewards nothing."""
+    files = [f.relative_to(FOLDER) for f in FOLDER.rglob("*.py")]
+    recipes = [f for f in files if f.stem not in ("__init__", "base")]
+    return sorted(f.with_suffix("").as_posix() for f in recipes)
+
+
+def find(recipe: str) -> str:
+    """Return the path of a recipe's file, with the variant at its end if there is one.
+
+    Args:
+      recipe: a path or the name of one of the package's recipes, and perhaps a variant:
+        "mine.py", "geneval", "geneval:fast". A file that exists wins over a name.
+
+    Raises FileNotFoundError that says which recipe may be meant where there is neither.
+    """
+    given, colon, variant = recipe.partition(":")
+    known = names()
+    if Path(given).is_file():
+        return recipe
+    if given in known:
+        return f"{FOLDER / given}.py{colon}{variant}"
+    name = given.rpartition("configs/")[2].removesuffix(".py")
+    if name in known:
+        raise FileNotFoundError(
+            f"--config={recipe}: there is no file {given!r}; give the package's recipe by its name,"
+            f" --config={name}{colon}{variant}"
+        )
+    last = {n.rpartition("/")[2]: n for n in known}
+    near = difflib.get_close_matches(name.rpartition("/")[2], last, n=1)
+    meant = f"did you mean --config={last[near[0]]}{colon}{variant}? The" if near else "the"
+    raise FileNotFoundError(
+        f"--config={recipe}: there is no file and no recipe {given!r}; {meant} package has"
+        f" {', '.join(known)}; give a recipe of your own by the path of its file"
+    )
+
+
+def on_command_line(arguments: Sequence[str]) -> str | None:
+    """The value of `--config` on a command line, if it is given."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        flag, equals, value = argument.partition("=")
+        if flag in FLAG:
+            return value if equals else following
+    return None
+
+
+def located(arguments: Sequence[str]) -> list[str]:
+    """A command line with the path of the recipe in place of its name. Raises as `find` does."""
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in FLAG and equals:
+            found[i] = f"{flag}={find(value)}"
+        elif flag in FLAG and i + 1 < len(found):
+            found[i + 1] = find(found[i + 1])
+    return found
