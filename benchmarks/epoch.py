@@ -120,7 +120,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     config.sample.window_range = (0, 0)  # it begins with the first step
     config.prompts.test = ""  # nothing is evaluated
 
-    spec = lora.LoRASpec(config.lora.rank, config.lora.alpha, sd3.JOINT_ATTENTION)
+    config.lora.targets = sd3.JOINT_ATTENTION
+    spec = lora.LoRASpec(config.lora.rank, config.lora.alpha, config.lora.targets)
     length = config.model.options.t5_length
     model = sd3.load(config.model.path, lora_spec=spec, t5_length=length, texts_alone=True)
     size = args.size or model.default_size
