@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import pickscore, shapes
-from flowgrpo_jax import compile, cost, sharding
+from flowgrpo_jax import compile, cost, rewards, sharding
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.rewards import described
 
 ROOT = Path(__file__).parent.parent
 LAYERS, ROWS, WIDTH = 6, 64, 32
@@ -57,7 +56,7 @@ def test_products_in_loops_gradients_and_recomputation():
     ],
 )
 def test_described_towers_are_the_published_ones(name, parameters, work):
-    reward, wanted = described.describe([name, "ocr"], {})[name]
+    reward, wanted = rewards.describe([name, "ocr"], {})[name]
     assert sum(x.size for x in jax.tree.leaves(reward.weights)) == pytest.approx(
         parameters, rel=1e-4
     )
