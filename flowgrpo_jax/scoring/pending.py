@@ -46,10 +46,10 @@ class PendingScores:
           keep_pixels: keep the pixels in `pictures` even if no reward needs them there.
         """
         self.scorer, self.ids = scorer, ids
-        calls = sorted(calls_of(scorer.set_rewards, ids), key=lambda call: call.rows[-1])
-        keep_pixels = keep_pixels or bool(calls)
+        keep_pixels = keep_pixels or bool(scorer.set_rewards)
         self.pictures = HostPictures(len(ids), scorer.mesh, keep_pixels=keep_pixels)
-        self._calls = calls[jax.process_index() :: jax.process_count()]
+        calls = calls_of(scorer.set_rewards, ids)[jax.process_index() :: jax.process_count()]
+        self._calls = sorted(calls, key=lambda call: call.rows[-1])  # of this process
         self._added = 0  # images, with their padding
         self._scored: list[RowScores] = []  # by programs
         self._futures: list[Future[RowScores]] = []
