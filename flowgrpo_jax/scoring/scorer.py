@@ -135,8 +135,8 @@ def check_records(rewards: Loaded, source: Source) -> None:
     """
     for name in source.weights.names:
         check = getattr(rewards[name], "check", None)
-        for record in source.records if check else ():
-            if source.weights.applies(name, record):
+        for record in source.records:
+            if check is not None and source.weights.applies(name, record):
                 try:
                     check(record)
                 except ValueError as error:
