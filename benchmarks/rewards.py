@@ -26,7 +26,6 @@ import numpy as np
 from PIL import Image
 
 from flowgrpo_jax import cost, rewards
-from flowgrpo_jax.rewards import described
 from flowgrpo_jax.worlds.shapes import grammar as shapes
 from flowgrpo_jax.worlds.shapes.render import render as render_scene
 from flowgrpo_jax.worlds.signs import grammar as signs
@@ -70,7 +69,7 @@ def milliseconds(name: str) -> float:
 
 def gigaflops(name: str) -> float:
     """An image with its prompt."""
-    reward, wanted = described.describe([name], {})[name]
+    reward, wanted = rewards.describe([name], {})[name]
     image = jax.ShapeDtypeStruct((1, 512, 512, 3), jnp.uint8)
     rows = {key: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for key, x in wanted.items()}
     return cost.flops(jax.jit(reward.score).trace(reward.weights, image, rows).jaxpr) / 1e9
@@ -84,7 +83,7 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: metadata.version(name) for name in ("jax", "rapidocr", "onnxruntime")},
         "milliseconds": {name: round(milliseconds(name), 2) for name in HOST},
-        "gigaflops": {name: round(gigaflops(name), 1) for name in described.TABLE},
+        "gigaflops": {n: round(gigaflops(n), 1) for n in rewards.describe(rewards.TABLE, {})},
     }
     print(json.dumps(result, indent=2))
     if args.out:

@@ -100,11 +100,12 @@ def get_config() -> ConfigDict:
     c.reward.weights = ConfigDict(allow_dotted_keys=True)
     # {name: {option: value}}; a recipe lists all that its rewards take.
     c.reward.options = ConfigDict()
-    # Overlap (threads between programs) or callback (inside the program)
+    # How the host scores single images: overlap (threads between programs) or callback (inside the
+    # program).
     c.reward.host_call = "overlap"
-    # Threads that score images in overlap mode.
+    # Threads that call the host's rewards, but for those of a callback.
     c.reward.threads = 1
-    # Seconds that a reward may take for a micro-batch; 0: no limit.
+    # Seconds that a call of a reward may take, for a micro-batch, a group or an epoch; 0: no limit.
     c.reward.timeout = 1800.0
     # Share of an epoch's images whose reward may fail before the run stops.
     c.reward.max_failed = 0.5

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -257,17 +257,15 @@ class Stop:
         if number := int(sharding.allgather(np.array(self.requested)).max()):
             raise Stopped(number)
 
-    def wait(self, pending: Any) -> Any:
-        """Return the result of a future once the futures of all processes are done.
+    def wait(self, pending: Sequence[Future[Any]]) -> list[Any]:
+        """Return the results of futures once the futures of all processes are done.
 
-        Anything that is not a future is returned as it is. A request to stop that reaches any
-        process ends the wait with Stopped. All processes must call this together.
+        A request to stop that reaches any process ends the wait with Stopped. All processes must
+        call this together; the number of their futures may differ.
         """
-        if not isinstance(pending, Future):
-            return pending
-        while not sharding.allgather(np.array(bool(wait([pending], 1.0).done))).all():
+        while not sharding.allgather(np.array(not wait(pending, 1.0).not_done)).all():
             self.check()
-        return pending.result()
+        return [future.result() for future in pending]
 
     def __enter__(self) -> Stop:
         self._previous = {s: signal.signal(s, self._request) for s in self.signals}

@@ -27,12 +27,11 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import cli, outputs, recipe, settings, sharding, update
+from flowgrpo_jax import cli, outputs, recipe, rewards, settings, sharding, update
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.models import TEXTS, Model
 from flowgrpo_jax.program_costs import Program, advice, chip_bytes, inspect, table, topology
-from flowgrpo_jax.rewards import described
 from flowgrpo_jax.scoring import graph
 from flowgrpo_jax.settings import Plan
 from flowgrpo_jax.types import Rollout
@@ -182,29 +181,30 @@ def score(
     place = graph.place_once(lambda x: laid_out(x, everywhere))  # towers that are shared, once
 
     def program(names: tuple[str, ...], prompts: int, images: Any, rows: Any) -> Scoring:
-        found = described.describe(names, config.reward.options.to_dict())
+        found = rewards.describe(names, config.reward.options.to_dict())
         if not found:
             return []
-        weights = {name: place(reward.weights) for name, (reward, _) in found.items()}
+        scorer = graph.GraphRewards({name: x.reward for name, x in found.items()}, place)
         prepared = {
             name: {
-                key: array(everywhere, prompts, *x.shape, dtype=x.dtype) for key, x in of.items()
+                key: array(everywhere, prompts, *x.shape, dtype=x.dtype)
+                for key, x in reward.inputs.items()
             }
-            for name, (_, of) in found.items()
+            for name, reward in found.items()
         }
-        run = graph.program({name: reward.score for name, (reward, _) in found.items()})
-        return [(run, (weights, images, prepared, rows))]
+        return [(scorer.program, (scorer.weights, images, prepared, rows))]
 
     training, testing = (
-        program(mix.names, *batch) for mix, batch in zip(recipe.reward_mixes(config), batches)
+        program(weights.names, *batch)
+        for weights, batch in zip(recipe.reward_weights(config), batches)
     )
     return training, testing
 
 
 def undescribed(config: ConfigDict) -> list[str]:
     """The rewards of training and evaluation that no program here is for."""
-    names = {name for mix in recipe.reward_mixes(config) for name in mix.names}
-    return sorted(names - set(described.describe(names, config.reward.options.to_dict())))
+    names = {name for weights in recipe.reward_weights(config) for name in weights.names}
+    return sorted(names - set(rewards.describe(names, config.reward.options.to_dict())))
 
 
 # ------------------------------------------------------------------------------------ report
@@ -235,7 +235,7 @@ def main(_: list[str]) -> None:
     part = f" (of {', '.join(wanted)} alone)" if len(reports) < len(listed) else ""
     print(table(reports, resident, chip), verdict + part, sep="\n")
     if uncounted := undescribed(config):
-        print(f"not counted: {', '.join(uncounted)} (on the host, or not in rewards/described.py)")
+        print(f"not counted: {', '.join(uncounted)} (on the host, or not in its file's DESCRIBED)")
     if flags.FLAGS.out:
         result = {
             "config": config.to_dict(),

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import json
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,69 +41,74 @@ from flowgrpo_jax import (
 )
 from flowgrpo_jax.models import TEXTS
 from flowgrpo_jax.recipe import Recipe
-from flowgrpo_jax.scoring import graph, host
+from flowgrpo_jax.scoring.pending import PendingScores
+from flowgrpo_jax.scoring.scores import Scores
 from flowgrpo_jax.types import Params, PromptBatch
 
 
 def evaluate(
-    run: Recipe,
-    policy: Params,
-    *,
-    progress: bool = False,
-    check: Callable[[], None] = lambda: None,
+    run: Recipe, policy: Params, stop: cli.Stop | None = None, *, progress: bool = False
 ) -> tuple[dict[str, Any], np.ndarray, PromptBatch]:
     """Return the means of every reward, overall and per tag, the images uint8 [n, ...] and their
     prompts.
 
     A failed reward counts in no mean; `failed` is the share of images with one, `failures` that of
     each reward, and `broken` the share of images with pixels that are not finite, for which every
-    reward fails. `check` is called before every micro-batch and may raise.
+    reward fails. Raises cli.Stopped when `stop` is asked to stop.
     """
-    config = run.config.eval
-    micro = config.micro_batch or run.plan.micro_batch
+    config, stop = run.config.eval, stop or cli.Stop()
     batch, repeats = prompts.balanced(run.test_prompts, config.images)
-    unique, rows = np.unique(batch.ids, return_inverse=True)
-    records = [run.test_prompts[i] for i in unique]
-    texts = encode_many(run, [r["prompt"] for r in records])
-    key = jax.random.key(config.seed)
-
-    images, finite, graphed = [], [], []
-    padded = np.arange(-(-config.images // micro) * micro) % config.images  # static shapes
-    for part in tqdm(np.split(padded, len(padded) // micro), desc="evaluate", disable=not progress):
-        check()
-        own, row = np.unique(rows[part], return_inverse=True)
-        filled = np.resize(np.arange(len(own)), len(part))  # static shapes
-        cond = sharding.replicate(run.mesh, jax.tree.map(operator.itemgetter(own[filled]), texts))
-        asked = [records[i] for i in own]
-        prepared = graph.prepare(run.test_scorer.in_graph, [r["prompt"] for r in asked], asked)
-        prepared = jax.tree.map(operator.itemgetter(filled), prepared)
-        keys = sampler.image_keys(key, 0, batch.ids[part], repeats[part])
-        row, keys = sharding.split_rows(run.mesh, (row.astype(np.int32), keys))
-        pictures = run.programs.generate(policy, run.weights, cond, run.empty, row, keys)
-        images.append(pictures.pixels)
-        finite.append(pictures.finite)
-        graphed.append(run.test_scorer.graph(images[-1], prepared, row))
-        jax.block_until_ready(images[-2:-1])  # two at a time, or a stop would wait for all
-    pixels, sound = (
-        np.concatenate([sharding.to_host(part) for part in parts])[: config.images]
-        for parts in (images, finite)
-    )
-
-    scores, lost = _scores(run, pixels, sound, batch, graphed, micro, check)
+    pixels, scores = draw(run, policy, batch, repeats, stop, progress)
     tags = np.array([m.get("tag", "") for m in batch.metadata])
+    failed = dict(zip(scores.names, scores.failed))
     result = {
-        "metrics": {name: mean(s) for name, s in scores.items()},
-        "per_tag": {
-            tag: {name: mean(s[tags == tag]) for name, s in scores.items()}
-            for tag in sorted(set(tags))
-            if tag
-        },
+        "metrics": scores.means(),
+        "per_tag": {tag: scores.of(tags == tag).means() for tag in sorted(set(tags)) if tag},
         "images": config.images,
-        "failed": float(np.any(list(lost.values()), axis=0).mean()),
-        "failures": {name: float(missing.mean()) for name, missing in lost.items()},
-        "broken": float(1 - sound.mean()),
+        "failed": float(scores.failed.any(axis=0).mean()),
+        "failures": {name: float(missing.mean()) for name, missing in failed.items()},
+        "broken": scores.broken,
     }
     return result, pixels, batch
+
+
+def draw(
+    run: Recipe,
+    policy: Params,
+    batch: PromptBatch,
+    repeats: np.ndarray,
+    stop: cli.Stop,
+    progress: bool,
+) -> tuple[np.ndarray, Scores]:
+    """Draw and score an image for each prompt of the batch. Returns the images, uint8 [n, ...], and
+    their scores.
+
+    Args:
+      repeats: i32 [n], how many images of the same prompt come before each.
+    """
+    config, n = run.config.eval, len(batch.ids)
+    micro = config.micro_batch or run.plan.micro_batch
+    unique, rows = np.unique(batch.ids, return_inverse=True)
+    texts = encode_many(run, [run.test_prompts[i]["prompt"] for i in unique])
+    key = jax.random.key(config.seed)
+    padded = np.arange(-(-n // micro) * micro) % n  # static shapes
+    parts = tqdm(np.split(padded, len(padded) // micro), desc="evaluate", disable=not progress)
+    with PendingScores(run.test_scorer, batch.ids, keep_pixels=True) as pending:
+        for part in parts:
+            stop.check()
+            own, row = np.unique(rows[part], return_inverse=True)
+            filled = np.resize(np.arange(len(own)), micro)  # static shapes
+            cond = sharding.replicate(
+                run.mesh, jax.tree.map(operator.itemgetter(own[filled]), texts)
+            )
+            prepared = run.test_scorer.prepare(unique[own])
+            prepared = jax.tree.map(operator.itemgetter(filled), prepared)
+            keys = sampler.image_keys(key, 0, batch.ids[part], repeats[part])
+            row, keys = sharding.split_rows(run.mesh, (row.astype(np.int32), keys))
+            pictures = run.programs.generate(policy, run.weights, cond, run.empty, row, keys)
+            pending.add(pictures, prepared, row)  # waits for the pictures before these
+        scores = pending.collect(stop.wait)
+        return pending.pictures.pixels, scores
 
 
 def encode_many(run: Recipe, texts: list[str]) -> Any:
@@ -119,46 +123,6 @@ def encode_many(run: Recipe, texts: list[str]) -> Any:
         for all_of_it, x in zip(jax.tree.leaves(whole), jax.tree.leaves(part)):
             all_of_it[i : i + size] = x
     return whole
-
-
-def _scores(
-    run: Recipe,
-    pixels: np.ndarray,
-    sound: np.ndarray,
-    batch: PromptBatch,
-    graphed: list[Any],
-    micro: int,
-    check: Callable[[], None],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return every reward of every image, f32 [n], NaN where it failed or does not apply to the
-    prompt; and where it failed, bool [n].
-
-    Args:
-      sound: bool [n], which images are finite; the others fail.
-      graphed: what the rewards in the graph gave for each micro-batch of `micro` images.
-    """
-    scorer, n = run.test_scorer, len(pixels)
-    mine = host.shares(batch.ids, jax.process_index(), jax.process_count(), micro)
-    scored = []
-    for i in range(sharding.allgather(np.array(len(mine))).max()):  # shares differ in size
-        check()
-        if i < len(mine):
-            scored.append(scorer.host(pixels[mine[i]], batch.ids[mine[i]]))
-    scores = {}
-    for name in scored[0]:
-        own = np.concatenate([part[name] for part in scored])
-        scores[name] = host.merge(host.spread(np.concatenate(mine), own, n))
-    for name in scorer.in_graph:
-        scores[name] = np.concatenate([sharding.to_host(g[name]) for g in graphed])[:n]
-    applies = dict(zip(scorer.mix.names, ~np.isnan(scorer.mix.table(batch.metadata))))
-    scores = {name: np.where(applies[name] & sound, scores[name], np.nan) for name in applies}
-    return scores, {name: np.isnan(s) & applies[name] for name, s in scores.items()}
-
-
-def mean(scores: np.ndarray) -> float:
-    """Return the mean over the images that have a score; NaN when there is none."""
-    scores = scores[~np.isnan(scores)]
-    return float(scores.mean()) if scores.size else float("nan")
 
 
 def save_grid(file: epath.Path, images: np.ndarray, batch: PromptBatch, n: int) -> None:

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from flowgrpo_jax import sampler, sharding, update
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Params, Pictures, Rollout, Scores, TrainState
+from flowgrpo_jax.types import NamedScores, Params, Pictures, Rollout, TrainState
 
-HostScore = Callable[[jax.Array, jax.Array], Scores]
+HostScore = Callable[[jax.Array, jax.Array], NamedScores]
 Guided = Callable[..., jax.Array]  # made by sampler.guided
 Decode = Callable[[Params, jax.Array], Pictures]
 cached = lru_cache(maxsize=32)
@@ -35,7 +35,7 @@ def sample(
     latent: tuple[int, int, int],
     same_noise: bool,
     score: HostScore | None,
-) -> Callable[..., tuple[Rollout, Pictures, Scores]]:
+) -> Callable[..., tuple[Rollout, Pictures, NamedScores]]:
     """Rollout, decoding and, with `score`, the host rewards of a micro-batch."""
 
     @jax.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,18 @@ from flowgrpo_jax.models import Family, Model
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.scoring import graph, host
+from flowgrpo_jax.scoring import scorer
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
+from flowgrpo_jax.scoring.scorer import Scorer, Source
 from flowgrpo_jax.settings import Plan, check, guidance, make_plan, require, window, window_range
 from flowgrpo_jax.types import (
     Conditioning,
-    GraphReward,
     Metadata,
+    NamedScores,
     Params,
     Pictures,
     PromptBatch,
-    Reward,
     Rollout,
-    Scores,
     TrainState,
 )
 
@@ -61,21 +60,11 @@ ADAMW = ("b1", "b2", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "de
 class Programs:
     """The jitted programs of a run; `programs.py` has their arguments."""
 
-    sample: Callable[..., tuple[Rollout, Pictures, Scores]]
+    sample: Callable[..., tuple[Rollout, Pictures, NamedScores]]
     accumulate: Callable[..., update.Carry]
     apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     end_epoch: Callable[[TrainState], TrainState]
     generate: Callable[..., Pictures]
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """The rewards of a prompt source: those on the host, those in the graph, and their weights."""
-
-    mix: RewardWeights
-    host: host.Score
-    in_graph: dict[str, GraphReward]
-    graph: graph.Score
 
 
 @dataclass(frozen=True)
@@ -193,12 +182,12 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     plan = make_plan(config, sharding.row_shards(mesh))
     check_size(config, describe_model(config, mesh))
     train_prompts, test_prompts = load_prompts(config, training)
-    scorer, test_scorer = scorers(config, mesh, train_prompts, test_prompts, training=training)
+    trained, tested = scorers(config, mesh, train_prompts, test_prompts, training=training)
     model = load_model(config, mesh)
     algorithm = make_algorithm(config)
     setup = make_setup(config, model, algorithm)
     optimiser = make_optimiser(config)
-    score = _callback(config, scorer, mesh)
+    score = trained.inside_program() if config.reward.host_call == "callback" else None
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)
     return Recipe(
         config,
@@ -212,8 +201,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         built,
         train_prompts,
         test_prompts,
-        scorer,
-        test_scorer,
+        trained,
+        tested,
     )
 
 
@@ -277,10 +266,11 @@ def load_prompts(config: ConfigDict, training: bool) -> tuple[list[Metadata], li
     return prompts.load(p.train, exclude=test) if training else [], test
 
 
-def source(config: ConfigDict, split: str, record: Metadata) -> str:
-    """Return the prompt source of a record of a split ("train" or "test")."""
+def prompt_place(config: ConfigDict, split: str, record: Metadata) -> str:
+    """Say where a record of a split ("train" or "test") is in its source, for errors about it."""
     chosen = config.prompts.tasks
-    return chosen[record["task"]].get(split, "") if chosen else config.prompts[split]
+    source = chosen[record["task"]].get(split, "") if chosen else config.prompts[split]
+    return prompts.place(record["prompt"], source)
 
 
 def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> PromptBatch:
@@ -295,7 +285,7 @@ def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> Pro
     )
 
 
-def reward_mixes(
+def reward_weights(
     config: ConfigDict, *, training: bool = True
 ) -> tuple[RewardWeights, RewardWeights]:
     """Return the reward weights of training and of evaluation, by task if there are several.
@@ -317,91 +307,24 @@ def scorers(
     *,
     training: bool = True,
 ) -> tuple[Scorer, Scorer]:
-    """Make the scorers of training and of evaluation.
+    """Make the scorers of training and of evaluation, for which see `reward_weights`.
 
-    Training has no rewards unless `training`; evaluation has none in a run that never evaluates.
-    Both scorers share the loaded rewards and their arrays on the devices. Raises the errors of
-    loading a reward, ValueError for prompts that a reward cannot judge, and RuntimeError where a
-    reward on another machine does not answer.
+    Raises the errors of loading a reward and those of `scorer.scorers`.
     """
-    mix, test_mix = reward_mixes(config, training=training)
-    test_mix = RewardWeights({}) if training and not test_prompts else test_mix
-    loaded = rewards.load(
-        dict.fromkeys(mix.names + test_mix.names), config.reward.options.to_dict()
+    weights, test_weights = reward_weights(config, training=training)
+    test_weights = RewardWeights({}) if training and not test_prompts else test_weights
+    names = dict.fromkeys(weights.names + test_weights.names)
+    trained, tested = scorer.scorers(
+        rewards.load(names, config.reward.options.to_dict()),
+        [
+            Source(weights, train_prompts, partial(prompt_place, config, "train")),
+            Source(test_weights, test_prompts, partial(prompt_place, config, "test")),
+        ],
+        mesh,
+        timeout=config.reward.timeout or None,
+        threads=config.reward.threads,
     )
-    for reward in loaded.values():
-        getattr(reward, "ready", lambda: None)()  # a remote one raises where nobody answers
-    _check_records(loaded, mix, train_prompts, lambda record: source(config, "train", record))
-    _check_records(loaded, test_mix, test_prompts, lambda record: source(config, "test", record))
-    seconds = config.reward.timeout or None
-    loaded = {
-        name: reward if isinstance(reward, GraphReward) else host.Limited(reward, seconds)
-        for name, reward in loaded.items()
-    }
-    place = graph.place_once(lambda array: sharding.replicate(mesh, array))
-    train_scorer = _scorer(mix, loaded, train_prompts, place)
-    return train_scorer, _scorer(test_mix, loaded, test_prompts, place)
-
-
-def _check_records(
-    loaded: dict[str, Reward | GraphReward],
-    mix: RewardWeights,
-    records: list[Metadata],
-    source_of: Callable[[Metadata], str],
-) -> None:
-    """Let rewards say which of the prompts that they are for they cannot judge.
-
-    Raises ValueError that names the prompt's file and line.
-    """
-    checks = {name: loaded[name].check for name in mix.names if hasattr(loaded[name], "check")}  # type: ignore
-    for name, check_record in checks.items():
-        for record in records:
-            if mix.applies(name, record):
-                try:
-                    check_record(record)
-                except ValueError as error:
-                    where = prompts.place(record["prompt"], source_of(record))
-                    raise ValueError(f"{where}: reward {name!r}: {error}") from error
-
-
-def _scorer(
-    mix: RewardWeights,
-    loaded: dict[str, Reward | GraphReward],
-    records: list[Metadata],
-    place: Callable[[Any], Any],
-) -> Scorer:
-    def lookup(ids: np.ndarray) -> tuple[list[str], list[Metadata]]:
-        chosen = [records[i] for i in ids]
-        return [r["prompt"] for r in chosen], chosen
-
-    on_host: dict[str, Reward] = {}
-    in_graph: dict[str, GraphReward] = {}
-    for name in mix.names:
-        reward = loaded[name]
-        if isinstance(reward, GraphReward):
-            in_graph[name] = reward
-        else:
-            on_host[name] = reward
-    return Scorer(
-        mix,
-        host.composite(on_host, lookup, mix.applies),
-        in_graph,
-        graph.composite(in_graph, place),
-    )
-
-
-def _callback(config: ConfigDict, scorer: Scorer, mesh: Mesh) -> programs.HostScore | None:
-    """The host's rewards as a part of the sampling program, where the recipe wants that."""
-    names = tuple(name for name in scorer.mix.names if name not in scorer.in_graph)
-    if config.reward.host_call != "callback" or not names:
-        return None
-    heads = sharding.head_shards(mesh)
-    require(
-        heads == 1,
-        f"reward.host_call='callback' with mesh.tensor={heads}: every image would be scored that"
-        " often; use 'overlap'",
-    )
-    return host.callback(scorer.host, names, mesh, sharding.ROWS)
+    return trained, tested
 
 
 def make_programs(

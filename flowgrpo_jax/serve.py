@@ -6,13 +6,14 @@
 shows both.
 
     GET  /health   200 while the process lives
-    GET  /ready    200 with {"reward", "authorised", "limits"} once the reward is loaded, else 503
+    GET  /ready    200 with {"reward", "scope", "authorised", "limits"} once the reward is loaded,
+                   else 503
     POST /score    in the wire format; 400 malformed, 401 wrong secret, 413 too large,
                    500 the reward failed, 503 loading or too many waiting
 
 The reward runs in one thread. Requests that come in meanwhile wait, and are scored together as the
-next batch; those whose client has gone by then are dropped. A request is never split, so that
-rewards which compare images see them all.
+next batch; those whose client has gone by then are dropped. A request is never split. One to a
+group or epoch reward holds all images of a prompt or of an epoch, and is scored by itself.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ def app(name: str, worker: Worker, secret: str | None, limits: wire_format.Limit
     async def ready(request: Request) -> Response:
         if not worker.ready:
             return response(*_no(503, LOADING))
-        state = {"reward": name, "authorised": authorised(request), "limits": limits._asdict()}
+        state = {
+            "reward": name,
+            "scope": worker.scope,
+            "authorised": authorised(request),
+            "limits": limits._asdict(),
+        }
         return response(200, json.dumps(state).encode())
 
     async def score(request: Request) -> Response:

@@ -28,8 +28,7 @@ class Plan:
     """The batch arithmetic that follows from the config.
 
     With `sample.micro_batch=0` the micro-batch depends on the number of devices as well. An update
-    is the same, but for rounding, however the batch is cut. A reward that compares the images of a
-    call with each other (rewards/preference.py) is not: with another cut it sees other sets.
+    is the same, but for rounding, however the batch is cut.
     """
 
     groups: int
@@ -123,7 +122,7 @@ def _micro_batch(config: ConfigDict, images: int, devices: int) -> int:
     s, pixels = config.sample, config.model.height * config.model.width
     sizes = [m for m in range(devices, images + 1, devices) if images % m == 0]
     if not s.micro_batch:
-        return derived_micro_batch(sizes, s.group_size, max(AT_ONCE // pixels, 1) * devices)
+        return derived_micro_batch(sizes, max(AT_ONCE // pixels, 1) * devices)
     near = sorted(sorted(sizes, key=lambda m: abs(m - s.micro_batch))[:8])
     require(
         s.micro_batch in sizes,
@@ -149,11 +148,9 @@ def _uneven(config: ConfigDict, images: int, devices: int) -> str:
     )
 
 
-def derived_micro_batch(sizes: list[int], group_size: int, most: int) -> int:
-    """The largest of the sizes up to `most`. Where one of whole groups fits, a larger one is not
-    taken: rewards may compare the images of a group that are in the same call."""
-    fitting = [m for m in sizes if m <= most]
-    return max([m for m in fitting if m % group_size == 0] or fitting)
+def derived_micro_batch(sizes: list[int], most: int) -> int:
+    """The largest of the sizes up to `most`."""
+    return max(m for m in sizes if m <= most)
 
 
 def check(config: ConfigDict) -> None:

@@ -249,6 +249,22 @@ def allgather(x: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x))
 
 
+def begin_allgather(mesh: Mesh, tree: Any) -> Any:
+    """Begin to copy arrays to every process; `to_host` of the results then waits for no program
+    that is dispatched later."""
+
+    def begin(x: Any) -> Any:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable
+        return x if here else _copy_to_all_devices(mesh)(x)
+
+    return jax.tree.map(begin, tree)
+
+
+@lru_cache(maxsize=16)
+def _copy_to_all_devices(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+
 def from_first_process(numbers: list[int]) -> list[int]:
     """Return the numbers of the first process in every process. A barrier."""
     length = int(allgather(np.array(len(numbers)))[0])

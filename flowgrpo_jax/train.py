@@ -20,8 +20,6 @@ import logging
 import signal
 import time
 import warnings
-from concurrent.futures import Executor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +39,14 @@ from flowgrpo_jax import (
     sharding,
     update,
 )
-from flowgrpo_jax.evaluate import evaluate, mean, save_grid
+from flowgrpo_jax.evaluate import evaluate, save_grid
 from flowgrpo_jax.lifecycle import RunFailed
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
-from flowgrpo_jax.scoring import graph, host
-from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, Scores, TrainState
+from flowgrpo_jax.scoring.pending import PendingScores
+from flowgrpo_jax.scoring.scores import Scores, mean
+from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -63,26 +62,21 @@ def one_epoch(
     batch = recipe.draw_prompts(config, run.train_prompts, epoch)
     cond = run.encode(batch.prompts)
 
-    # Rollouts, micro-batch by micro-batch; in overlap mode each is scored while the next is drawn.
-    with host.threads(config.reward.threads) as pool:
-        rollouts, finite, scored = draw(run, state, cond, batch, epoch, pool, stop)
-        parts = [stop.wait(part) for part in scored]
+    # Rollouts, micro-batch by micro-batch; each is scored while the next one is drawn.
+    rollouts, scores = draw(run, state, cond, batch, epoch, stop)
 
     # Rewards and advantages.
-    scores, weights = collect_scores(run, parts, finite, batch)
-    total, valid = map(np.asarray, advantages.weighted(jnp.asarray(scores), jnp.asarray(weights)))
-    broken = 1.0 - float(np.concatenate(finite).mean())
-    check_failed(config, epoch, 1.0 - float(np.mean(valid)), broken)
-    advantage, memory = run.advantage.compute(
-        state.memory, jnp.asarray(scores), jnp.asarray(weights), jnp.asarray(batch.ids)
-    )
+    values, weights = jnp.asarray(scores.values), jnp.asarray(scores.weights)
+    total, valid = map(np.asarray, advantages.weighted(values, weights))
+    check_failed(config, epoch, 1.0 - float(np.mean(valid)), scores.broken)
+    advantage, memory = run.advantage.compute(state.memory, values, weights, jnp.asarray(batch.ids))
     state = dataclasses.replace(state, memory=run.put(memory))
 
     # Policy updates, each on its own groups.
     state, figures = improve(run, state, cond, rollouts, advantage, epoch, stop)
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
-    figures |= {f"reward/{name}": mean(s) for name, s in zip(run.scorer.mix.names, scores)}
-    return state, figures | {"window_start": int(rollouts[0].start), "broken": broken}
+    figures |= {f"reward/{name}": value for name, value in scores.means().items()}
+    return state, figures | {"window_start": int(rollouts[0].start), "broken": scores.broken}
 
 
 def draw(
@@ -91,40 +85,25 @@ def draw(
     cond: Conditioning,
     batch: PromptBatch,
     epoch: int,
-    pool: Executor,
     stop: cli.Stop,
-) -> tuple[list[Rollout], list[np.ndarray], list[Any]]:
-    """Draw the epoch's images.
-
-    Args:
-      pool: calls the host's rewards, in overlap mode.
-
-    Returns each micro-batch's rollout, which of its pictures are finite, bool [M], and parts of
-    their scores, some of which are still to come.
-    """
+) -> tuple[list[Rollout], Scores]:
+    """Draw and score the epoch's images. Returns each micro-batch's rollout, and the scores."""
     policy = run.named_policy(state, run.algorithm.draws)
     start = sampler.window_start(
         state.key, epoch, run.setup.process.window, settings.window_range(run.config)
     )
-    prepared = graph.prepare(run.scorer.in_graph, batch.prompts, batch.metadata)
-    on_host = set(run.scorer.mix.names) - set(run.scorer.in_graph)
+    prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
-    finite: list[jax.Array] = []
-    scored: list[Any] = []
-    for ids, rows, images_of in micro_batches(run, batch):
-        stop.check()
-        rollout, pictures, called = run.programs.sample(
-            policy, run.weights, cond, run.empty, state.key, epoch, start, ids, rows, images_of
-        )
-        jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
-        rollouts.append(rollout)
-        finite.append(pictures.finite)
-        scored.append(run.scorer.graph(pictures.pixels, prepared, rows))
-        if called or not on_host:
-            scored.append(called)
-        else:
-            scored.append(host.overlap(pool, run.scorer.host, pictures.pixels, ids))
-    return rollouts, [sharding.to_host(part) for part in finite], scored
+    with PendingScores(run.scorer, np.repeat(batch.ids, run.plan.group_size)) as pending:
+        for ids, rows, images_of in micro_batches(run, batch):
+            stop.check()
+            rollout, pictures, scored = run.programs.sample(
+                policy, run.weights, cond, run.empty, state.key, epoch, start, ids, rows, images_of
+            )
+            jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
+            rollouts.append(rollout)
+            pending.add(pictures, prepared, rows, scored)
+        return rollouts, pending.collect(stop.wait)
 
 
 def improve(
@@ -207,24 +186,6 @@ def micro_batches(run: Recipe, batch: PromptBatch):
         yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
 
-def collect_scores(
-    run: Recipe, parts: list[Scores], finite: list[np.ndarray], batch: PromptBatch
-) -> tuple[np.ndarray, np.ndarray]:
-    """Collect the epoch's scores and weights, f32 [K, B] each, from those of all micro-batches.
-
-    Both are NaN where a reward does not apply to the prompt; the scores also where it failed, and
-    where the picture is not finite.
-    """
-    merged = [
-        np.concatenate([sharding.to_host(part[name]) for part in parts if name in part])
-        for name in run.scorer.mix.names
-    ]
-    weights = np.repeat(run.scorer.mix.table(batch.metadata), run.plan.group_size, axis=1)
-    scores = host.merge(np.stack(merged))
-    scored = ~np.isnan(weights) & np.concatenate(finite)
-    return np.where(scored, scores, np.nan), weights
-
-
 def reward_figures(total: np.ndarray, group_size: int) -> dict[str, float]:
     """Summarise the training reward, f32 [B], which is NaN where scoring failed."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
@@ -248,7 +209,7 @@ def evaluate_into(
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
     state where it is the best so far."""
-    result, images, batch = evaluate(run, state.copies["ema"], check=stop.check)
+    result, images, batch = evaluate(run, state.copies["ema"], stop)
     with logs.warn_on_error("a sample grid"):
         file = workdir / "samples" / f"epoch-{epoch:05d}.png"
         save_grid(file, images, batch, run.config.eval.grid)

@@ -30,8 +30,8 @@ Params = dict[str, Any]  # flat: path -> array
 # Text, encoded once per prompt and never per image: a model's own arrays [P, ...] by their names
 Conditioning = dict[str, Any]
 Metadata = dict[str, Any]
-# {reward: f32 [B]}, unweighted; NaN where a reward failed or does not apply to the prompt
-Scores = dict[str, Any]
+# {reward: f32 [M]}, unweighted; NaN where a reward failed or does not apply to the prompt
+NamedScores = dict[str, Any]
 
 
 class PromptBatch(NamedTuple):
@@ -77,7 +77,12 @@ class TrainState:
 
 
 class Reward(Protocol):
-    """A reward scores images. Higher is better; `valid` is false where it failed."""
+    """A reward scores images. Higher is better; `valid` is false where it failed.
+
+    It may have an attribute `scope` (see `scope_of`), and the methods `ready()` and
+    `check(record)`, which are called before training starts: the first raises when the reward
+    cannot work, the second raises ValueError for the metadata of a prompt that it cannot judge.
+    """
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
@@ -86,9 +91,26 @@ class Reward(Protocol):
         ...
 
 
+SCOPES = ("image", "group", "epoch")
+
+
+def scope_of(reward: Any) -> str:
+    """Return which images a reward is given in one call.
+
+    "image": any; it judges each by itself. "group": all images of one prompt of the epoch.
+    "epoch": all images of the epoch. A reward without an attribute `scope` judges single images.
+    Raises ValueError for another scope.
+    """
+    scope = getattr(reward, "scope", "image")
+    if scope not in SCOPES:
+        names = ", ".join(map(repr, SCOPES))
+        raise ValueError(f"the reward {reward!r} has scope={scope!r}: choose from {names}")
+    return scope
+
+
 @dataclasses.dataclass(frozen=True)
 class GraphReward:
-    """A reward computed on the devices, by the program that the images come from.
+    """A reward computed on the devices, where the images are. It judges each image by itself.
 
     prepare runs on the host, once per prompt; score is pure and jitted by the caller, which hands
     it rows: entry i of every array belongs to image i.
@@ -100,3 +122,10 @@ class GraphReward:
     # prepared rows [M, ...] -> scores f32 [M]; a score that is not finite counts as failed
     check: Callable[[Metadata], None] = lambda record: None  # raises ValueError for a record that
     # the reward cannot judge
+
+
+class Described(NamedTuple):
+    """A GraphReward with the shapes of its weights in their place, to be compiled without them."""
+
+    reward: GraphReward
+    inputs: dict[str, jax.ShapeDtypeStruct]  # what `prepare` would return for one prompt

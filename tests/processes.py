@@ -41,6 +41,25 @@ def brightness(images, prompts, metadata):
     return images.mean((1, 2, 3)) / 255, np.ones(len(images), bool)
 
 
+ranked: list[int] = []
+
+
+def rank(images, prompts, metadata):
+    """The image's rank by brightness in its group, from 0 to 1."""
+    ranked.append(len(images))
+    place = images.mean((1, 2, 3)).argsort().argsort()
+    return place / max(len(images) - 1, 1), np.ones(len(images), bool)
+
+
+def distance(images, prompts, metadata):
+    """The distance of the image's colour from the mean colour of the epoch."""
+    colours = images.mean((1, 2))
+    return np.linalg.norm(colours - colours.mean(0), axis=1), np.ones(len(images), bool)
+
+
+rank.scope, distance.scope = "group", "epoch"
+
+
 def load(folder, mesh, host_call):
     from flowgrpo_jax.configs import shapes
 
@@ -63,8 +82,10 @@ def load(folder, mesh, host_call):
 
 
 def adapted(config, name):
-    """Runs whose name begins with "full" have no adapter."""
+    """Runs whose name begins with "full" have no adapter; those with "scopes", more rewards."""
     config.lora.rank = 0 if name.startswith("full") else config.lora.rank
+    if name.startswith("scopes"):
+        config.reward.weights = {"processes:rank": 1.0, "processes:distance": 0, "brightness": 0}
     return config
 
 
@@ -85,6 +106,7 @@ def run(folder, name, mesh, host_call="overlap", epochs=2):
     cli.connect()
     rewards.TABLE["brightness"] = "processes:brightness"
     calls.clear()
+    ranked.clear()
     config = adapted(load(Path(folder), mesh, host_call), name)
     if step := os.environ.get("UNREADABLE"):
         real = Checkpoints.read
@@ -97,6 +119,7 @@ def run(folder, name, mesh, host_call="overlap", epochs=2):
     with cli.ending(), cli.exit_for_restart():
         train(config, place(folder, name), resume=True)
     Path(folder, f"scored-{Path(name).name}-{jax.process_index()}").write_text(str(sum(calls)))
+    Path(folder, f"ranked-{Path(name).name}-{jax.process_index()}").write_text(json.dumps(ranked))
 
 
 def spawn(folder, name, mesh, host_call="overlap", *, epochs=2, **settings):

@@ -63,7 +63,7 @@ def test_a_stop_of_another_process_ends_the_waiting(monkeypatch, done):
     if done:
         pending.set_result("scores")
     with cli.Stop() as stop, pytest.raises(cli.Stopped) as stopped:
-        stop.wait(pending)
+        stop.wait([pending])
     assert stopped.value.args == (signal.SIGTERM,)
 
 
@@ -76,7 +76,7 @@ def test_scores_are_waited_for_in_all_processes(monkeypatch):
     pending = Future()
     pending.set_result("scores")
     with cli.Stop() as stop:
-        assert stop.wait(pending) == "scores"
+        assert stop.wait([pending]) == ["scores"]
     assert not list(answers)
 
 

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import recipe, rewards, settings, sharding
+from flowgrpo_jax.scoring.reward_weights import RewardWeights
+from flowgrpo_jax.scoring.scorer import Scorer
 
 ROOT = Path(__file__).parent.parent
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
@@ -96,9 +97,9 @@ def test_the_plan_does_not_depend_on_the_devices_that_share_it():
 @pytest.mark.parametrize(
     "side, devices, size",
     [
-        (512, 4, 16),  # too few for a group
-        (512, 8, 24),  # 32 would fit, and cut groups
-        (512, 16, 48),
+        (512, 4, 16),
+        (512, 8, 32),
+        (512, 16, 64),
         (512, 64, 192),
         (1024, 8, 8),
         (64, 1, 192),
@@ -106,8 +107,7 @@ def test_the_plan_does_not_depend_on_the_devices_that_share_it():
     ],
 )
 def test_a_micro_batch_is_derived(side, devices, size):
-    """Of an update's 576 images: a divisor, a multiple of the devices, few enough pixels each, and
-    whole groups where as many fit."""
+    """The largest divisor of an update's 576 images with few enough pixels for each device."""
     config = load("base", {"model.height": side, "model.width": side})
     assert settings.make_plan(config, devices).micro_batch == size
 
@@ -374,11 +374,12 @@ def test_a_layout_that_makes_no_sense(changes, message, monkeypatch):
     config = load("shapes", changes)
     mesh = AbstractMesh((1, 1, config.mesh.tensor), sharding.AXES)
     model = recipe.describe_model(config, mesh)
-    scorer = SimpleNamespace(mix=SimpleNamespace(names=("shapes",)), in_graph={}, host=None)
+    loaded = rewards.load(["shapes"])
+    scorer = Scorer(RewardWeights({"shapes": 1.0}), loaded, [], mesh)
     algorithm, plan = recipe.make_algorithm(config), settings.make_plan(config, 1)
     setup = recipe.make_setup(config, model, algorithm)
     with pytest.raises(ValueError, match=message):
-        score = recipe._callback(config, scorer, mesh)
+        score = scorer.inside_program() if config.reward.host_call == "callback" else None
         recipe.make_programs(config, model, mesh, plan, setup, algorithm, None, score)
 
 

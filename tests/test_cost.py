@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flowgrpo_jax import compile, cost, sharding
+from flowgrpo_jax import compile, cost, rewards, sharding
 from flowgrpo_jax.configs import pickscore, shapes
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.rewards import described
+from flowgrpo_jax.rewards import towers
+from flowgrpo_jax.types import Described, GraphReward
 
 ROOT = Path(__file__).parent.parent
 LAYERS, ROWS, WIDTH = 6, 64, 32
@@ -57,7 +58,7 @@ def test_products_in_loops_gradients_and_recomputation():
     ],
 )
 def test_described_towers_are_the_published_ones(name, parameters, work):
-    reward, wanted = described.describe([name, "ocr"], {})[name]
+    reward, wanted = rewards.describe([name, "ocr"], {})[name]
     assert sum(x.size for x in jax.tree.leaves(reward.weights)) == pytest.approx(
         parameters, rel=1e-4
     )
@@ -91,6 +92,27 @@ def test_rewards_on_the_same_weights_are_described_once():
     config.eval.every = 0  # training then loads no rewards for it
     assert len(compile.score(config, mesh, batch, batch)[0]) == 1
     assert compile.score(config, mesh, batch, batch)[1] == []
+
+
+def tower(weights):
+    prepare, score = towers.unprepared, lambda weights, images, rows: images @ weights
+    return GraphReward(weights, prepare, score)
+
+
+def on_host(images, prompts, metadata):
+    raise AssertionError("called")
+
+
+DESCRIBED = {"tower": lambda dtype: Described(tower(jax.ShapeDtypeStruct((3,), dtype)), {})}
+
+
+def test_a_reward_of_the_user_s_own_is_described_by_its_module():
+    name = f"{__name__}:tower()"
+    options = {name: {"dtype": "bfloat16"}}
+    found = rewards.describe([name, f"{__name__}:on_host", "ocr"], options)
+    assert set(found) == {name} and found[name].reward.weights.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="only described"):
+        found[name].reward.prepare(["a"], [{}])
 
 
 def test_convolutions_and_conditions():

@@ -11,9 +11,23 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from flowgrpo_jax import advantages, algorithms, knobs, rewards, sampler, sde, settings
+from flowgrpo_jax import (
+    advantages,
+    algorithms,
+    cli,
+    knobs,
+    rewards,
+    sampler,
+    sde,
+    settings,
+    sharding,
+)
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.scoring.pending import PendingScores
+from flowgrpo_jax.scoring.reward_weights import RewardWeights
+from flowgrpo_jax.scoring.scorer import Scorer
+from flowgrpo_jax.types import Pictures
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +42,14 @@ def examples(tmp_path, monkeypatch):
         name = re.match(r"# (my_\w+)\.py\n", block)[1]
         (tmp_path / f"{name}.py").write_text(block)
         names.append(name)
-    assert names == ["my_recipe", "my_reward", "my_algorithm", "my_advantage", "my_kernel"]
+    assert names == [
+        "my_recipe",
+        "my_reward",
+        "my_group_reward",
+        "my_algorithm",
+        "my_advantage",
+        "my_kernel",
+    ]
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     yield
@@ -56,6 +77,23 @@ def test_the_reward_of_the_page():
     scores, valid = rewards.load([name])[name](images, [""] * 3, [{}] * 3)
     np.testing.assert_allclose(scores, [0, 0.2, 1], rtol=1e-6)
     assert valid.all()
+
+
+def test_the_group_reward_of_the_page():
+    name = named("my_group_reward:rank")
+    (reward,) = rewards.load([name]).values()
+    levels = np.array([[7, 1], [200, 2], [3, 250], [90, 9], [40, 8]])  # [image, prompt]
+    images = np.broadcast_to(levels.reshape(10, 1, 1, 1), (10, 4, 4, 3)).astype(np.uint8)
+    ids = np.tile([0, 1], 5)  # the images of the two prompts take turns
+    records = [{"prompt": "a"}, {"prompt": "b"}]
+    mesh = sharding.make_mesh()
+    scorer = Scorer(RewardWeights({name: 1.0}), {name: reward}, records, mesh)
+    shown = sharding.split_rows(mesh, (images, np.ones(10, bool)))
+    with PendingScores(scorer, ids) as pending:
+        pending.add(Pictures(*shown), {}, ids)
+        scores = pending.collect(cli.Stop().wait)
+    wanted = (rankdata(levels, axis=0) - 1) / 4
+    np.testing.assert_allclose(scores.values[0].reshape(5, 2), wanted, rtol=1e-6)
 
 
 def test_the_algorithm_of_the_page():

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,8 +13,8 @@ from flowgrpo_jax import cli, policies, recipe, run_checkpoints, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models.base_model import BaseModel
-from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
+from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.train import evaluate_into, initial_state
 from flowgrpo_jax.types import GraphReward, Pictures
 
@@ -106,13 +107,11 @@ def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
         assert [int(p) for p in prompts] == images[:, 0, 0, 0].tolist()
         return images[:, 0, 0, 0], [p not in "03" for p in prompts]
 
-    same = {  # in the graph: is the picture that of its prompt?
-        "same": GraphReward(
-            weights=(),
-            prepare=lambda prompts, metadata: np.array([int(p) for p in prompts]),
-            score=lambda weights, images, prompt: (images[:, 0, 0, 0] == prompt) * 1.0,
-        )
-    }
+    same = GraphReward(  # is the picture that of its prompt?
+        weights=(),
+        prepare=lambda prompts, metadata: np.array([int(p) for p in prompts]),
+        score=lambda weights, images, prompt: (images[:, 0, 0, 0] == prompt) * 1.0,
+    )
     run = SimpleNamespace(
         config=load_eval(images=5, micro_batch=2),
         mesh=sharding.make_mesh(),
@@ -122,19 +121,15 @@ def test_a_mean_is_over_the_images_whose_reward_did_not_fail():
         empty=None,
         programs=SimpleNamespace(
             generate=lambda policy, weights, cond, empty, prompt, keys: Pictures(
-                np.tile(cond[np.asarray(prompt)][:, None, None, None], (1, 8, 8, 3)).astype(
-                    np.uint8
-                ),
-                np.ones(len(prompt), bool),
+                jnp.tile(cond[prompt][:, None, None, None], (1, 8, 8, 3)).astype(jnp.uint8),
+                jnp.ones(len(prompt), bool),
             )
         ),
-        test_scorer=recipe.Scorer(
+        test_scorer=Scorer(
             RewardWeights({"number": 1.0, "same": 0.0}),
-            host.composite(
-                {"number": number}, lambda ids: ([str(i) for i in ids], [records[i] for i in ids])
-            ),
-            same,
-            graph.composite(same),
+            {"number": number, "same": same},
+            records,
+            sharding.make_mesh(),
         ),
     )
     result, images, _ = evaluate(run, {})

@@ -429,7 +429,7 @@ def test_composed_scenes_end_to_end(cutouts):
     metadata, images, graded, strict = zip(*cases)
     options = {"detector": "small", "colors": "pixels", "counting_threshold": 0.5}
     loaded = rewards.load(ROWS, {row: options for row in ROWS})
-    score = host.composite(loaded, lambda ids: (["" for _ in ids], [metadata[i] for i in ids]))
+    score = host.composite(loaded, lambda ids: [{**metadata[i], "prompt": ""} for i in ids])
     result = score(np.stack(images), np.arange(len(cases)))
     np.testing.assert_allclose(result["geneval"], graded, rtol=1e-6)
     np.testing.assert_array_equal(result["geneval_strict"], strict)

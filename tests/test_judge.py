@@ -16,6 +16,7 @@ from PIL import Image
 from flowgrpo_jax import rewards
 from flowgrpo_jax.rewards import judge, preference
 from flowgrpo_jax.transport import http_client
+from flowgrpo_jax.types import scope_of
 
 MODEL = "a-judge"
 
@@ -328,10 +329,16 @@ def prefer(answer, images, prompts, **options):
 
 
 def test_the_reward_is_the_share_of_the_group_that_an_image_beats():
-    images = gray(10, 50, 30, 40, 20, 90, 80, 70)  # the last three are of another prompt
-    scores, valid, stub = prefer(brighter, images, ["a"] * 5 + ["b"] * 3)
-    assert valid.all() and len(stub.seen) == 10 + 3
-    np.testing.assert_allclose(scores, [0, 1, 0.5, 0.75, 0.25, 1, 0.5, 0], atol=1e-6)
+    scores, valid, stub = prefer(brighter, gray(10, 50, 30, 40, 20), ["a"] * 5)
+    assert valid.all() and len(stub.seen) == 10
+    np.testing.assert_allclose(scores, [0, 1, 0.5, 0.75, 0.25], atol=1e-6)
+
+
+def test_preference_is_given_whole_groups():
+    """And refuses a call with two prompts, such as a request to a server may hold."""
+    assert scope_of(preference.make("http://a", MODEL)) == "group"
+    with pytest.raises(ValueError, match="images of 2 prompts"):
+        prefer(brighter, gray(1, 2), ["a", "b"])
 
 
 def test_a_tie_is_half_a_win_for_both():
@@ -341,16 +348,16 @@ def test_a_tie_is_half_a_win_for_both():
 
 
 def test_a_failed_comparison_counts_for_neither():
-    images = gray(10, 0, 30, 20, 0, 50)
-    scores, valid, _ = prefer(brighter, images, ["a"] * 4 + ["b", "b"], retries=0)
-    np.testing.assert_array_equal(valid, [True, False, True, True, False, False])
-    np.testing.assert_allclose(scores, [0, 0, 1, 0.5, 0, 0])
+    scores, valid, _ = prefer(brighter, gray(10, 0, 30, 20), ["a"] * 4, retries=0)
+    np.testing.assert_array_equal(valid, [True, False, True, True])
+    np.testing.assert_allclose(scores, [0, 0, 1, 0.5])
+    _, valid, _ = prefer(brighter, gray(0, 50), ["a"] * 2, retries=0)
+    assert not valid.any()
 
 
 def test_an_image_alone_with_its_prompt_is_invalid():
-    scores, valid, stub = prefer(brighter, gray(10, 20, 30), ["a", "a", "b"])
-    np.testing.assert_array_equal(valid, [True, True, False])
-    assert len(stub.seen) == 1 and scores[2] == 0
+    scores, valid, stub = prefer(brighter, gray(10), ["a"])
+    assert not valid.any() and not stub.seen and scores == [0]
 
 
 def test_a_judge_that_favours_a_place_moves_nobody():
@@ -361,7 +368,7 @@ def test_a_judge_that_favours_a_place_moves_nobody():
 
 @pytest.mark.parametrize("n", range(1, 9))
 def test_every_pair_of_a_group_meets_once(n):
-    pairs = list(preference.duels(["a"] * n, None))
+    pairs = list(preference.duels(n, None))
     assert sorted(tuple(sorted(pair)) for pair in pairs) == list(
         itertools.combinations(range(n), 2)
     )
@@ -369,7 +376,7 @@ def test_every_pair_of_a_group_meets_once(n):
 
 @pytest.mark.parametrize("n, opponents, met", [(24, 4, 4), (24, 3, 4), (7, 2, 2), (4, 9, 3)])
 def test_fewer_opponents(n, opponents, met):
-    pairs = list(preference.duels(["a"] * n, opponents))
+    pairs = list(preference.duels(n, opponents))
     assert len({frozenset(pair) for pair in pairs}) == len(pairs)
     counts = np.bincount(np.ravel(pairs), minlength=n)
     np.testing.assert_array_equal(counts, met)

@@ -1,5 +1,7 @@
 """One device, eight as data, fsdp, tensor or all three, and two processes: the same training."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,6 +85,26 @@ def test_two_processes_train_as_one(folder, one_device, host_call, mesh):
     # Of 2 epochs of 16 images and 2 evaluations of 8, each process scored its half.
     scored = [(folder / f"scored-{name}-{i}").read_text() for i in (0, 1)]
     assert scored == ["24", "24"]
+
+
+def test_groups_and_epochs_are_whole_in_two_processes(folder):
+    """Though each process holds a half of every group: the ranks of eight images are multiples of
+    1/7, and each group is ranked by one process."""
+    start(folder, "scopes-one", {"data": 1}, devices=1, epochs=1)
+    start(folder, "scopes-two", PAIR, "callback", devices=8, processes=2, epochs=1)
+    one, two = outcome(folder, "scopes-one")[0], outcome(folder, "scopes-two")[0]
+    for row in (one[0], two[0]):
+        assert row["reward"] == pytest.approx(0.5) and row["failed"] == 0
+        assert row["reward_std"] == pytest.approx(np.std(np.arange(8) / 7))
+    for name in ("processes:distance", "brightness"):
+        assert two[0][f"reward/{name}"] == pytest.approx(one[0][f"reward/{name}"], rel=2e-3)
+        assert two[0][f"eval/{name}"] == pytest.approx(one[0][f"eval/{name}"], rel=2e-3)
+    alone, first, second = (
+        json.loads((folder / f"ranked-{name}").read_text())
+        for name in ("scopes-one-0", "scopes-two-0", "scopes-two-1")
+    )
+    assert first.count(8) == second.count(8) == 1 and sorted(first + second) == sorted(alone)
+    assert sum(alone) == 16 + 2 * 8  # an epoch and two evaluations
 
 
 def test_a_run_goes_on_in_another_layout(folder, one_device):

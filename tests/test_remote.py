@@ -21,7 +21,7 @@ from PIL import Image
 
 from flowgrpo_jax import rewards, serve
 from flowgrpo_jax.transport import http_client, wire_format, worker
-from flowgrpo_jax.types import GraphReward
+from flowgrpo_jax.types import GraphReward, scope_of
 
 ROOT = Path(__file__).parent.parent
 SECRET = "open sesame"
@@ -282,6 +282,34 @@ def test_a_batch_that_the_server_does_not_take_is_found_before_training_starts(r
         remote(batch=33).ready()
 
 
+def test_another_scope_than_the_server_s_is_found_before_training_starts(remote):
+    with pytest.raises(RuntimeError, match=r"set scope='image' in reward\.options"):
+        remote(scope="group").ready()
+    state = {"reward": "preference", "scope": "group", "authorised": True, "limits": {"images": 64}}
+    with Stub(lambda request, body: (200, json.dumps(state).encode())) as stub:
+        remote(stub.url, scope="group").ready()
+        with pytest.raises(RuntimeError, match=r"set scope='group' in reward\.options"):
+            remote(stub.url).ready()
+    with pytest.raises(ValueError, match="scope='prompt' must be one of image, group, epoch"):
+        remote(scope="prompt")
+
+
+@pytest.mark.parametrize("scope, sizes", [("image", [3, 3, 1]), ("group", [7]), ("epoch", [7])])
+def test_a_group_is_one_request(scope, sizes):
+    """Whatever the largest batch is."""
+
+    def answer(request, body):
+        n = len(json.loads(body)["prompts"])
+        return 200, json.dumps({"scores": [n] * n, "valid": [True] * n}).encode()
+
+    with Stub(answer) as stub:
+        options = {"urls": stub.url, "scope": scope, "batch": 3}
+        reward = rewards.load(["remote"], {"remote": options})["remote"]
+        scores, valid = reward(pictures(7), ["a"] * 7, [{}] * 7)
+    assert scope_of(reward) == scope and valid.all()
+    assert scores.tolist() == [n for n in sizes for _ in range(n)]
+
+
 def test_ready_without_a_reward_server(remote):
     with pytest.raises(RuntimeError, match="no server is ready"):
         remote(nobody()).ready()
@@ -462,6 +490,29 @@ def test_a_reward_in_the_graph_is_served_as_well():
         expected = 2 * images.reshape(n, -1).mean(1) + lengths
         np.testing.assert_allclose(scores[valid], expected[valid], rtol=1e-5)
     assert {shape[0] for shape in traced} == {1, 4, 8} and len(traced) == 3
+
+
+@pytest.mark.parametrize("scope, together", [("image", True), ("group", False), ("epoch", False)])
+def test_requests_to_a_group_reward_are_scored_one_by_one(scope, together):
+    """Two of them may be groups of one prompt, from two epochs or from two runs."""
+    started, go, sizes = threading.Event(), threading.Event(), []
+
+    def reward(images, prompts, metadata):
+        sizes.append(len(images))
+        started.set()
+        go.wait(5)
+        return np.zeros(len(images)), np.ones(len(images), bool)
+
+    reward.scope = scope
+    thread = worker.Worker(lambda: reward, batch=64, waiting=9)
+    thread.start()
+    first = thread.submit(pictures(1), ["a"], [{}])
+    assert started.wait(5)
+    rest = [thread.submit(pictures(4), ["a"] * 4, [{}] * 4) for _ in range(2)]
+    go.set()
+    assert all(future.result(5)[1].all() for future in [first, *rest])
+    assert sizes == ([1, 8] if together else [1, 4, 4])
+    assert thread.scope == scope
 
 
 def test_the_worker_refuses_more_than_may_wait():

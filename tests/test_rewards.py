@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +17,16 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from flowgrpo_jax import advantages, prompts, recipe, rewards, sharding
+from flowgrpo_jax import advantages, cli, prompts, recipe, rewards, sharding
 from flowgrpo_jax.configs import ocr as ocr_recipe
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.rewards import geneval, imagereward, ocr, remote
 from flowgrpo_jax.rewards import shapes as shapes_rewards
 from flowgrpo_jax.scoring import graph, host
+from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
-from flowgrpo_jax.types import GraphReward
+from flowgrpo_jax.scoring.scorer import Scorer, Source, check_records
+from flowgrpo_jax.types import GraphReward, Pictures
 from flowgrpo_jax.worlds.shapes import grammar
 from flowgrpo_jax.worlds.shapes.render import Thing, render
 
@@ -164,18 +165,6 @@ def test_the_documentation_has_a_line_for_every_row():
         assert re.search(r"\d (ms|GFLOP)|none more|request", line[-2]), line[1]
 
 
-def test_every_image_is_scored_once_and_beside_those_of_its_prompt():
-    ids = np.random.default_rng(0).integers(12, size=70)
-    for processes in (1, 3, 20):
-        calls = [c for p in range(processes) for c in host.shares(ids, p, processes, size=16)]
-        assert sorted(np.concatenate(calls).tolist()) == list(range(70))
-        homes = {}
-        for n, call in enumerate(calls):
-            assert len(call) <= max(16, *np.bincount(ids))
-            for i in ids[call]:
-                assert homes.setdefault(i, n) == n
-
-
 def test_a_row_may_be_used_several_times(monkeypatch):
     """Two servers: each under a name of its own, with what they share said once."""
     seen = []
@@ -217,7 +206,7 @@ RECORDS = [{"prompt": p, "ok": p != "c"} for p in "abcd"]
 
 
 def lookup(ids):
-    return [RECORDS[i]["prompt"] for i in ids], [RECORDS[i] for i in ids]
+    return [RECORDS[i] for i in ids]
 
 
 def combine(rewards, weights):
@@ -285,15 +274,13 @@ def test_every_task_has_its_own_rewards():
         return [10.0] * len(prompts), [True] * len(prompts)
 
     mix = RewardWeights({"brightness": 1.0}, {"text": {"picky": 2.0, "brightness": 0.0}})
-    records = [{"task": "text"}, {}, {"task": "other"}, {"task": "text"}]
+    tasks = ({"task": "text"}, {}, {"task": "other"}, {"task": "text"})
+    records = [{"prompt": prompt, **task} for prompt, task in zip("abcd", tasks)]
     assert mix.names == ("brightness", "picky")
     nan = np.nan
     np.testing.assert_array_equal(mix.table(records), [[0, 1, 1, 0], [2, nan, nan, 2]])
-    score = host.composite(
-        {"brightness": brightness, "picky": picky},
-        lambda ids: (list("abcd"), records),
-        mix.applies,
-    )
+    rewards = {"brightness": brightness, "picky": picky}
+    score = host.composite(rewards, lambda ids: records, mix.applies)
     scores = score(PICTURES[:4], np.arange(4))
     assert seen == ["a", "d"]
     mean = PICTURES[:4].reshape(4, -1).mean(1)
@@ -306,19 +293,20 @@ def test_every_task_has_its_own_rewards():
 
 
 def test_a_reward_in_the_graph_gets_the_rows_of_its_prompts():
-    def score(weights, images, prepared):
+    def scaled(weights, images, prepared):
         lengths = prepared["length"] * weights
         return jnp.where(images.mean((1, 2, 3)) > 0, lengths, jnp.inf)
 
     reward = GraphReward(
         weights=jnp.float32(3.0),
         prepare=lambda prompts, metadata: {"length": np.array([len(p) for p in prompts])},
-        score=score,
+        score=scaled,
     )
-    prepared = graph.prepare({"length": reward}, ["a", "four"], [{}, {}])
+    score = graph.GraphRewards({"length": reward})
+    prepared = score.prepare([{"prompt": "a"}, {"prompt": "four"}])
     images = PICTURES[:3].copy()
     images[2] = 0
-    scores = graph.composite({"length": reward})(images, prepared, np.array([1, 0, 1]))
+    scores = score(images, prepared, np.array([1, 0, 1]))
     np.testing.assert_array_equal(scores["length"], [12, 3, np.nan])  # not finite: failed
 
 
@@ -343,7 +331,8 @@ def test_weights_that_rewards_share_are_placed_once():
         return jnp.asarray(x)
 
     pair, once = {"one": on_tower(1), "two": on_tower(2)}, graph.place_once(place)
-    training, testing = graph.composite({"two": pair["two"]}, once), graph.composite(pair, once)
+    training = graph.GraphRewards({"two": pair["two"]}, once)
+    testing = graph.GraphRewards(pair, once)
     assert len(placed) == len(TOWER) + 2
     images, rows = PICTURES[:3], np.zeros(3, int)
     for score in (training, testing):
@@ -373,8 +362,9 @@ def test_a_recipe_s_scorers_place_what_they_share_once(training, monkeypatch):
     scorer, test_scorer = recipe.scorers(
         config, sharding.make_mesh(), records, records, training=training
     )
-    assert test_scorer.mix.names == tuple(test_scorer.in_graph) == ("watched", "tested")
-    assert scorer.mix.names == tuple(scorer.in_graph) == ("trained", "watched") * training
+    tested, trained = test_scorer.in_graph.weights, scorer.in_graph.weights
+    assert test_scorer.weights.names == tuple(tested) == ("watched", "tested")
+    assert scorer.weights.names == tuple(trained) == ("trained", "watched") * training
     assert len(placed) == len(TOWER) + (3 if training else 2)
 
 
@@ -384,7 +374,7 @@ def test_a_run_that_never_evaluates_loads_no_rewards_for_it(every, tested, monke
     config.eval.rewards, config.eval.every = ("imagereward",), every
     monkeypatch.setattr(imagereward, "make", lambda **options: pytest.fail("it was loaded"))
     scorer, test_scorer = recipe.scorers(config, sharding.make_mesh(), tested, tested)
-    assert scorer.mix.names == ("shapes",) and test_scorer.mix.names == ()
+    assert scorer.weights.names == ("shapes",) and test_scorer.weights.names == ()
 
 
 def test_a_prompt_that_a_reward_cannot_judge_is_named_by_file_and_line(tmp_path):
@@ -400,11 +390,11 @@ def test_a_prompt_that_a_reward_cannot_judge_is_named_by_file_and_line(tmp_path)
     config = shapes.get_config()
     config.prompts.train = str(file)
     loaded = {"geneval": SimpleNamespace(check=geneval.check)}
-    records, mix = prompts.load(str(file)), RewardWeights({"geneval": 1.0})
-    named = functools.partial(recipe.source, config, "train")
-    recipe._check_records(loaded, mix, records[:2], named)
+    records, weights = prompts.load(str(file)), RewardWeights({"geneval": 1.0})
+    place = functools.partial(recipe.prompt_place, config, "train")
+    check_records(loaded, Source(weights, records[:2], place))
     with pytest.raises(ValueError, match=r"geneval\.jsonl: line 3: reward 'geneval': .*'mauve'"):
-        recipe._check_records(loaded, mix, records, named)
+        check_records(loaded, Source(weights, records, place))
 
 
 def test_prompts_that_a_reward_cannot_judge_are_an_early_error(monkeypatch):
@@ -439,7 +429,7 @@ def test_prompts_that_a_reward_cannot_judge_are_an_early_error(monkeypatch):
 
 
 def compare_calls(devices):
-    """`callback` in a jitted program, `overlap` beside it, and a plain call: the same Rewards."""
+    """In a jitted program, in threads beside it, and by a plain call: the same scores."""
     assert jax.device_count() == devices
     mesh, scored = sharding.make_mesh(), []
 
@@ -449,23 +439,25 @@ def compare_calls(devices):
         return images.mean((1, 2, 3)) + 1000 * ids, ids != 5
 
     parts = {"by_id": by_id, "brightness": brightness}
-    named = lambda ids: ([str(i) for i in ids], [{}] * len(ids))  # noqa: E731
-    score = host.composite(parts, named)
+    weights, records = (
+        RewardWeights(dict.fromkeys(parts, 1.0)),
+        [{"prompt": str(i)} for i in range(16)],
+    )
+    scorer = Scorer(weights, parts, records, mesh, threads=2)
     ids = RNG.permutation(16).astype(np.int32)
     images, rows = sharding.split_rows(mesh, (PICTURES, ids))
 
-    in_graph = host.callback(score, tuple(parts), mesh, sharding.ROWS)
+    in_graph = scorer.inside_program()
     called = jax.device_get(jax.jit(lambda x, i: in_graph(255 - x, i))(images, rows))
     assert sorted(scored) == sorted(part.tolist() for part in np.split(ids, devices))
 
-    with ThreadPoolExecutor(2) as pool:
-        overlapped = host.overlap(pool, score, 255 - images, rows).result()
+    with PendingScores(scorer, ids) as pending:
+        pending.add(Pictures(255 - images, jnp.ones(16, bool)), {}, rows)
+        overlapped = pending.collect(cli.Stop().wait)
     mean = 255 - PICTURES.reshape(16, -1).mean(1)
-    for out in (called, overlapped):
-        expected = np.where(ids != 5, 1000 * ids + mean, np.nan)
-        np.testing.assert_allclose(out["by_id"], expected, rtol=1e-6)
-        np.testing.assert_allclose(out["brightness"], mean, rtol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, called, overlapped)
+    expected = np.stack([np.where(ids != 5, 1000 * ids + mean, np.nan), mean])
+    np.testing.assert_allclose(overlapped.values, expected, rtol=1e-6)
+    np.testing.assert_array_equal(overlapped.values, [called[name] for name in overlapped.names])
 
 
 def test_a_reward_that_computes_with_jax_is_refused_inside_of_a_program():
@@ -476,11 +468,11 @@ def test_a_reward_that_computes_with_jax_is_refused_inside_of_a_program():
         return np.asarray(means), np.ones(len(images), bool)
 
     limited = {"mean": host.Limited(reward, 60.0)}
-    scorer = host.composite(limited, lambda ids: ([""] * len(ids), [{}] * len(ids)))
+    score = host.composite(limited, lambda ids: [{"prompt": ""} for _ in ids])
     ids = np.arange(len(PICTURES), dtype=np.int32)
-    np.testing.assert_allclose(scorer(PICTURES, ids)["mean"], PICTURES.mean((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(score(PICTURES, ids)["mean"], PICTURES.mean((1, 2, 3)), rtol=1e-5)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    inside = jax.jit(host.callback(scorer, ("mean",), mesh, sharding.ROWS))
+    inside = jax.jit(host.callback(score, ("mean",), mesh, sharding.ROWS))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"set reward\.host_call='overlap'"):
         jax.block_until_ready(inside(PICTURES, ids))
 

@@ -3,19 +3,22 @@
 A reward is any callable `(images uint8 [B, H, W, 3], prompts, metadata) -> (scores f32 [B], valid
 bool [B])`, on the host, or a `types.GraphReward`, whose scores are computed where the images are.
 A host reward may have a method `ready()`: it is called before training starts, and raises when the
-reward cannot work; and a method `check(record)`, called then with the metadata of every prompt that
-it is for, which raises ValueError for what it cannot judge. To add a reward: write it in a file of
-this folder, give it a row in `TABLE`, test it. A reward of the user's own needs no row: its name in
-the recipe is "package.module:function", or "package.module:make()" for one that takes options.
+reward cannot work; a method `check(record)`, called then with the metadata of every prompt that it
+is for, which raises ValueError for what it cannot judge; and a `scope`: "image" (the default),
+"group" for a reward that is to be given all images of a prompt in one call, or "epoch" for one that
+is to be given all images of an epoch. To add a reward: write it in a file of this folder, give it a
+row in `TABLE`, test it. A reward of the user's own needs no row: its name in the recipe is
+"package.module:function", or "package.module:make()" for one that takes options.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flowgrpo_jax import tables
-from flowgrpo_jax.types import GraphReward, Reward
+from flowgrpo_jax.types import Described, GraphReward, Reward
 
 # "module:function" is a reward itself; "module:make()" makes one from the recipe's options.
 TABLE = {
@@ -65,13 +68,9 @@ def load(
       options: {name: keyword arguments of the row's `make()`}. A name of its own adds to the row's;
         for rows of `VIEWS` see there.
     """
-    given = options or {}
     rewards = {}
     for name in names:
-        row = row_of(name)
-        base, changes = VIEWS.get(row, (row, {}))
-        chosen = {**given.get(base, {}), **changes, **given.get(row, {}), **given.get(name, {})}
-        target = TABLE.get(row, row)
+        target, chosen = _target(name), _options(name, options or {})
         found = tables.find({}, target.removesuffix("()"), "reward")
         if target.endswith("()"):
             try:
@@ -84,6 +83,38 @@ def load(
             raise ValueError(f"reward.options.{name}={chosen}: {name} takes no options")
         rewards[name] = found
     return rewards
+
+
+def describe(
+    names: Iterable[str], options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Described]:
+    """Describe those of the named rewards that run in the graph, without reading any weights.
+
+    A module says in `DESCRIBED` how its rewards are described: {function: dtype -> Described}.
+    Shapes are those of the published weights, wherever the options point.
+    """
+    found = {}
+    for name in names:
+        target = _target(name).removesuffix("()")
+        tables.find({}, target, "reward")  # imports its module
+        module, _, function = target.partition(":")
+        described = getattr(sys.modules[module], "DESCRIBED", {})
+        if function in described:
+            found[name] = described[function](_options(name, options).get("dtype", "float32"))
+    return found
+
+
+def _target(name: str) -> str:
+    """Return "module:function", or "module:make()" for a function that makes the reward."""
+    row = row_of(name)
+    return TABLE.get(row, row)
+
+
+def _options(name: str, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a reward's options: those of the row that it is a view of, of its row, and its own."""
+    row = row_of(name)
+    base, changes = VIEWS.get(row, (row, {}))
+    return {**given.get(base, {}), **changes, **given.get(row, {}), **given.get(name, {})}
 
 
 def row_of(name: str) -> str:

@@ -23,11 +23,12 @@ import numpy as np
 
 from flowgrpo_jax import pictures
 from flowgrpo_jax.models.tokenizers import padded
-from flowgrpo_jax.models.towers.clip import VIT_H_14
+from flowgrpo_jax.models.towers.aesthetic_head import Head
+from flowgrpo_jax.models.towers.clip import CLIP, VIT_H_14, VIT_L_14, DualConfig
 from flowgrpo_jax.models.towers.preprocess import as_pil, as_tensor, to_even
 from flowgrpo_jax.rewards import towers
 from flowgrpo_jax.rewards.towers import CLIP_H, CLIP_L, HEAD_FILES, HPS_FILES, Tower
-from flowgrpo_jax.types import GraphReward, Metadata
+from flowgrpo_jax.types import Described, GraphReward, Metadata
 
 log = logging.getLogger(__name__)
 Prepare = Callable[[Sequence[str], Sequence[Metadata]], dict[str, np.ndarray]]
@@ -211,3 +212,36 @@ def agreement(
         return rule(cosine, cosine * tower.apply(weights["clip"], method="scale"))
 
     return GraphReward({"clip": tower.params}, prepare, score)
+
+
+# ---------------------------------------------------------------- described, without any weights
+
+
+def _describe_agreement(
+    weights: str, shape: DualConfig, rule: dict[str, Any], dtype: str
+) -> Described:
+    tower = towers.described(weights, CLIP, shape, dtype)
+    ids = jax.ShapeDtypeStruct((shape.text.max_position_embeddings,), jnp.int32)
+    return Described(agreement(tower, dtype, towers.unprepared, **rule), {"ids": ids})
+
+
+def _describe_aesthetic(dtype: str) -> Described:
+    tower = towers.described("clip_l", CLIP, VIT_L_14, dtype)
+    head = towers.described("head", Head, VIT_L_14.vision.projection_dim, "float32")
+    return Described(beauty(tower, dtype, head), {})
+
+
+def _describe_similarity(dtype: str) -> Described:
+    tower = towers.described("clip_l", CLIP, VIT_L_14, dtype)
+    side = VIT_L_14.vision.image_size
+    pixels = jax.ShapeDtypeStruct((side, side, 3), jnp.float32)
+    return Described(similarity(tower, dtype, towers.unprepared), {"pixels": pixels})
+
+
+DESCRIBED: dict[str, Callable[[str], Described]] = {
+    "pickscore": partial(_describe_agreement, "pickscore", VIT_H_14, PICKSCORE),
+    "clipscore": partial(_describe_agreement, "clip_l", VIT_L_14, CLIPSCORE),
+    "hpsv2": partial(_describe_agreement, "hpsv2", VIT_H_14, HPSV2),
+    "aesthetic": _describe_aesthetic,
+    "image_similarity": _describe_similarity,
+}

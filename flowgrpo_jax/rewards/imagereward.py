@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from flowgrpo_jax.models.towers.blip import BLIPConfig, ImageReward
 from flowgrpo_jax.models.towers.preprocess import as_pil, to_even
 from flowgrpo_jax.rewards import towers
 from flowgrpo_jax.rewards.towers import IMAGE_REWARD_FILES
-from flowgrpo_jax.types import GraphReward, Metadata
+from flowgrpo_jax.types import Described, GraphReward, Metadata
 
 LENGTH = 35  # tokens that are read of a prompt
 
@@ -58,3 +60,16 @@ def reading(
             return tower.apply(weights, rows["ids"], rows["mask"], pixels)
 
     return GraphReward(tower.params, prepare, score)
+
+
+def describe(dtype: str) -> Described:
+    """Describe the reward with the shapes of the published weights."""
+    tower = towers.described("imagereward", ImageReward, BLIPConfig(), dtype)
+    inputs = {
+        "ids": jax.ShapeDtypeStruct((LENGTH,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((LENGTH,), bool),
+    }
+    return Described(reading(tower, dtype, towers.unprepared), inputs)
+
+
+DESCRIBED = {"make": describe}

@@ -3,10 +3,8 @@
 Pref-GRPO (arXiv 2508.20751): a vision-language model compares the images of a prompt two by two;
 an image's reward is its win rate, from 0 to 1. A tie is half a win for both.
 
-Which images share a prompt is read from the batch: images with equal prompts are a group (an
-epoch's prompts are distinct). A batch may hold only a part of a group, whose images are then
-compared with each other alone: make `sample.micro_batch` a multiple of `sample.group_size`, or as
-large as it can be. An image that is alone with its prompt has nobody to win against and is invalid.
+A group reward: every call has all images of one prompt. An image that is alone with its prompt has
+nobody to win against and is invalid.
 
 Deviation: upstream gives both images half a win when a comparison fails. Here it counts for
 neither, and an image without any comparison is invalid.
@@ -46,12 +44,13 @@ WINS = {"1": 1.0, "2": 0.0, "tie": 0.5}  # of the image that is shown first
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """A reward that asks `chat` which of two images is better."""
+    """A reward that asks `chat` which of two images of a prompt is better."""
 
     chat: Chat
     template: str
     pattern: re.Pattern[str]
     opponents: int | None
+    scope: str = "group"
 
     def ready(self) -> None:
         """Ask a question. Raises RuntimeError unless an endpoint has the model and answers it."""
@@ -60,11 +59,16 @@ class Preference:
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Win rates f32 [B]; valid where at least one comparison succeeded."""
-        pairs = list(duels(prompts, self.opponents))
-        questions = [
-            self.question(prompts[first], images[first], images[second]) for first, second in pairs
-        ]
+        """Win rates f32 [B]; valid where at least one comparison succeeded.
+
+        Raises ValueError for images of several prompts.
+        """
+        if len(set(prompts)) > 1:
+            raise ValueError(
+                f"images of {len(set(prompts))} prompts: each prompt's need a call of their own"
+            )
+        pairs = list(duels(len(images), self.opponents))
+        questions = [self.question(prompts[0], images[i], images[k]) for i, k in pairs]
         wins, fought = np.zeros(len(images)), np.zeros(len(images))
         for (first, second), won in zip(pairs, self.chat.ask_all(questions, self.verdict)):
             if won is not None:
@@ -87,23 +91,17 @@ class Preference:
         return WINS[found]
 
 
-def duels(prompts: Sequence[str], opponents: int | None) -> Iterator[tuple[int, int]]:
-    """Pairs (shown first, shown second) of images with the same prompt, each pair once.
+def duels(n: int, opponents: int | None) -> Iterator[tuple[int, int]]:
+    """Pairs (shown first, shown second) of n images, each pair once.
 
     With `opponents` = k each image meets about k others: its neighbours in the group, taken as a
     ring. Judges favour a place, so an image is shown first and second about equally often.
     """
-    groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        groups.setdefault(prompt, []).append(i)
-    for group in groups.values():
-        n = len(group)
-        reach = n // 2 if opponents is None else min((opponents + 1) // 2, n // 2)
-        for step in range(1, reach + 1):
-            # At half of an even ring the pair (i, i + n/2) comes round again from its other end.
-            starts = n // 2 if 2 * step == n else n
-            for i in range(starts):
-                yield group[i], group[(i + step) % n]
+    reach = n // 2 if opponents is None else min((opponents + 1) // 2, n // 2)
+    for step in range(1, reach + 1):
+        # At half of an even ring the pair (i, i + n/2) comes round again from its other end.
+        for i in range(n // 2 if 2 * step == n else n):
+            yield i, (i + step) % n
 
 
 def make(

@@ -15,21 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from flowgrpo_jax.transport import http_client, wire_format
-from flowgrpo_jax.types import Metadata
+from flowgrpo_jax.types import SCOPES, Metadata
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """A reward that asks `replicas`, `batch` images at a time."""
+    """A reward that asks `replicas`, `batch` images at a time; a group or an epoch at once."""
 
     replicas: http_client.Replicas
     batch: int
     form: str
+    scope: str = "image"
 
     def ready(self) -> None:
-        """Raise RuntimeError unless a server is ready, knows the secret and takes the batch."""
+        """Raise RuntimeError unless a server of this scope is ready, knows the secret and takes
+        the batch."""
 
         def probe(url: str) -> None:
             url += "/ready"
@@ -49,6 +51,11 @@ class Remote:
                 raise http_client.Failed(
                     f"{url} takes {most} images a request, but batch={self.batch}"
                 )
+            if (scope := state.get("scope", "image")) != self.scope:
+                raise http_client.Failed(
+                    f"{url} serves a reward of another scope than scope={self.scope!r}: set"
+                    f" scope={scope!r} in reward.options"
+                )
 
         self.replicas.check("remote reward", probe)
 
@@ -56,10 +63,11 @@ class Remote:
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The servers' scores f32 [B]; valid where they came and the server called them valid."""
-        starts = range(0, len(images), self.batch)
+        batch = self.batch if self.scope == "image" else len(images)
+        starts = range(0, len(images), batch)
 
         def ask(start: int) -> tuple[np.ndarray, np.ndarray]:
-            rows = slice(start, start + self.batch)
+            rows = slice(start, start + batch)
             n = len(images[rows])
             body = wire_format.encode(images[rows], prompts[rows], metadata[rows], self.form)
             try:
@@ -84,17 +92,21 @@ def make(
     retries: int = 3,
     backoff: float = 0.5,
     rest: float = 10.0,
+    scope: str = "image",
 ) -> Remote:
     """Make the reward.
 
     Args:
       urls: addresses of servers of the same reward, http://host:port.
       secret_env: the environment variable that holds the servers' secret.
-      batch: images of a request at most; the servers get two requests each at a time. A reward
-        that compares images with each other needs whole groups: a multiple of the group size.
+      batch: images of a request at most; the servers get two requests each at a time.
       form: "png" or, quicker on a fast network, "npy".
       timeout, retries, backoff, rest: as in `http_client.Replicas`.
+      scope: that of the servers' reward. With "group" or "epoch" all images of a prompt or of an
+        epoch are one request, whatever `batch` says.
     """
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r} must be one of {', '.join(SCOPES)}")
     if form not in wire_format.FORMS:
         raise ValueError(f"form={form!r} must be one of {', '.join(wire_format.FORMS)}")
     if batch < 1:
@@ -103,4 +115,4 @@ def make(
     replicas = http_client.Replicas(
         urls, timeout=timeout, retries=retries, backoff=backoff, rest=rest, headers=headers
     )
-    return Remote(replicas, batch, form)
+    return Remote(replicas, batch, form, scope)

@@ -23,6 +23,7 @@ from flowgrpo_jax.models.towers.aesthetic_head import Head
 from flowgrpo_jax.models.towers.blip import BLIPConfig, ImageReward
 from flowgrpo_jax.models.towers.clip import CLIP, DualConfig, from_open_clip, is_open_clip
 from flowgrpo_jax.models.weight_files import Tensors, open_file
+from flowgrpo_jax.types import Metadata
 
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_FILES = (
@@ -191,6 +192,18 @@ def describe(kind: Any, config: Any, dtype: str) -> Tower:
         for path, x in shapes.items()
     }
     return Tower(apply, params, config, Path())
+
+
+@functools.cache
+def described(weights: str, kind: Any, config: Any, dtype: str) -> Tower:
+    """Describe a tower by the name of its weights. Rewards on the same weights share one, as they
+    share those that the functions `read_*` have read."""
+    return describe(kind, config, dtype)
+
+
+def unprepared(prompts: Sequence[str], metadata: Sequence[Metadata]) -> Any:
+    """Stand in for the `prepare` of a reward that is only described."""
+    raise ValueError("this reward is only described: `rewards.load` it to prepare prompts")
 
 
 def build(kind: Any, config: Any, tensors: Tensors, dtype: str, file: Path) -> Tower:

@@ -2,7 +2,7 @@
 
 `callback` puts the call inside the jitted program (an `io_callback` per device shard, under
 `shard_map`: in plain jit the same callback would gather the batch onto one process).
-`overlap` scores finished images in threads while the device samples the next ones.
+`submit` scores finished images in threads while the device samples the next ones.
 Both return the same scores.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -22,13 +23,12 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
-from flowgrpo_jax import sharding
-from flowgrpo_jax.types import Metadata, Reward, Scores
+from flowgrpo_jax.types import Metadata, NamedScores, Reward, scope_of
 
 log = logging.getLogger(__name__)
 
-# score(images uint8 [M, H, W, 3], prompt ids i32 [M]) -> Scores of numpy arrays
-Score = Callable[[np.ndarray, np.ndarray], Scores]
+# score(images uint8 [M, H, W, 3], prompt ids i32 [M]) -> NamedScores of numpy arrays
+Score = Callable[[np.ndarray, np.ndarray], NamedScores]
 
 
 def guarded(
@@ -100,24 +100,27 @@ def _track(work: Future[Any]) -> Future[Any]:
 class Limited:
     """A reward whose calls raise TimeoutError after `seconds`; None sets no limit.
 
-    A thread cannot be stopped from outside. The call that took too long goes on in its own; until
-    it returns, further calls raise at once. `cli.ending` ends the process in spite of it.
+    A thread cannot be stopped from outside. The call that took too long goes on in its own. The
+    next call waits for it as long once more, so that a call that was merely slow costs its own
+    images alone; after that, calls raise at once until it returns. `cli.ending` ends the process
+    in spite of it.
     """
 
     def __init__(self, reward: Reward, seconds: float | None):
-        self.reward, self.seconds = reward, seconds
+        self.reward, self.seconds, self.scope = reward, seconds, scope_of(reward)
         self._last: Future[Any] | None = None  # the call that was given up
+        self._patience = 0.0  # the time until which the next call waits for it
 
     def __call__(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self._last and not self._last.done():
+        if self._last and not wait([self._last], self._patience - time.monotonic()).done:
             raise TimeoutError("an earlier call has not returned yet")
         result: Future[Any] = _track(Future())
         work = (self._call, result, images, prompts, metadata)
         threading.Thread(target=copy_context().run, args=work, daemon=True).start()
         if not wait([result], self.seconds).done:
-            self._last = result
+            self._last, self._patience = result, time.monotonic() + (self.seconds or 0.0)
             raise TimeoutError(f"no scores after reward.timeout={self.seconds:g} seconds")
         return result.result()
 
@@ -138,105 +141,58 @@ def hung() -> bool:
         return True
 
 
-@contextmanager
-def threads(number: int) -> Iterator[Executor]:
-    """Provide a thread pool for `overlap`. At its end, calls that wait are dropped.
-
-    A call that is running is not waited for.
-    """
-    pool = ThreadPoolExecutor(number)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def composite(
     rewards: Mapping[str, Reward],
-    lookup: Callable[[np.ndarray], tuple[Sequence[str], Sequence[Metadata]]],
+    lookup: Callable[[np.ndarray], Sequence[Metadata]],
     applies: Callable[[str, Metadata], bool] = lambda name, metadata: True,
 ) -> Score:
     """Combine the host rewards into one function of images and prompt ids.
 
     Args:
-      lookup: prompt ids i32 [M] -> their prompts and metadata.
+      lookup: prompt ids i32 [M] -> their records, each with its text as "prompt".
       applies: returns whether the named reward applies to the prompt. A reward sees only the
         images whose prompts it applies to.
     """
 
-    def score(images: np.ndarray, ids: np.ndarray) -> Scores:
-        prompts, metadata = lookup(ids)
+    def score(images: np.ndarray, ids: np.ndarray) -> NamedScores:
+        records = lookup(ids)
         out = {}
         for name, reward in rewards.items():
             out[name] = np.full(len(images), np.nan, np.float32)
-            rows = np.array([i for i, m in enumerate(metadata) if applies(name, m)], int)
+            rows = np.array([i for i, record in enumerate(records) if applies(name, record)], int)
             if rows.size:
-                chosen = [prompts[i] for i in rows], [metadata[i] for i in rows]
-                scores, valid = guarded(name, reward, images[rows], *chosen)
+                chosen = [records[i] for i in rows]
+                texts = [record["prompt"] for record in chosen]
+                scores, valid = guarded(name, reward, images[rows], texts, chosen)
                 out[name][rows] = np.where(valid, scores, np.nan)
         return out
 
     return score
 
 
-def overlap(pool: Executor, score: Score, images: jax.Array, ids: jax.Array) -> Future[Scores]:
-    """Score in a thread, which waits for the device; the caller goes on dispatching.
-
-    Each process scores the rows that it holds; the others are NaN in its result.
-    """
-
-    def own_rows() -> Scores:
-        rows, pictures = sharding.own_rows(images)
-        scores = score(pictures, sharding.own_rows(ids)[1])
-        return {name: spread(rows, s, images.shape[0]) for name, s in scores.items()}
-
-    return _track(pool.submit(own_rows))
-
-
-def shares(ids: np.ndarray, process: int, processes: int, size: int) -> list[np.ndarray]:
-    """Return the rows that one process scores, cut into at least one call of about `size` images.
-
-    Images of one prompt are always in one call, because rewards may compare them.
-    """
-    calls: list[list[int]] = [[]]
-    for i in np.unique(ids)[process::processes]:
-        rows = np.flatnonzero(ids == i).tolist()
-        if calls[-1] and len(calls[-1]) + len(rows) > size:
-            calls.append([])
-        calls[-1] += rows
-    return [np.array(rows, int) for rows in calls]
-
-
-def spread(rows: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
-    """Put scores [m] at their rows of an array [n] that holds NaN elsewhere."""
-    out = np.full(n, np.nan, np.float32)
-    out[rows] = scores
-    return out
-
-
-def merge(scores: np.ndarray) -> np.ndarray:
-    """Merge the results of the processes; each result has NaN in the rows it did not score."""
-    return np.fmax.reduce(sharding.allgather(scores))
+def submit(pool: Executor, work: Callable[..., Any], *batch: Any) -> Future[Any]:
+    """Call `work` in a thread, which may wait for the device; the caller goes on dispatching."""
+    return _track(pool.submit(work, *batch))
 
 
 def callback(
     score: Score, names: Sequence[str], mesh: Mesh, rows: PartitionSpec
-) -> Callable[[jax.Array, jax.Array], Scores]:
-    """Wrap `score` for a call inside a jitted program: f(images, ids) -> Scores of jax arrays.
+) -> Callable[[jax.Array, jax.Array], NamedScores]:
+    """Wrap `score` for a call inside a jitted program: f(images, ids) -> NamedScores of jax arrays.
 
     Args:
       names: the rewards that `score` returns.
       mesh, rows: how the batch axis is laid out; each process scores its own shards.
     """
 
-    def on_host(images: Any, ids: Any) -> Scores:
+    def on_host(images: Any, ids: Any) -> NamedScores:
         outside = inside_program.set(True)
         try:
             return score(np.asarray(images), np.asarray(ids))
         finally:
             inside_program.reset(outside)
 
-    def per_shard(images: jax.Array, ids: jax.Array) -> Scores:
+    def per_shard(images: jax.Array, ids: jax.Array) -> NamedScores:
         shapes = dict.fromkeys(names, jax.ShapeDtypeStruct(ids.shape, jnp.float32))
         return io_callback(on_host, shapes, images, ids, ordered=False)
 

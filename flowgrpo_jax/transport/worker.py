@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flowgrpo_jax.types import GraphReward, Metadata, Reward
+from flowgrpo_jax.types import GraphReward, Metadata, Reward, scope_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Worker(threading.Thread):
         """
         super().__init__(daemon=True)
         self.load, self.batch, self.waiting = load, batch, waiting
-        self.ready = False
+        self.ready, self.scope = False, "image"
         self.on_error: Callable[[BaseException], None] = lambda error: None
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -58,7 +58,7 @@ class Worker(threading.Thread):
         try:
             loaded = self.load()
             reward = on_host(loaded) if isinstance(loaded, GraphReward) else loaded
-            self.ready = True
+            self.scope, self.ready = scope_of(reward), True
             while True:
                 self._score(reward, self._next())
         except BaseException as error:  # a server without its worker would accept and never answer
@@ -66,17 +66,26 @@ class Worker(threading.Thread):
             self.on_error(error)
 
     def _next(self) -> list[Job]:
-        """The first request that waits, and those after it of the same size that fit."""
+        """The first request that waits, and those after it of the same size that fit.
+
+        A request to a group or epoch reward is one group or epoch, which is scored by itself.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._jobs)
             jobs = [self._jobs.popleft()]
             size = len(jobs[0].images)
-            while self._jobs and self._jobs[0].images.shape[1:] == jobs[0].images.shape[1:]:
+            while self._follows(jobs[0]):
                 size += len(self._jobs[0].images)
                 if size > self.batch:
                     break
                 jobs.append(self._jobs.popleft())
         return jobs
+
+    def _follows(self, job: Job) -> bool:
+        """Return whether the next request may be scored together with this one."""
+        if not self._jobs or self.scope != "image":
+            return False
+        return self._jobs[0].images.shape[1:] == job.images.shape[1:]
 
     def _score(self, reward: Reward, jobs: list[Job]) -> None:
         jobs = [job for job in jobs if not job.result.cancelled()]

@@ -1,0 +1,42 @@
+"""The scores of an epoch or of an evaluation: what every reward gave every image."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Scores(NamedTuple):
+    """The scores of B images by K rewards, on the host of every process alike."""
+
+    names: tuple[str, ...]  # of the K rewards
+    values: np.ndarray  # f32 [K, B], unweighted; NaN where a reward failed or does not apply
+    weights: np.ndarray  # f32 [K, B]; NaN where a reward does not apply to the image's prompt
+    finite: np.ndarray  # bool [B], whether all pixels are finite; other images have no score
+
+    @property
+    def failed(self) -> np.ndarray:
+        """Where a reward that applies has no score: bool [K, B]."""
+        return np.isnan(self.values) & ~np.isnan(self.weights)
+
+    @property
+    def broken(self) -> float:
+        """The share of the images that are not finite."""
+        return 1.0 - float(self.finite.mean())
+
+    def of(self, images: np.ndarray) -> Scores:
+        """Return the scores of some of the images, bool [B]."""
+        return Scores(
+            self.names, self.values[:, images], self.weights[:, images], self.finite[images]
+        )
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each reward over the images that have its score."""
+        return {name: mean(values) for name, values in zip(self.names, self.values)}
+
+
+def mean(scores: np.ndarray) -> float:
+    """Return the mean over the images that have a score; NaN when there is none."""
+    scores = scores[~np.isnan(scores)]
+    return float(scores.mean()) if scores.size else float("nan")
