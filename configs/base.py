@@ -85,7 +85,8 @@ def get_config() -> ConfigDict:
     c.sample.steps = 10
     # Classifier-free guidance; up to 1 means none, a single forward a step.
     c.sample.guidance_scale = 4.5
-    # Transition kernel: flow_sde, cps, or one of your own.
+    # Transition kernel: flow_sde, dance, flash, cps, precise, precise_dance, precise_flash, or one
+    # of your own.
     c.sample.kernel = "flow_sde"
     # Strength of the SDE's noise, unitless.
     c.sample.noise_level = 0.7
