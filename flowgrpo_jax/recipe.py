@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     advantages,
     algorithms,
+    excess_noise,
     programs,
     prompts,
     rewards,
@@ -438,6 +439,7 @@ def summary(recipe: Recipe) -> str:
     layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
     after = config.train.decay_steps
     decay = f", falling after {after} updates" if after else ""
+    problem = noise_warning(config, recipe.setup.process)
     return "\n".join(
         [
             f"model       {config.model.path}, {frozen / 1e6:.1f} M frozen, {trained / 1e3:.0f} k"
@@ -448,7 +450,18 @@ def summary(recipe: Recipe) -> str:
             f" guidance {config.sample.guidance_scale}",
             f"update      {config.algorithm.name}: {recipe.algorithm.summary},"
             f" learning rate {config.train.learning_rate:g}{decay}",
+            *([f"warning     {problem}"] if problem else []),
         ]
+    )
+
+
+def noise_warning(config: ConfigDict, process: Process) -> str:
+    """Return a sentence about too much noise that the kernel leaves in the window, or ""."""
+    if not process.window:
+        return ""
+    low, high = window_range(config)
+    return excess_noise.warning(
+        config.sample.kernel, process.kernel, process.sigmas, process.noise_level, low, high
     )
 
 
