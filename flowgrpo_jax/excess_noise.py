@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.sde import Kernel
+from flowgrpo_jax.windows import Window
 
 MOST = 1.1  # times the noise that a step should leave, from which on there is a warning
 EXACT = {"flow_sde": "precise", "dance": "precise_dance", "flash": "precise_flash"}
@@ -43,31 +45,26 @@ def ratios(kernel: Kernel, sigmas: Sequence[float] | np.ndarray, noise_level: fl
     return np.asarray(left, np.float64) / np.asarray(sigmas[1:-1], np.float64)
 
 
-def warning(
-    name: str,
-    kernel: Kernel,
-    sigmas: Sequence[float] | np.ndarray,
-    noise_level: float,
-    low: int,
-    high: int,
-) -> str:
+def warning(name: str, process: Process, window: Window) -> str:
     """Return a sentence about the window's steps that leave more than `MOST`, or "".
 
     Args:
       name: the kernel's name in the recipe.
-      low, high: the window lies among the steps [low, high).
     """
-    found = ratios(kernel, sigmas, noise_level)
-    steps = [t for t in range(low, min(high, len(found))) if found[t] > MOST]
+    if not window.size:  # the ODE, without noise
+        return ""
+    sigmas = process.sigmas
+    found = ratios(process.kernel, sigmas, process.noise_level)
+    steps = [t for t in range(window.low, window.high) if found[t] > MOST]
     if not steps:
         return ""
     worst = max(steps, key=lambda t: found[t])
     fix = f"take sample.kernel={EXACT.get(name, 'precise')!r}, which leaves exactly its sigma"
-    if steps[0] > low:
+    if steps[0] > window.low:
         fix = f"end the window before step {steps[0]} (sample.window_range), or {fix}"
     return (
-        f"sample.kernel={name!r} with sample.noise_level={noise_level:g} leaves {found[worst]:.3g}"
-        f" times the noise that step {worst} should leave (sigma {sigmas[worst]:.3g} to"
-        f" {sigmas[worst + 1]:.3g}), and more than {MOST:g} times at step"
+        f"sample.kernel={name!r} with sample.noise_level={process.noise_level:g} leaves"
+        f" {found[worst]:.3g} times the noise that step {worst} should leave (sigma"
+        f" {sigmas[worst]:.3g} to {sigmas[worst + 1]:.3g}), and more than {MOST:g} times at step"
         f"{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))} of the window: {fix}"
     )

@@ -26,8 +26,10 @@ from flowgrpo_jax import (
     rewards,
     sde,
     sharding,
+    solvers,
     text_cache,
     update,
+    windows,
 )
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
@@ -37,7 +39,7 @@ from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import graph, host
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
-from flowgrpo_jax.settings import Plan, check, guidance, make_plan, require, window, window_range
+from flowgrpo_jax.settings import Plan, check, guidance, make_plan, make_window, require, window
 from flowgrpo_jax.types import (
     Conditioning,
     GraphReward,
@@ -85,6 +87,7 @@ class Recipe:
     setup: Setup
     algorithm: Algorithm
     advantage: Advantage
+    window_start: windows.Start
     optimiser: Any
     programs: Programs
     train_prompts: list[Metadata]
@@ -185,6 +188,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         setup,
         algorithm,
         make_advantage(config),
+        make_window(config, algorithm),
         optimiser,
         built,
         train_prompts,
@@ -224,14 +228,17 @@ def make_advantage(config: ConfigDict) -> Advantage:
 
 def make_setup(config: ConfigDict, shift: float, algorithm: Algorithm) -> Setup:
     """Return how images are drawn, with the sigmas of a model whose schedule has this shift."""
-    s = config.sample
+    s, size = config.sample, window(config, algorithm).size
+    sigmas = tuple(map(float, sde.sigma_schedule(s.steps, shift)))
     process = Process(
-        sigmas=tuple(map(float, sde.sigma_schedule(s.steps, shift))),
+        sigmas=sigmas,
         kernel=sde.load(s.kernel),
         noise_level=s.noise_level,
-        window=window(config) if algorithm.window else 0,
+        window=size,
         density=s.density,
         reduction=s.reduction,
+        solver=solvers.load(s.solver),
+        by_start=windows.compressed(sigmas, shift, size, s.tail),
     )
     return Setup(process, s.group_size)
 
@@ -425,6 +432,7 @@ def make_programs(
             guidance=eval_scale,
             latent=latent,
             sigmas=tuple(map(float, sde.sigma_schedule(config.eval.steps, model.shift))),
+            solver=solvers.load(config.eval.solver),
         ),
     )
 
@@ -439,15 +447,16 @@ def summary(recipe: Recipe) -> str:
     layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
     after = config.train.decay_steps
     decay = f", falling after {after} updates" if after else ""
-    problem = noise_warning(config, recipe.setup.process)
+    chosen = window(config, recipe.algorithm)
+    problem = excess_noise.warning(config.sample.kernel, recipe.setup.process, chosen)
     return "\n".join(
         [
             f"model       {config.model.path}, {frozen / 1e6:.1f} M frozen, {trained / 1e3:.0f} k"
             f" trained, {config.model.height} x {config.model.width} px, {config.model.dtype}",
             f"batch       {recipe.plan} on {recipe.mesh.size} {jax.default_backend()} device(s)"
             f" of {jax.process_count()} process(es), {layout}",
-            f"rollout     {config.sample.steps} steps, {_noise(recipe)},"
-            f" guidance {config.sample.guidance_scale}",
+            f"rollout     {config.sample.steps} steps of {config.sample.solver},"
+            f" {_noise(config, chosen)}, guidance {config.sample.guidance_scale}",
             f"update      {config.algorithm.name}: {recipe.algorithm.summary},"
             f" learning rate {config.train.learning_rate:g}{decay}",
             *([f"warning     {problem}"] if problem else []),
@@ -455,19 +464,9 @@ def summary(recipe: Recipe) -> str:
     )
 
 
-def noise_warning(config: ConfigDict, process: Process) -> str:
-    """Return a sentence about too much noise that the kernel leaves in the window, or ""."""
-    if not process.window:
-        return ""
-    low, high = window_range(config)
-    return excess_noise.warning(
-        config.sample.kernel, process.kernel, process.sigmas, process.noise_level, low, high
-    )
-
-
-def _noise(recipe: Recipe) -> str:
-    s, size = recipe.config.sample, recipe.setup.process.window
-    if not size:
+def _noise(config: ConfigDict, window: windows.Window) -> str:
+    if not window.size:
         return "the ODE without noise"
-    low, high = window_range(recipe.config)
-    return f"{s.kernel} noise {s.noise_level} on {size} steps within [{low}, {high})"
+    s, (size, low, high) = config.sample, window
+    moving = f", {s.window_schedule}" if high - low > size else ""
+    return f"{s.kernel} noise {s.noise_level} on {size} steps within [{low}, {high}){moving}"

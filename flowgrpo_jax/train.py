@@ -103,9 +103,7 @@ def draw(
     their scores, some of which are still to come.
     """
     policy = run.named_policy(state, run.algorithm.draws)
-    start = sampler.window_start(
-        state.key, epoch, run.setup.process.window, settings.window_range(run.config)
-    )
+    start = run.window_start(state.key, epoch)
     prepared = graph.prepare(run.scorer.in_graph, batch.prompts, batch.metadata)
     on_host = set(run.scorer.mix.names) - set(run.scorer.in_graph)
     rollouts: list[Rollout] = []

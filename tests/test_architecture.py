@@ -82,7 +82,7 @@ def test_imports_have_a_direction():
         {"configs", "recipe_files"},
         {"program_costs", "knobs", "user_errors", "compilation_cache", "compilation_report"},
         {"sde", "advantages", "sharding", "logs", "models", "detection", "transport"},
-        {"sampler", "excess_noise", "text_cache", "scoring", "cli", "usage"},
+        {"solvers", "sampler", "windows", "excess_noise", "text_cache", "scoring", "cli", "usage"},
         {"run_record", "checkpoint", "policies"},
         {"run_checkpoints"},
         {"algorithms"},

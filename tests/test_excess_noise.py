@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flowgrpo_jax import excess_noise, recipe, sde
+from flowgrpo_jax import excess_noise, recipe, sde, settings
+from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.windows import Window
 
 SIGMAS = sde.sigma_schedule(10)
 # SD3's schedule of 10 steps, worked out apart from this code.
@@ -35,7 +37,7 @@ def test_exact_kernels_leave_none(kernel):
     for noise_level in (0.2, 0.9):
         found = excess_noise.ratios(sde.load(kernel), SIGMAS, noise_level)
         np.testing.assert_allclose(found, 1, rtol=1e-5)
-        assert not excess_noise.warning(kernel, sde.load(kernel), SIGMAS, noise_level, 0, 9)
+        assert not said(kernel, 0, 9, noise_level)
 
 
 @pytest.mark.parametrize("i", [3, 7, 8])
@@ -49,7 +51,8 @@ def test_a_ratio_is_that_of_draws(i):
 
 
 def said(name, low, high, noise_level=0.7):
-    return excess_noise.warning(name, sde.load(name), SIGMAS, noise_level, low, high)
+    process = Process(tuple(SIGMAS.tolist()), sde.load(name), noise_level, window=high - low)
+    return excess_noise.warning(name, process, Window(high - low, low, high))
 
 
 def test_the_warning_names_step_ratio_and_fix():
@@ -72,8 +75,10 @@ def test_only_the_windows_steps_count():
 def of_recipe(name, changes):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.update_from_flattened_dict(changes)
-    setup = recipe.make_setup(config, 3.0, recipe.make_algorithm(config))
-    return recipe.noise_warning(config, setup.process)
+    algorithm = recipe.make_algorithm(config)
+    process = recipe.make_setup(config, 3.0, algorithm).process
+    window = settings.window(config, algorithm)
+    return excess_noise.warning(config.sample.kernel, process, window)
 
 
 def test_a_recipe_is_judged_by_its_window():
@@ -89,12 +94,12 @@ def test_a_recipe_is_judged_by_its_window():
 
 def test_the_warning_is_among_the_first_lines_of_a_run():
     config = importlib.import_module("configs.base").get_config()
-    setup = recipe.make_setup(config, 3.0, recipe.make_algorithm(config))
+    algorithm = recipe.make_algorithm(config)
+    setup = recipe.make_setup(config, 3.0, algorithm)
     model = SimpleNamespace(
         params={}, text_shapes={}, trained_shapes={}, lora_spec=SimpleNamespace(rank=1)
     )
     mesh = SimpleNamespace(shape={}, size=1)
-    algorithm = SimpleNamespace(summary="")
     run = SimpleNamespace(
         config=config, setup=setup, model=model, mesh=mesh, plan="", algorithm=algorithm
     )
