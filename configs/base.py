@@ -123,8 +123,9 @@ def get_config() -> ConfigDict:
     # Share of an epoch's images whose reward may fail before the run stops.
     c.reward.max_failed = 0.5
 
-    # How much better an image is than expected: a row of flowgrpo_jax/advantages.py, which are
-    # "group", "global", "none", "gdpo" and "per_prompt", or "package.module:make" of your own.
+    # How much better an image is than expected: a row of flowgrpo_jax/advantages, which are
+    # "group", "global", "none", "batch", "quasi_norm", "best_of_n", "gdpo" and "per_prompt", or
+    # "package.module:make" of your own.
     c.advantage = ConfigDict()
     # Name of the row.
     c.advantage.name = "group"

@@ -64,7 +64,7 @@ def test_the_reader_reads():
 
 
 @pytest.mark.parametrize(
-    "module", ["sde", "excess_noise", "advantages", "algorithms.grpo", "algorithms.nft"]
+    "module", ["sde", "excess_noise", "advantages.group", "algorithms.grpo", "algorithms.nft"]
 )
 def test_the_mathematics_imports_only_jax(module):
     assert libraries(module) <= {"jax", "numpy", "flowgrpo_jax"}
