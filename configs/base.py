@@ -80,14 +80,23 @@ def get_config() -> ConfigDict:
     c.sample.steps = 10
     # Classifier-free guidance; up to 1 means none, a single forward a step.
     c.sample.guidance_scale = 4.5
-    # Transition kernel: flow_sde, cps, or one of your own.
+    # Transition kernel: flow_sde, dance, flash, cps, precise, precise_dance, precise_flash, or one
+    # of your own.
     c.sample.kernel = "flow_sde"
     # Strength of the SDE's noise, unitless.
     c.sample.noise_level = 0.7
     # Stochastic steps, the rest is ODE; 0: all but the last step.
     c.sample.window = 0
-    # Steps among which the window's place is drawn each epoch; (0, 0): fixed at 0.
+    # Steps among which the window lies, the second not included; (0, 0): fixed at 0.
     c.sample.window_range = (0, 0)
+    # Where in the range an epoch's window lies: random, frozen, progressive, decay, exp_decay.
+    c.sample.window_schedule = "random"
+    # Keyword arguments of the schedule, such as {"every": 25} for "progressive".
+    c.sample.window_options = ConfigDict()
+    # Solver of the steps without noise: euler, dpmpp_2m, or one of your own.
+    c.sample.solver = "euler"
+    # Share of the steps after the window that are taken, evenly spaced; 1: all of them.
+    c.sample.tail = 1.0
     # Start all images of a group from the same noise.
     c.sample.same_noise = False
     # Form of the log-prob: gaussian, or squared_error (upstream's for cps)
@@ -110,8 +119,9 @@ def get_config() -> ConfigDict:
     # Share of an epoch's images whose reward may fail before the run stops.
     c.reward.max_failed = 0.5
 
-    # How much better an image is than expected: a row of flowgrpo_jax/advantages.py, which are
-    # "group", "global", "none", "gdpo" and "per_prompt", or "package.module:make" of your own.
+    # How much better an image is than expected: a row of flowgrpo_jax/advantages, which are
+    # "group", "global", "none", "batch", "quasi_norm", "best_of_n", "gdpo" and "per_prompt", or
+    # "package.module:make" of your own.
     c.advantage = ConfigDict()
     # Name of the row.
     c.advantage.name = "group"
@@ -169,6 +179,8 @@ def get_config() -> ConfigDict:
     c.eval.micro_batch = 0
     # Steps of the ODE that draws the pictures.
     c.eval.steps = 40
+    # Solver of these steps: euler, dpmpp_2m, or one of your own.
+    c.eval.solver = "euler"
     # Guidance in evaluation; up to 1 means none.
     c.eval.guidance_scale = 4.5
     # Names of rewards to measure; empty: the training rewards.

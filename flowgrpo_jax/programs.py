@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flowgrpo_jax import sampler, sharding, update
+from flowgrpo_jax import sampler, sharding, solvers, update
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.types import NamedScores, Params, Pictures, Rollout, TrainState
@@ -114,6 +114,7 @@ def generate(
     *,
     latent: tuple[int, int, int],
     sigmas: tuple[float, ...],
+    solver: solvers.Solver = solvers.EULER,
 ) -> Callable[..., Pictures]:
     """Deterministic images by the ODE."""
 
@@ -125,6 +126,6 @@ def generate(
             return guided(policy, weights["transformer"], x, sigma, cond, empty, prompt)
 
         x = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.ODE_KEY, latent))
-        return decode(weights["vae"], sampler.ode(v, sigmas, x))
+        return decode(weights["vae"], sampler.ode(v, sigmas, x, solver))
 
     return draw_images

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     advantages,
     algorithms,
+    excess_noise,
     models,
     programs,
     prompts,
@@ -28,8 +29,10 @@ from flowgrpo_jax import (
     sampler,
     sde,
     sharding,
+    solvers,
     text_cache,
     update,
+    windows,
 )
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
@@ -40,7 +43,7 @@ from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import scorer
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer, Source
-from flowgrpo_jax.settings import Plan, check, guidance, make_plan, require, window, window_range
+from flowgrpo_jax.settings import Plan, check, guidance, make_plan, make_window, require, window
 from flowgrpo_jax.types import (
     Conditioning,
     Metadata,
@@ -76,6 +79,7 @@ class Recipe:
     setup: Setup
     algorithm: Algorithm
     advantage: Advantage
+    window_start: windows.Start
     optimiser: Any
     programs: Programs
     train_prompts: list[Metadata]
@@ -197,6 +201,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         setup,
         algorithm,
         make_advantage(config),
+        make_window(config, algorithm),
         optimiser,
         built,
         train_prompts,
@@ -239,14 +244,18 @@ def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:
 
 def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
     """Return how images are drawn for training."""
-    s = config.sample
+    s, size = config.sample, window(config, algorithm).size
+    schedule = sigmas(model, config, s.steps)
+    shift = model.shift(config.model.height, config.model.width)
     process = Process(
-        sigmas=sigmas(model, config, s.steps),
+        sigmas=schedule,
         kernel=sde.load(s.kernel),
         noise_level=s.noise_level,
-        window=window(config) if algorithm.window else 0,
+        window=size,
         density=s.density,
         reduction=s.reduction,
+        solver=solvers.load(s.solver),
+        by_start=windows.compressed(schedule, shift, size, s.tail),
     )
     return Setup(process, s.group_size)
 
@@ -369,6 +378,7 @@ def make_programs(
             mesh,
             latent=latent,
             sigmas=sigmas(model, config, config.eval.steps),
+            solver=solvers.load(config.eval.solver),
         ),
     )
 
@@ -383,23 +393,26 @@ def summary(recipe: Recipe) -> str:
     layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
     after = config.train.decay_steps
     decay = f", falling after {after} updates" if after else ""
+    chosen = window(config, recipe.algorithm)
+    problem = excess_noise.warning(config.sample.kernel, recipe.setup.process, chosen)
     return "\n".join(
         [
             f"model       {config.model.path}, {frozen / 1e6:.1f} M frozen, {trained / 1e3:.0f} k"
             f" trained, {config.model.height} x {config.model.width} px, {config.model.dtype}",
             f"batch       {recipe.plan} on {recipe.mesh.size} {jax.default_backend()} device(s)"
             f" of {jax.process_count()} process(es), {layout}",
-            f"rollout     {config.sample.steps} steps, {_noise(recipe)},"
-            f" guidance {config.sample.guidance_scale}",
+            f"rollout     {config.sample.steps} steps of {config.sample.solver},"
+            f" {_noise(config, chosen)}, guidance {config.sample.guidance_scale}",
             f"update      {config.algorithm.name}: {recipe.algorithm.summary},"
             f" learning rate {config.train.learning_rate:g}{decay}",
+            *([f"warning     {problem}"] if problem else []),
         ]
     )
 
 
-def _noise(recipe: Recipe) -> str:
-    s, size = recipe.config.sample, recipe.setup.process.window
-    if not size:
+def _noise(config: ConfigDict, window: windows.Window) -> str:
+    if not window.size:
         return "the ODE without noise"
-    low, high = window_range(recipe.config)
-    return f"{s.kernel} noise {s.noise_level} on {size} steps within [{low}, {high})"
+    s, (size, low, high) = config.sample, window
+    moving = f", {s.window_schedule}" if high - low > size else ""
+    return f"{s.kernel} noise {s.noise_level} on {size} steps within [{low}, {high}){moving}"

@@ -1,8 +1,11 @@
 """From noise to latents: the guided velocity, the stochastic rollout, and the ODE.
 
 The rollout is one `lax.scan`. Steps inside the SDE window are drawn from a transition kernel and
-stored with their log-prob; steps outside are Euler steps of the ODE and leave nothing behind
+stored with their log-prob; steps outside are steps of an ODE solver and leave nothing behind
 (MixGRPO, arXiv 2507.21802; Flow-GRPO-Fast).
+
+As in MixGRPO's code a multistep solver remembers what was predicted at the window's last step.
+Other than there, it also takes the steps before the window.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgrpo_jax import sde
+from flowgrpo_jax import sde, solvers
 from flowgrpo_jax.types import Rollout
 
 # What keys are folded with. An image's key: for its first noise, for the noise of step t
@@ -28,7 +31,12 @@ WINDOW_KEY, TERMS_KEY = 2**31 - 1, 2**31 - 2
 
 @dataclass(frozen=True)
 class Process:
-    """The stochastic process of a recipe: its schedule, kernel and window. Static under jit."""
+    """The stochastic process of a recipe: its schedule, kernel and window. Static under jit.
+
+    The sigmas after the window may depend on where it lies: `by_start` then has a whole schedule
+    for each start, equal to `sigmas` up to the window's end (`windows.compressed`). A shorter one
+    ends in further zeros; nothing is computed there.
+    """
 
     sigmas: tuple[float, ...]  # T + 1 of them
     kernel: sde.Kernel = sde.FLOW_SDE
@@ -36,10 +44,18 @@ class Process:
     window: int = 0  # number of stochastic steps, W
     density: str = "gaussian"
     reduction: str = "mean"
+    solver: solvers.Solver = solvers.EULER
+    by_start: tuple[tuple[float, ...], ...] = ()
 
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    def schedule(self, start: jax.Array) -> jax.Array:
+        """Return the sigmas of a rollout whose window begins at `start`."""
+        if not self.by_start:
+            return jnp.asarray(self.sigmas, jnp.float32)
+        return jnp.asarray(self.by_start, jnp.float32)[start]
 
     def transition(self, x: jax.Array, v: jax.Array, step: jax.Array, **drawn: jax.Array):
         """Draw (`noise=`) or score (`x_next=`) the transition of a step."""
@@ -129,21 +145,33 @@ def rollout(
       start: i32, first stochastic step; the window is [start, start + process.window).
       prompt: i32 [M], kept with the rollout.
     """
-    sigmas = jnp.asarray(process.sigmas, jnp.float32)
     start = jnp.asarray(start, jnp.int32)
     if not process.window:
-        last = ode(velocity, process.sigmas, x)
+        last = ode(velocity, process.sigmas, x, process.solver)
         return Rollout(last, prompt, keys, start, last[None], jnp.zeros((0, x.shape[0])))
+    sigmas = process.schedule(start)
 
-    def step(x: jax.Array, t: jax.Array):
+    def step(carry: tuple[jax.Array, solvers.Memory], t: jax.Array):
+        x, memory = carry
         v = velocity(x, sigmas[t])
         noise = normal(keys, SDE_KEY + t, x.shape[1:])
         drawn = process.transition(x, v, t, noise=noise)
         inside = (t >= start) & (t < start + process.window)
-        x_next = jnp.where(inside, drawn.x_next, sde.euler(x, v, sigmas[t], sigmas[t + 1]))
-        return x_next, (x_next, drawn.log_prob)
+        x_next, memory = process.solver.step(memory, x, v, sigmas[t], sigmas[t + 1])
+        x_next = jnp.where(inside, drawn.x_next, x_next)
+        return (x_next, memory), (x_next, drawn.log_prob)
 
-    last, (xs, log_probs) = jax.lax.scan(step, x, jnp.arange(process.steps))
+    def done(carry: tuple[jax.Array, solvers.Memory], t: jax.Array):
+        return carry, (carry[0], jnp.zeros(x.shape[0]))
+
+    def step_or_done(carry: tuple[jax.Array, solvers.Memory], t: jax.Array):
+        return jax.lax.cond(sigmas[t] > 0, step, done, carry, t)
+
+    (last, _), (xs, log_probs) = jax.lax.scan(
+        step_or_done if process.by_start else step,
+        (x, process.solver.begin(x)),
+        jnp.arange(len(sigmas) - 1),
+    )
     xs = jnp.concatenate([x[None], xs])
     return Rollout(
         latents=last,
@@ -159,28 +187,20 @@ def ode(
     velocity: Callable[[jax.Array, jax.Array], jax.Array],
     sigmas: np.ndarray | jax.Array | tuple[float, ...],
     x: jax.Array,
+    solver: solvers.Solver = solvers.EULER,
 ) -> jax.Array:
-    """Deterministic Euler sampling: noise [M, H, W, C] -> latents [M, H, W, C]."""
+    """Deterministic sampling: noise [M, H, W, C] -> latents [M, H, W, C]."""
 
-    def step(x: jax.Array, pair: tuple[jax.Array, jax.Array]):
+    def step(carry: tuple[jax.Array, solvers.Memory], pair: tuple[jax.Array, jax.Array]):
+        x, memory = carry
         sigma, sigma_next = pair
-        return sde.euler(x, velocity(x, sigma), sigma, sigma_next), None
+        return solver.step(memory, x, velocity(x, sigma), sigma, sigma_next), None
 
     sigmas = jnp.asarray(sigmas, jnp.float32)
-    return jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:]))[0]
+    (last, _), _ = jax.lax.scan(step, (x, solver.begin(x)), (sigmas[:-1], sigmas[1:]))
+    return last
 
 
 def epoch_key(key: jax.Array, epoch: int, fold: int) -> jax.Array:
     """Return the key of a choice that all images of an epoch share, from (run key, epoch)."""
     return jax.random.fold_in(jax.random.fold_in(key, epoch), fold)
-
-
-def window_start(
-    key: jax.Array, epoch: int, window: int, window_range: tuple[int, int]
-) -> jax.Array:
-    """Return the first step of this epoch's window, uniform in [range[0], range[1] - window].
-
-    A function of (run key, epoch) alone, so every host and every group agrees.
-    """
-    low, high = window_range
-    return jax.random.randint(epoch_key(key, epoch, WINDOW_KEY), (), low, high - window + 1)

@@ -3,11 +3,15 @@
 Convention (Liu et al. 2022, Esser et al. 2024): x_sigma = (1 - sigma) x_0 + sigma x_1 with noise
 x_1 ~ N(0, I); the model predicts the velocity v = x_1 - x_0; sampling takes sigma from 1 to 0.
 
-Kernels are Gaussian, x' ~ N(mean, std^2 I):
-  flow_sde  Euler-Maruyama step of an SDE with the ODE's marginals; Flow-GRPO (arXiv 2505.05470),
-            equation 9
-  cps       coefficients-preserving sampling (arXiv 2509.05952): the noise left in x' is exactly
-            sigma'
+Kernels are Gaussian, x' ~ N(mean, std^2 I). Every SDE with the ODE's marginals is named by its
+diffusion g(sigma); a kernel takes a step of one:
+  euler_maruyama  with the drift and g at the step's beginning: `flow_sde` (Flow-GRPO, arXiv
+                  2505.05470, equation 9), `dance` (DanceGRPO, 2505.07818) and `flash` (Flash-GRPO,
+                  2605.15980)
+  exact           to the end of the step, with the predicted image held: `precise`,
+                  `precise_dance` and `precise_flash` (PRECISE, 2605.23522)
+  cps             coefficients-preserving sampling (2509.05952): the noise left in x' is exactly
+                  sigma'
 
 Deviations from yifan123/flow_grpo:
   * `cps` has its true Gaussian log-prob by default; upstream drops 1 / (2 std^2) and the constant,
@@ -70,19 +74,71 @@ def euler(x: jax.Array, v: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -
     return x + (sigma_next - sigma) * v
 
 
-def flow_sde(x, v, sigma, sigma_next, *, noise_level, sigma_max) -> Gaussian:
-    """Flow-GRPO's Euler-Maruyama step with diffusion s = noise_level sqrt(sigma / (1 - sigma)).
+class Diffusion(NamedTuple):
+    """How much noise an SDE adds: g(sigma) dW, with a drift that keeps the ODE's marginals.
 
-    mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt, dt = sigma' - sigma.
-    s is infinite at sigma = 1; there sigma_max, the schedule's second sigma, stands in under the
-    root, as upstream does.
+    Attributes:
+      coefficient: (sigma, sigma_max) -> g / noise_level. sigma_max is the schedule's second sigma.
+      integral: (sigma, sigma_next, sigma_max) -> the integral of (g / (noise_level u))^2 du from
+        sigma_next to sigma.
     """
-    dt = sigma_next - sigma
-    below_one = jnp.minimum(sigma, sigma_max)
-    s = noise_level * jnp.sqrt(sigma / (1 - below_one))
-    drift = s**2 / (2 * sigma)
-    mean = x * (1 + drift * dt) + v * (1 + drift * (1 - sigma)) * dt
-    return Gaussian(mean, s * jnp.sqrt(-dt))
+
+    coefficient: Callable[..., Any]
+    integral: Callable[..., Any]
+
+
+# At sigma = 1, where g is infinite, sigma_max stands in under the root, as upstream does.
+FLOW_DIFFUSION = Diffusion(
+    lambda sigma, sigma_max: jnp.sqrt(sigma / (1 - jnp.minimum(sigma, sigma_max))),
+    lambda sigma, after, _: jnp.log(jnp.divide(sigma * (1 - after), after * (1 - sigma))),
+)
+DANCE_DIFFUSION = Diffusion(
+    lambda sigma, _: jnp.ones_like(sigma),
+    lambda sigma, after, _: jnp.divide(sigma - after, sigma * after),
+)
+FLASH_DIFFUSION = Diffusion(
+    lambda sigma, sigma_max: sigma_max * sigma,
+    lambda sigma, after, sigma_max: sigma_max**2 * (sigma - after),
+)
+
+
+def euler_maruyama(diffusion: Diffusion) -> Callable[..., Gaussian]:
+    """The first-order step of an SDE: with dt = sigma' - sigma and g at sigma,
+
+    mean = x (1 + g^2 dt / (2 sigma)) + v (1 + g^2 (1 - sigma) / (2 sigma)) dt, std = g sqrt(-dt).
+    It leaves more noise than sigma' where g sqrt(-dt) is not small beside sigma'
+    (`excess_noise`).
+    """
+
+    def gaussian(x, v, sigma, sigma_next, *, noise_level, sigma_max) -> Gaussian:
+        dt = sigma_next - sigma
+        g = noise_level * diffusion.coefficient(sigma, sigma_max)
+        drift = g**2 / (2 * sigma)
+        mean = x * (1 + drift * dt) + v * (1 + drift * (1 - sigma)) * dt
+        return Gaussian(mean, g * jnp.sqrt(-dt))
+
+    return gaussian
+
+
+def exact(diffusion: Diffusion) -> Callable[..., Gaussian]:
+    """The step of an SDE without error in the noise, for the image that v predicts (PRECISE).
+
+    Derived here, as the paper was not at hand (two independent notes on it have the same form).
+    With the predicted image x_0 held over the step, the noise e = (x - (1 - sigma) x_0) / sigma
+    follows de = -(g / sigma)^2 e / 2 dt + (g / sigma) dW, an Ornstein-Uhlenbeck process, whose
+    solution at sigma' is rho e + sqrt(1 - rho^2) z, z ~ N(0, 1), with
+    rho = exp(-1/2 integral of (g / u)^2 du). So x' holds exactly the noise sigma', in a step of
+    any length; sigma = 1 needs no special case; and a step to sigma' = 0 has no noise.
+    """
+
+    def gaussian(x, v, sigma, sigma_next, *, noise_level, sigma_max) -> Gaussian:
+        integral = noise_level**2 * diffusion.integral(sigma, sigma_next, sigma_max)
+        integral = jnp.where(noise_level > 0, integral, 0.0)  # not 0 x infinity
+        x_0, x_1 = x - sigma * v, x + (1 - sigma) * v
+        mean = (1 - sigma_next) * x_0 + sigma_next * jnp.exp(-integral / 2) * x_1
+        return Gaussian(mean, sigma_next * jnp.sqrt(-jnp.expm1(-integral)))
+
+    return gaussian
 
 
 def cps(x, v, sigma, sigma_next, *, noise_level, sigma_max) -> Gaussian:
@@ -107,10 +163,23 @@ class Kernel(NamedTuple):
     typical: float = 0.7
 
 
-FLOW_SDE = Kernel(flow_sde, typical=0.7)
+FLOW_SDE = Kernel(euler_maruyama(FLOW_DIFFUSION), typical=0.7)
+DANCE = Kernel(euler_maruyama(DANCE_DIFFUSION), typical=0.3)
+FLASH = Kernel(euler_maruyama(FLASH_DIFFUSION), typical=1.0)
+PRECISE = Kernel(exact(FLOW_DIFFUSION), typical=0.7)
+PRECISE_DANCE = Kernel(exact(DANCE_DIFFUSION), typical=0.3)
+PRECISE_FLASH = Kernel(exact(FLASH_DIFFUSION), typical=1.0)
 CPS = Kernel(cps, most_noise=1.0, typical=0.8)  # it takes a share of the noise
 
-TABLE = {"flow_sde": "flowgrpo_jax.sde:FLOW_SDE", "cps": "flowgrpo_jax.sde:CPS"}
+TABLE = {
+    "flow_sde": "flowgrpo_jax.sde:FLOW_SDE",
+    "dance": "flowgrpo_jax.sde:DANCE",
+    "flash": "flowgrpo_jax.sde:FLASH",
+    "precise": "flowgrpo_jax.sde:PRECISE",
+    "precise_dance": "flowgrpo_jax.sde:PRECISE_DANCE",
+    "precise_flash": "flowgrpo_jax.sde:PRECISE_FLASH",
+    "cps": "flowgrpo_jax.sde:CPS",
+}
 
 
 def load(name: str) -> Kernel:

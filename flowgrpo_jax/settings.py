@@ -13,7 +13,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import advantages, algorithms, files, rewards, sde, seeds
+from flowgrpo_jax import (
+    advantages,
+    algorithms,
+    files,
+    rewards,
+    sde,
+    seeds,
+    solvers,
+    windows,
+)
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
@@ -276,7 +285,19 @@ def _check_sampling(config: ConfigDict, algorithm: Algorithm) -> None:
     guidance(s.guidance_scale, "sample.guidance_scale")
     guidance(config.eval.guidance_scale, "eval.guidance_scale")
     require(s.steps >= 2, f"sample.steps={s.steps}: a rollout that trains has at least 2 steps")
+    for solver in (s.solver, config.eval.solver):
+        solvers.load(solver)
+    require(
+        0 < s.tail <= 1,
+        f"sample.tail={s.tail}: the share of the steps after the window, must be above 0 and at"
+        " most 1; MixGRPO-Flash's is 0.4",
+    )
     if not algorithm.window:  # the ODE, which has no noise
+        require(
+            s.tail == 1,
+            f"sample.tail={s.tail}: {config.algorithm.name} draws without a window, so that there"
+            " are no steps after it; set 1, and sample.steps for fewer steps",
+        )
         return
     require(
         s.noise_level > 0,
@@ -287,38 +308,15 @@ def _check_sampling(config: ConfigDict, algorithm: Algorithm) -> None:
         s.noise_level <= kernel.most_noise,
         f"sample.noise_level={s.noise_level}: {s.kernel} takes at most {kernel.most_noise:g}",
     )
-    _check_window(config)
+    make_window(config, algorithm)
 
 
 def _check_terms(config: ConfigDict, algorithm: Algorithm) -> None:
     """Let the algorithm say whether the rollout has what it trains on."""
     sigmas = tuple(np.linspace(1, 0, config.sample.steps + 1).tolist())
-    size = window(config) if algorithm.window else 0
+    size = window(config, algorithm).size
     setup = Setup(Process(sigmas, window=size), config.sample.group_size)
     jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0))
-
-
-def _check_window(config: ConfigDict) -> None:
-    s, most = config.sample, config.sample.steps - 1
-    require(
-        len(s.window_range) == 2,
-        f"sample.window_range={tuple(s.window_range)}: must be two numbers, such as (0, 5)",
-    )
-    first = f"the first {most} of {s.steps} steps (the last one has almost no noise)"
-    fixed = tuple(s.window_range) == (0, 0)
-    low, high = (0, most) if fixed else s.window_range
-    require(
-        0 <= low < high <= most,
-        f"sample.window_range={(low, high)}: must lie within {first}; choose 0 <= low < high"
-        f" <= {most}, or (0, 0) for a window that begins with the first step",
-    )
-    asked = f"sample.window={s.window}" + ("" if s.window else f", which is all of the {most},")
-    room = first if fixed else f"sample.window_range={(low, high)}"
-    require(
-        1 <= window(config) <= high - low,
-        f"{asked} does not fit into {room}: choose 1 to {high - low}"
-        + (", or 0 for all of them" if fixed else ""),
-    )
 
 
 def _check_training(config: ConfigDict) -> None:
@@ -365,12 +363,18 @@ def _check_prompts(config: ConfigDict) -> None:
         require(share >= 0, f"{path}={share}: a relative frequency, must be at least 0")
 
 
-def window(config: ConfigDict) -> int:
-    """Stochastic steps of a rollout: all but the last unless the config says fewer."""
-    return config.sample.window or config.sample.steps - 1
+def window(config: ConfigDict, algorithm: Algorithm) -> windows.Window:
+    """Return the window: all steps but the last unless the config says fewer, and none for an
+    algorithm that draws by the ODE alone."""
+    s = config.sample
+    if not algorithm.window:
+        return windows.Window(0, 0, 0)
+    return windows.find(s.steps, s.window, s.window_range)
 
 
-def window_range(config: ConfigDict) -> tuple[int, int]:
-    """Return the steps (low, high) between which the window may lie; (0, window) is fixed."""
-    low, high = config.sample.window_range
-    return (low, high) if (low, high) != (0, 0) else (0, window(config))
+def make_window(config: ConfigDict, algorithm: Algorithm) -> windows.Start:
+    """Return the first step of an epoch's window, as a function of the run's key and the epoch."""
+    s, chosen = config.sample, window(config, algorithm)
+    if not chosen.size:
+        return windows.frozen(chosen)
+    return windows.load(s.window_schedule, s.window_options.to_dict(), chosen)

@@ -89,9 +89,7 @@ def draw(
 ) -> tuple[list[Rollout], Scores]:
     """Draw and score the epoch's images. Returns each micro-batch's rollout, and the scores."""
     policy = run.named_policy(state, run.algorithm.draws)
-    start = sampler.window_start(
-        state.key, epoch, run.setup.process.window, settings.window_range(run.config)
-    )
+    start = run.window_start(state.key, epoch)
     prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
     with PendingScores(run.scorer, np.repeat(batch.ids, run.plan.group_size)) as pending:

@@ -64,7 +64,9 @@ def test_the_reader_reads():
     assert "flax.nnx" in imports("models.vae") and "jax" in libraries("sde")
 
 
-@pytest.mark.parametrize("module", ["sde", "advantages", "algorithms.grpo", "algorithms.nft"])
+@pytest.mark.parametrize(
+    "module", ["sde", "excess_noise", "advantages.group", "algorithms.grpo", "algorithms.nft"]
+)
 def test_the_mathematics_imports_only_jax(module):
     assert libraries(module) <= {"jax", "numpy", "flowgrpo_jax"}
 
@@ -81,7 +83,7 @@ def test_imports_have_a_direction():
         {"configs", "recipe_files"},
         {"program_costs", "knobs", "user_errors", "compilation_cache", "compilation_report"},
         {"sde", "advantages", "sharding", "logs", "models", "detection", "transport"},
-        {"sampler", "text_cache", "scoring", "cli", "usage"},
+        {"solvers", "sampler", "windows", "excess_noise", "text_cache", "scoring", "cli", "usage"},
         {"run_record", "checkpoint", "policies"},
         {"run_checkpoints"},
         {"algorithms"},

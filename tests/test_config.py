@@ -202,6 +202,26 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
         ),
         ({"sample.window_range": (3,)}, r"sample\.window_range=\(3,\): must be two numbers"),
         (
+            {"sample.window_schedule": "sliding"},
+            r"sample\.window_schedule 'sliding' is unknown: choose from decay, .*random",
+        ),
+        (
+            {"sample.window": 2, "sample.window_schedule": "progressive"},
+            r"sample\.window_range=\(0, 2\) leaves .* no room to move: widen it",
+        ),
+        (
+            {"sample.window_options": ConfigDict({"every": 3})},
+            r"sample\.window_options of random: every is unknown",
+        ),
+        ({"sample.solver": "heun"}, r"solver 'heun' is unknown: choose from dpmpp_2m, euler"),
+        ({"eval.solver": "heun"}, r"solver 'heun' is unknown: choose from dpmpp_2m, euler"),
+        ({"sample.tail": 0.0}, r"sample\.tail=0\.0: .*above 0 and at most 1"),
+        ({"sample.tail": 1.5}, r"sample\.tail=1\.5: .*above 0 and at most 1"),
+        (
+            {"sample.tail": 0.5, "algorithm": ConfigDict({"name": "nft", "options": {}})},
+            r"sample\.tail=0\.5: nft draws without a window.*set 1",
+        ),
+        (
             {"sample.window": 4, "algorithm.options.steps": 5},
             r"options\.steps=5: .*4 steps.*choose 1 to 4, or 0",
         ),

@@ -160,21 +160,6 @@ def test_epochs_differ():
     assert (np.abs(first.latents - second.latents).mean(axis=(1, 2, 3)) > 0.1).all()
 
 
-def test_the_window_wanders_over_its_range():
-    draw = jax.jit(jax.vmap(lambda k, e: sampler.window_start(k, e, 3, (1, 7)), (None, 0)))
-
-    def starts(key):
-        return draw(key, jnp.arange(300))
-
-    drawn = starts(KEY)
-    values, counts = np.unique(drawn, return_counts=True)
-    np.testing.assert_array_equal(values, [1, 2, 3, 4])  # the last window is steps 4, 5, 6
-    assert counts.min() > 45  # of 75 expected: 4 sigma
-    np.testing.assert_array_equal(drawn, starts(KEY))
-    assert (drawn != starts(jax.random.key(1))).any()
-    assert sampler.window_start(KEY, 5, 3, (0, 3)) == 0
-
-
 # --------------------------------------------------------------------------------- ODE
 
 

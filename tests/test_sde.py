@@ -18,6 +18,9 @@ SHAPE = (3, 4, 4, 2)
 # At 10 steps and shift 3, worked out apart from this code.
 FLOW_SDE_STD = [0.700, 0.743, 0.536, 0.446, 0.392, 0.353, 0.319, 0.282, 0.225, 0.006]  # a = 0.7
 CPS_STD = [0.913, 0.869, 0.816, 0.752, 0.673, 0.573, 0.442, 0.264, 0.0085, 0.0]  # eta = 0.8
+DANCE_STD = {0: 0.060, 1: 0.065, 2: 0.071, 4: 0.087, 6: 0.111, 7: 0.130, 8: 0.156}  # eta = 0.3
+PRECISE_STD = {0: 0.960, 1: 0.527, 2: 0.420, 4: 0.313, 6: 0.227, 7: 0.159, 8: 0.0082, 9: 0}  # 0.7
+EXACT = {"precise": "flow_sde", "precise_dance": "dance", "precise_flash": "flash"}
 
 
 def step(kernel, x, v, i, noise_level, sigmas=SIGMAS):
@@ -55,11 +58,42 @@ def test_schedule_needs_a_step():
 
 
 @pytest.mark.parametrize(
-    "kernel, noise_level, table", [("flow_sde", 0.7, FLOW_SDE_STD), ("cps", 0.8, CPS_STD)]
+    "kernel, noise_level, table",
+    [
+        ("flow_sde", 0.7, dict(enumerate(FLOW_SDE_STD))),
+        ("cps", 0.8, dict(enumerate(CPS_STD))),
+        ("dance", 0.3, DANCE_STD),
+        ("precise", 0.7, PRECISE_STD),
+    ],
 )
 def test_std_of_every_step(kernel, noise_level, table):
-    stds = [step(kernel, jnp.zeros(1), jnp.zeros(1), i, noise_level).std for i in range(10)]
-    np.testing.assert_allclose(stds, table, atol=6e-4)
+    stds = [step(kernel, jnp.zeros(1), jnp.zeros(1), i, noise_level).std for i in table]
+    np.testing.assert_allclose(stds, list(table.values()), atol=6e-4)
+
+
+def test_flash_has_the_diffusion_of_its_published_table():
+    """The ten weights 1 / (sqrt(h) / g + g sqrt(h) (1 - sigma) / (2 sigma)) in Flash-GRPO's script,
+    on its grid of 20 steps with shift 3."""
+    published = [7.4770, 7.0414, 6.6112, 6.1867, 5.7682, 5.3559, 4.9502, 4.5513, 4.1596, 3.7754]
+    u = 1 - np.linspace(1, 1 / 1000, 21)[:0:-1]
+    sigmas = np.append(3 * u / (1 + 2 * u), 0).astype(np.float32)
+    for i, weight in enumerate(published):
+        root_h = np.sqrt(sigmas[i] - sigmas[i + 1])
+        g = step("flash", jnp.zeros(1), jnp.zeros(1), i, 1.0, sigmas).std / root_h
+        ours = 1 / (root_h / g + g * root_h * (1 - sigmas[i]) / (2 * sigmas[i]))
+        np.testing.assert_allclose(ours, weight, rtol=2e-4)
+
+
+@pytest.mark.parametrize("i", range(10))
+def test_dance_is_the_papers_step(i):
+    """Drift v + eta^2 / 2 (x - (1 - sigma) x_0) / sigma^2, arXiv 2505.07818, in f64."""
+    x, v = (a.astype(np.float64) for a in normals(2))
+    sigma, h, eta = SIGMAS[i].astype(float), float(SIGMAS[i] - SIGMAS[i + 1]), 0.3
+    score = -(x - (1 - sigma) * (x - sigma * v)) / sigma**2
+    mean, std = step("dance", x, v, i, eta)
+    # At the last but one sigma, 0.0089, the drift is 30 times x.
+    np.testing.assert_allclose(mean, x - (v - eta**2 / 2 * score) * h, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(std, eta * np.sqrt(h), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -71,19 +105,79 @@ def test_without_noise_a_step_is_the_ode(kernel, i):
     np.testing.assert_allclose(mean, sde.euler(x, v, *SIGMAS[i : i + 2]), atol=1e-6)
 
 
-@pytest.mark.parametrize("noise_level", [0.3, 0.8, 1.0])
-@pytest.mark.parametrize("i", range(10))
-def test_cps_leaves_exactly_the_noise_that_the_next_sigma_holds(noise_level, i):
-    """For data at one point m the velocity is exact, so x' = (1 - sigma') m + sigma' N(0, 1)."""
-    m, sigma, sigma_next = 1.5, SIGMAS[i], SIGMAS[i + 1]
+def at_one_point(kernel, sigma, sigma_next, noise_level, sigma_max, m=1.5):
+    """A step for data at one point m, whose velocity is exact: (the mean for noise 0, what the mean
+    keeps of the noise, std)."""
 
     def mean_of(x_1):
-        mean, std = step("cps", (1 - sigma) * m + sigma * x_1, x_1 - m, i, noise_level)
-        return float(mean), float(std)
+        x, v = (1 - sigma) * m + sigma * x_1, x_1 - m
+        at = dict(noise_level=noise_level, sigma_max=sigma_max)
+        return sde.load(kernel).gaussian(x, v, sigma, sigma_next, **at)
 
     (centre, std), (shifted, _) = mean_of(0.0), mean_of(1.0)
-    np.testing.assert_allclose(centre, (1 - sigma_next) * m, atol=1e-6)
-    np.testing.assert_allclose(np.hypot(shifted - centre, std), sigma_next, atol=1e-6)
+    return float(centre), float(shifted - centre), float(std)
+
+
+@pytest.mark.parametrize("kernel", ["cps", *EXACT])
+@pytest.mark.parametrize("noise_level", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("i", range(10))
+def test_an_exact_kernel_leaves_exactly_the_noise_that_the_next_sigma_holds(kernel, noise_level, i):
+    """x' = (1 - sigma') m + sigma' N(0, 1)."""
+    sigma, sigma_next = SIGMAS[i], SIGMAS[i + 1]
+    centre, kept, std = at_one_point(kernel, sigma, sigma_next, noise_level, SIGMAS[1])
+    np.testing.assert_allclose(centre, (1 - sigma_next) * 1.5, atol=1e-6)
+    np.testing.assert_allclose(np.hypot(kept, std), sigma_next, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", EXACT)
+@pytest.mark.parametrize("i", [2, 5, 8])
+def test_an_exact_step_is_the_limit_of_many_small_ones(kernel, i):
+    """One step of PRECISE against 4000 Euler-Maruyama steps of the same SDE, equally long in log
+    sigma. For data at 0 the picture is its noise x, and the velocity x / sigma."""
+    sigma, sigma_next = map(float, SIGMAS[i : i + 2])
+    kept, variance = sigma, 0.0
+    for s, after in pairwise(np.geomspace(sigma, sigma_next, 4001)):
+        factor, std = in_numpy(EXACT[kernel], 1.0, 1 / s, s, after, noise_level=0.7, sigma_max=0.98)
+        kept, variance = factor * kept, factor**2 * variance + std**2
+    _, exact_kept, exact_std = at_one_point(kernel, sigma, sigma_next, 0.7, 0.98)
+    np.testing.assert_allclose(exact_std, np.sqrt(variance), rtol=1e-2)
+    np.testing.assert_allclose(exact_kept, kept, rtol=1e-2, atol=1e-6)
+
+
+def in_numpy(kernel, x, v, s, after, *, noise_level, sigma_max):
+    """The Euler-Maruyama step in f64, with g as the papers write it."""
+    g = {
+        "flow_sde": noise_level * np.sqrt(s / (1 - s)),
+        "dance": noise_level,
+        "flash": noise_level * sigma_max * s,
+    }[kernel]
+    h = s - after
+    return x - (v + g**2 / (2 * s) * (x + (1 - s) * v)) * h, g * np.sqrt(h)
+
+
+@pytest.mark.parametrize(
+    "kernel, g_over_sigma",
+    [
+        ("precise", lambda u: 0.7 / np.sqrt(u * (1 - u))),
+        ("precise_dance", lambda u: 0.7 / u),
+        ("precise_flash", lambda u: 0.7 * SIGMAS[1]),
+    ],
+)
+@pytest.mark.parametrize("i", range(1, 9))
+def test_the_noise_that_an_exact_step_keeps_is_the_integral(kernel, g_over_sigma, i):
+    sigma, sigma_next = map(float, SIGMAS[i : i + 2])
+    integral = quad(lambda u: g_over_sigma(u) ** 2, sigma_next, sigma)[0]
+    _, kept, _ = at_one_point(kernel, sigma, sigma_next, 0.7, SIGMAS[1])
+    np.testing.assert_allclose(kept, sigma_next * np.exp(-integral / 2), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", EXACT)
+def test_two_exact_steps_are_one(kernel):
+    """For data at one point: an SDE's law does not depend on where it is looked at."""
+    at = [at_one_point(kernel, s, n, 0.5, 0.96) for s, n in ((0.9, 0.6), (0.6, 0.2), (0.9, 0.2))]
+    (_, first, std_first), (_, second, std_second), (_, whole, std_whole) = at
+    np.testing.assert_allclose(second * first / 0.6, whole, rtol=1e-4)
+    np.testing.assert_allclose(np.hypot(std_second, second * std_first / 0.6), std_whole, rtol=1e-5)
 
 
 # ----------------------------------------------------- many steps keep a Gaussian's marginals
@@ -116,10 +210,18 @@ def final_error(kernel, steps, noise_level, first):
     return float(abs(mean - M) + abs(jnp.sqrt(variance) - S0))
 
 
-def test_flow_sde_converges_to_the_marginals_with_order_one():
-    """Away from sigma = 1, where the diffusion is singular, Euler-Maruyama has weak order 1."""
-    errors = [final_error("flow_sde", n, 0.7, first=0.8) for n in (20, 40, 80)]
+@pytest.mark.parametrize("kernel", ["flow_sde", "flash", "precise", "precise_flash"])
+def test_a_kernel_converges_to_the_marginals_with_order_one(kernel):
+    """Away from sigma = 1, where the diffusion of `flow_sde` is singular, weak order 1."""
+    errors = [final_error(kernel, n, 0.7, first=0.8) for n in (20, 40, 80)]
     np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), 1, atol=0.15)
+
+
+@pytest.mark.parametrize("kernel", ["dance", "precise_dance"])
+def test_dances_diffusion_converges_to_the_marginals(kernel):
+    """With a lower order, because it does not vanish with sigma: near 0 it swamps the picture."""
+    errors = [final_error(kernel, n, 0.3, first=0.8) for n in (40, 160, 640)]
+    assert errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1] and errors[2] < 0.01
 
 
 def test_cps_converges_to_the_marginals_with_order_one():

@@ -48,6 +48,7 @@ class Model:
       token_shapes: P -> the shapes of what `tokenize` makes of P prompts.
       sigmas: (steps, height, width) -> f32 [steps + 1], the schedule from 1 to 0 for that size in
         pixels.
+      shift: (height, width) -> the shift of that schedule, 1 for one that has none.
       latent_shape: (height, width) in pixels -> latent (H, W, C). Raises ValueError for a size that
         the model cannot draw.
       trained_shapes: what is trained, f32.
@@ -78,6 +79,7 @@ class Model:
     heads: int
     default_size: int
     guidance: str = "branch"
+    shift: Callable[[int, int], float] = lambda height, width: 1.0
     tokenize: Callable[[list[str]], Any] | None = None
     read_text: Callable[[], dict[str, Params]] | None = None
     text_files: Callable[[], list[Path]] = list

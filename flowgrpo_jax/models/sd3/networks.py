@@ -92,6 +92,7 @@ def describe(
         lora_spec=spec,
         rules=RULES,
         heads=parts.transformer.num_attention_heads,
+        shift=lambda height, width: parts.shift,
         default_size=parts.transformer.sample_size * parts.vae.downsampling,
     )
 

@@ -1,0 +1,217 @@
+"""Windows: the steps of an epoch's rollouts that are stochastic. One row each in `TABLE`.
+
+A row says where in its range an epoch's window lies. It gives the window's first step as a pure
+function of the run's key and the epoch, so that all groups, all hosts and a resumed run agree.
+
+Source: MixGRPO (arXiv 2507.21802), with the constants of Tencent-Hunyuan/MixGRPO, whose high is the
+number of steps less 2, and whose iteration is an epoch here.
+
+Deviations from there:
+  * A window keeps its size, so that its last place is high - window. Upstream moves on to high,
+    trains the steps that are left, and at high none.
+  * A compressed tail has at least one step. Upstream's last ones have none and stop above sigma 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgrpo_jax import sampler, tables
+
+
+class Window(NamedTuple):
+    """`size` stochastic steps in a row, among the steps [low, high) of a rollout."""
+
+    size: int
+    low: int
+    high: int
+
+
+# (run key, epoch) -> i32, the first step of the epoch's window
+Start = Callable[[jax.Array, int], jax.Array]
+
+TABLE = {
+    "random": "flowgrpo_jax.windows:uniform",
+    "frozen": "flowgrpo_jax.windows:frozen",
+    "progressive": "flowgrpo_jax.windows:progressive",
+    "decay": "flowgrpo_jax.windows:decay",
+    "exp_decay": "flowgrpo_jax.windows:exp_decay",
+}
+
+
+def load(name: str, options: Mapping[str, Any], window: Window) -> Start:
+    """Return the start of a row's windows, or of "package.module:make" of the user's own.
+
+    Raises ValueError that names the rows, or the row's options, where one is unknown.
+    """
+    factory = tables.find(TABLE, name, "sample.window_schedule")
+    options = {"window": window, **options}
+    return tables.make(factory, options, f"sample.window_options of {name}")
+
+
+def find(steps: int, size: int, span: Sequence[int]) -> Window:
+    """Return the window of a rollout of `steps` steps, the last of which has almost no noise.
+
+    Args:
+      size: stochastic steps; 0: as many as there are, which are all but the last.
+      span: the range (low, high); (0, 0): the window begins with the first step.
+
+    Raises ValueError that names the knob, the constraint and the fix.
+    """
+    most, span = steps - 1, tuple(span)
+    if len(span) != 2:
+        raise ValueError(f"sample.window_range={span}: must be two numbers, such as (0, 5)")
+    first = f"the first {most} of {steps} steps (the last one has almost no noise)"
+    fixed = span == (0, 0)
+    low, high = (0, most) if fixed else span
+    if not 0 <= low < high <= most:
+        raise ValueError(
+            f"sample.window_range={(low, high)}: must lie within {first}; choose 0 <= low < high"
+            f" <= {most}, or (0, 0) for a window that begins with the first step"
+        )
+    asked = f"sample.window={size}" + ("" if size else f", which is all of the {most},")
+    size = size or most
+    if not 1 <= size <= high - low:
+        room = first if fixed else f"sample.window_range={(low, high)}"
+        raise ValueError(
+            f"{asked} does not fit into {room}: choose 1 to {high - low}"
+            + (", or 0 for all of them" if fixed else "")
+        )
+    return Window(size, 0, size) if fixed else Window(size, low, high)
+
+
+def uniform(window: Window) -> Start:
+    """Each epoch's window lies anywhere in the range, with equal probability."""
+
+    def start(key: jax.Array, epoch: int) -> jax.Array:
+        key = sampler.epoch_key(key, epoch, sampler.WINDOW_KEY)
+        return jax.random.randint(key, (), window.low, window.high - window.size + 1)
+
+    return start
+
+
+def frozen(window: Window) -> Start:
+    """The window stays where it is, and is all of its range (MixGRPO-Flash*)."""
+    size, low, high = window
+    if high - low != size:
+        raise ValueError(
+            f"sample.window_range={(low, high)} is wider than the window of {size} steps, which"
+            f" sample.window_schedule='frozen' does not move: set it to {(low, low + size)}"
+        )
+    return lambda key, epoch: jnp.int32(window.low)
+
+
+def progressive(window: Window, every: int = 25, stride: int = 1, roll_back: bool = True) -> Start:
+    """The window moves on by `stride` steps after every `every` epochs.
+
+    Args:
+      roll_back: go on from the beginning after the last place, or stay there.
+    """
+    _check_positive("every", every)
+    return _moving(window, stride, roll_back, lambda place: every)
+
+
+def decay(
+    window: Window,
+    every: int = 25,
+    least: int = 6,
+    stride: int = 1,
+    roll_back: bool = True,
+) -> Start:
+    """As `progressive`, with ever shorter stays: from `every` epochs at step 0 to `least` at high.
+
+    Upstream's `least` is a quarter of `every`.
+    """
+    if not 1 <= least <= every:
+        raise ValueError(
+            f"sample.window_options.least={least}: must be between 1 and every={every}"
+        )
+
+    def stay(place: int) -> int:
+        return max(least, int(every * (1 - place / window.high) + least * (place / window.high)))
+
+    return _moving(window, stride, roll_back, stay)
+
+
+def exp_decay(
+    window: Window,
+    every: int = 25,
+    rate: float = 0.1,
+    flat: int = 13,
+    stride: int = 1,
+    roll_back: bool = True,
+) -> Start:
+    """As `progressive`, with stays of every exp(-rate max(step - flat, 0)) epochs, rounded up."""
+    _check_positive("every", every)
+    if not rate >= 0:
+        raise ValueError(f"sample.window_options.rate={rate}: must be at least 0")
+
+    def stay(place: int) -> int:
+        return math.ceil(every * math.exp(-rate * max(place - flat, 0)))
+
+    return _moving(window, stride, roll_back, stay)
+
+
+def _moving(
+    window: Window,
+    stride: int,
+    roll_back: bool,
+    stay: Callable[[int], int],
+) -> Start:
+    """A window that stays for stay(place) epochs at each of its places."""
+    _check_positive("stride", stride)
+    size, low, high = window
+    if high - low <= size:
+        raise ValueError(
+            f"sample.window_range={(low, high)} leaves a window of {size} steps no room to move:"
+            " widen it, to (0, sample.steps - 2) as MixGRPO does, or choose"
+            " sample.window_schedule='frozen'"
+        )
+    places = np.arange(low, high - size + 1, stride)
+    ends = np.cumsum([stay(int(place)) for place in places])
+    total = int(ends[-1])
+
+    def start(key: jax.Array, epoch: int) -> jax.Array:
+        at = epoch % total if roll_back else jnp.minimum(epoch, total - 1)
+        return jnp.asarray(places, jnp.int32)[jnp.searchsorted(ends, at, side="right")]
+
+    return start
+
+
+def _check_positive(option: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"sample.window_options.{option}={value}: must be at least 1")
+
+
+def compressed(
+    sigmas: Sequence[float], shift: float, size: int, share: float
+) -> tuple[tuple[float, ...], ...]:
+    """Return a schedule for each start of the window, with fewer steps after it (MixGRPO-Flash).
+
+    The steps after the window lead evenly, in time before the shift, from the window's end to 0.
+    With l the window's last step they have int((T - l) share) points, as in upstream's code; that
+    is one step fewer than in the paper's text, which has as many steps.
+
+    Args:
+      sigmas: T + 1 of them, with the shift f(u) = shift u / (1 + (shift - 1) u).
+      size: of the window.
+
+    Returns T - size schedules, filled up with zeros to the same length; none where the share is 1.
+    """
+    steps = len(sigmas) - 1
+    if share == 1:
+        return ()
+    schedules = []
+    for end in range(size, steps):
+        points = max(int((steps - end + 1) * share), 2)
+        time = np.linspace(sigmas[end] / (shift - (shift - 1) * sigmas[end]), 0, points)
+        tail = shift * time / (1 + (shift - 1) * time)
+        schedules.append((*sigmas[: end + 1], *map(float, tail[1:])))
+    longest = max(map(len, schedules))
+    return tuple(s + (0.0,) * (longest - len(s)) for s in schedules)
