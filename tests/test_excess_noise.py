@@ -72,11 +72,16 @@ def test_only_the_windows_steps_count():
     assert "before" not in alone and ": take sample.kernel='precise'" in alone
 
 
+MODEL = SimpleNamespace(
+    sigmas=lambda steps, height, width: sde.sigma_schedule(steps), shift=lambda height, width: 3.0
+)
+
+
 def of_recipe(name, changes):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"flowgrpo_jax.configs.{name}").get_config()
     config.update_from_flattened_dict(changes)
     algorithm = recipe.make_algorithm(config)
-    process = recipe.make_setup(config, 3.0, algorithm).process
+    process = recipe.make_setup(config, MODEL, algorithm).process
     window = settings.window(config, algorithm)
     return excess_noise.warning(config.sample.kernel, process, window)
 
@@ -93,9 +98,9 @@ def test_a_recipe_is_judged_by_its_window():
 
 
 def test_the_warning_is_among_the_first_lines_of_a_run():
-    config = importlib.import_module("configs.base").get_config()
+    config = importlib.import_module("flowgrpo_jax.configs.base").get_config()
     algorithm = recipe.make_algorithm(config)
-    setup = recipe.make_setup(config, 3.0, algorithm)
+    setup = recipe.make_setup(config, MODEL, algorithm)
     model = SimpleNamespace(
         params={}, text_shapes={}, trained_shapes={}, lora_spec=SimpleNamespace(rank=1)
     )

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.algorithms import mixgrpo as mixgrpo_recipe
 from flowgrpo_jax import algorithms, sde, settings, windows
+from flowgrpo_jax.configs.algorithms import mixgrpo as mixgrpo_recipe
 from flowgrpo_jax.windows import Window
 
 KEY = jax.random.key(0)

@@ -11,7 +11,7 @@ takes 375 and 300 epochs. The learning rate and the clip range are those of `con
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from flowgrpo_jax.configs import shapes
 
 
 def get_config(variant: str = "full") -> ConfigDict:
