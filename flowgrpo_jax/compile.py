@@ -27,7 +27,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import cli, outputs, recipe, rewards, settings, sharding, update
+from flowgrpo_jax import cli, outputs, parts, recipe, rewards, settings, sharding, update
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.models import TEXTS, Model
@@ -100,8 +100,8 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     everywhere, rows = sharding.replicated(mesh), NamedSharding(mesh, sharding.ROWS)
     weights = frozen(model, mesh)
     text = {part: weights.pop(part) for part in model.text_shapes}
-    algorithm, optimiser = recipe.make_algorithm(config), recipe.make_optimiser(config)
-    advantage = recipe.make_advantage(config)
+    algorithm, optimiser = parts.make_algorithm(config), parts.make_optimiser(config)
+    advantage = parts.make_advantage(config)
     state, gradient, figures = training_state(model, algorithm, advantage, optimiser, mesh)
 
     encoded = min(plan.groups, TEXTS)
@@ -116,7 +116,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
         for n in (1, micro)
     )
 
-    setup = recipe.make_setup(config, model, algorithm)
+    setup = parts.make_setup(config, model, algorithm)
     built = recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
     latent = model.latent_shape(config.model.height, config.model.width)
     drawn = rollout(setup, m, latent, mesh)
@@ -196,14 +196,14 @@ def score(
 
     training, testing = (
         program(weights.names, *batch)
-        for weights, batch in zip(recipe.reward_weights(config), batches)
+        for weights, batch in zip(parts.reward_weights(config), batches)
     )
     return training, testing
 
 
 def undescribed(config: ConfigDict) -> list[str]:
     """The rewards of training and evaluation that no program here is for."""
-    names = {name for weights in recipe.reward_weights(config) for name in weights.names}
+    names = {name for weights in parts.reward_weights(config) for name in weights.names}
     return sorted(names - set(rewards.describe(names, config.reward.options.to_dict())))
 
 
@@ -218,8 +218,8 @@ def main(_: list[str]) -> None:
     chip, devices = topology(flags.FLAGS.topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     plan = settings.make_plan(config, sharding.row_shards(mesh))
-    model = recipe.describe_model(config, mesh)
-    model = recipe.drop_frozen(model, recipe.make_algorithm(config))
+    model = parts.describe_model(config, mesh)
+    model = parts.drop_frozen(model, parts.make_algorithm(config))
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     print(f"{config.name}: {config.model.path} on {flags.FLAGS.topology}, {layout}\n{plan}")
     listed, stays = programs(config, model, mesh, plan)

@@ -14,16 +14,16 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import cli, outputs, prompts, recipe, settings, sharding
+from flowgrpo_jax import cli, outputs, parts, prompts, settings, sharding
 from flowgrpo_jax.models import TEXTS
 
 
 def needed(config: ConfigDict, epochs: int) -> list[str]:
     """Every prompt that training for `epochs` epochs encodes, once each."""
-    train, test = recipe.load_prompts(config, training=True)
+    train, test = parts.load_prompts(config, training=True)
     texts = [""]
     for epoch in range(epochs):
-        texts += recipe.draw_prompts(config, train, epoch).prompts
+        texts += parts.draw_prompts(config, train, epoch).prompts
     if test and config.eval.every:
         texts += prompts.balanced(test, config.eval.images)[0].prompts
     return list(dict.fromkeys(texts))
@@ -39,9 +39,9 @@ def main(_: list[str]) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     texts = needed(config, flags.FLAGS.epochs or config.epochs)
     with cli.compiling():
-        model = recipe.load_model(config, mesh, texts_alone=True)
+        model = parts.load_model(config, mesh, texts_alone=True)
         for i in tqdm(range(0, len(texts), TEXTS), desc="encode", unit="batch"):
-            recipe.encode(config, model, mesh, texts[i : i + TEXTS], strict=True)
+            parts.encode(config, model, mesh, texts[i : i + TEXTS], strict=True)
     print(f"{len(texts)} prompts are in {config.model.text_cache}")
 
 

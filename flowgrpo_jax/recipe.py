@@ -1,48 +1,31 @@
-"""From a config to the parts that an entry point runs: checked, derived, built.
-
-With settings.py the only file below the entry points that sees a config; everything else that it
-calls takes plain arguments.
-"""
+"""From a config to a run that an entry point can start: checked, derived, built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
-    advantages,
-    algorithms,
     excess_noise,
-    models,
+    parts,
     programs,
-    prompts,
-    rewards,
     sampler,
-    sde,
     sharding,
     solvers,
-    text_cache,
     update,
     windows,
 )
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
-from flowgrpo_jax.models import Family, Model
-from flowgrpo_jax.models.lora import LoRASpec
-from flowgrpo_jax.prompts import tasks
-from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.scoring import scorer
-from flowgrpo_jax.scoring.reward_weights import RewardWeights
-from flowgrpo_jax.scoring.scorer import Scorer, Source
+from flowgrpo_jax.models import Model
+from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.settings import Plan, check, guidance, make_plan, make_window, require, window
 from flowgrpo_jax.types import (
     Conditioning,
@@ -50,13 +33,9 @@ from flowgrpo_jax.types import (
     NamedScores,
     Params,
     Pictures,
-    PromptBatch,
     Rollout,
     TrainState,
 )
-
-# Knobs of `config.train` that `update.optimiser` takes by the same name.
-ADAMW = ("b1", "b2", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps")
 
 
 @dataclass(frozen=True)
@@ -98,7 +77,7 @@ class Recipe:
         return self.encode([""])
 
     def encode(self, texts: list[str]) -> Conditioning:
-        return encode(self.config, self.model, self.mesh, texts)
+        return parts.encode(self.config, self.model, self.mesh, texts)
 
     def put(self, state: Any) -> Any:
         """Put a training state, or a part of it, onto the devices."""
@@ -113,69 +92,6 @@ class Recipe:
         return state.copies[name]
 
 
-@lru_cache(maxsize=4)  # a run's model does not change
-def _fingerprint(directory: Path, text_files: Callable[[], list[Path]], **settings: Any) -> str:
-    return text_cache.fingerprint(directory, text_files(), **settings)
-
-
-def encode(
-    config: ConfigDict, model: Model, mesh: Mesh, texts: list[str], *, strict: bool = False
-) -> Conditioning:
-    """The prompts' states on every device, through the cache where there is one.
-
-    Args:
-      strict: raise OSError when the cache cannot be written.
-    """
-    c = config.model
-    if not c.text_cache:
-        return sharding.replicate(mesh, model.encode(texts))
-    mark = _fingerprint(model.directory, model.text_files, dtype=c.dtype, **c.options)
-    cond = text_cache.encode_cached(
-        model.encode,
-        texts,
-        c.text_cache,
-        mark,
-        strict=strict,
-        allgather=sharding.allgather,
-        to_host=sharding.to_host,
-    )
-    return sharding.replicate(mesh, cond)
-
-
-def load_model(config: ConfigDict, mesh: Mesh, *, texts_alone: bool = False) -> Model:
-    """The config's model, its weights on the mesh. Raises what `Family.load` does."""
-    family = models.find(config.model.path, config.model.family)
-    return family.load(
-        config.model.path,
-        place=sharding.place(mesh, family.rules),
-        texts_alone=texts_alone,
-        **model_settings(config, family, mesh),
-    )
-
-
-def describe_model(config: ConfigDict, mesh: Mesh) -> Model:
-    """The config's model without its weights; nothing is allocated."""
-    family = models.find(config.model.path, config.model.family)
-    return family.describe(config.model.path, **model_settings(config, family, mesh))
-
-
-def model_settings(config: ConfigDict, family: Family, mesh: Mesh) -> dict[str, Any]:
-    """Return the settings that `load` and `describe` of a family take.
-
-    Raises ValueError for options that the family does not have.
-    """
-    c = config.model
-    targets = tuple(config.lora.targets) or family.targets
-    return {
-        "lora_spec": LoRASpec(config.lora.rank, config.lora.alpha, targets),
-        "dtype": jnp.dtype(c.dtype),
-        "remat": c.remat,
-        "attention": c.attention,
-        "gather": sharding.gather_weights(mesh, family.rules),
-        **models.settings_of(family, c.options.to_dict(), "config.model.options"),
-    }
-
-
 def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     """Check the config and build all that a run needs; nothing random happens here.
 
@@ -184,13 +100,13 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     check(config)
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
-    check_size(config, describe_model(config, mesh))
-    train_prompts, test_prompts = load_prompts(config, training)
-    trained, tested = scorers(config, mesh, train_prompts, test_prompts, training=training)
-    model = load_model(config, mesh)
-    algorithm = make_algorithm(config)
-    setup = make_setup(config, model, algorithm)
-    optimiser = make_optimiser(config)
+    parts.check_size(config, parts.describe_model(config, mesh))
+    train_prompts, test_prompts = parts.load_prompts(config, training)
+    trained, tested = parts.scorers(config, mesh, train_prompts, test_prompts, training=training)
+    model = parts.load_model(config, mesh)
+    algorithm = parts.make_algorithm(config)
+    setup = parts.make_setup(config, model, algorithm)
+    optimiser = parts.make_optimiser(config)
     score = trained.inside_program() if config.reward.host_call == "callback" else None
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)
     return Recipe(
@@ -200,7 +116,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         plan,
         setup,
         algorithm,
-        make_advantage(config),
+        parts.make_advantage(config),
         make_window(config, algorithm),
         optimiser,
         built,
@@ -209,131 +125,6 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         trained,
         tested,
     )
-
-
-def check_size(config: ConfigDict, model: Model) -> None:
-    """Raise ValueError for pictures that the model cannot draw, before any weights are read."""
-    try:
-        model.latent_shape(config.model.height, config.model.width)
-    except ValueError as error:
-        raise ValueError(f"model.height and model.width: {error}") from error
-
-
-def drop_frozen(model: Model, algorithm: Algorithm) -> Model:
-    """Return the model without the transformer's frozen weights where nothing reads them: in full
-    fine-tuning the trained ones take their place, and only the reference policy needs both."""
-    if model.lora_spec.rank or "reference" in algorithm.reads:
-        return model
-    kept = {path: x for path, x in model.base.items() if path not in model.trained_shapes}
-    return replace(model, params={**model.params, "transformer": kept})
-
-
-def make_algorithm(config: ConfigDict) -> Algorithm:
-    return algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
-
-
-def make_advantage(config: ConfigDict) -> Advantage:
-    c, size = config.advantage, config.sample.group_size
-    return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip)
-
-
-def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:
-    """Return the model's schedule for the config's pictures: steps + 1 values, hashable."""
-    return tuple(map(float, model.sigmas(steps, config.model.height, config.model.width)))
-
-
-def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
-    """Return how images are drawn for training."""
-    s, size = config.sample, window(config, algorithm).size
-    schedule = sigmas(model, config, s.steps)
-    shift = model.shift(config.model.height, config.model.width)
-    process = Process(
-        sigmas=schedule,
-        kernel=sde.load(s.kernel),
-        noise_level=s.noise_level,
-        window=size,
-        density=s.density,
-        reduction=s.reduction,
-        solver=solvers.load(s.solver),
-        by_start=windows.compressed(schedule, shift, size, s.tail),
-    )
-    return Setup(process, s.group_size)
-
-
-def make_optimiser(config: ConfigDict) -> Any:
-    return update.optimiser(
-        config.train.learning_rate, **{knob: config.train[knob] for knob in ADAMW}
-    )
-
-
-def load_prompts(config: ConfigDict, training: bool) -> tuple[list[Metadata], list[Metadata]]:
-    """(train, test) records; generated training prompts keep clear of the test prompts."""
-    p = config.prompts
-    if p.tasks:
-        return tasks.splits(p.tasks.to_dict())
-    test = prompts.load(p.test) if p.test else []
-    return prompts.load(p.train, exclude=test) if training else [], test
-
-
-def prompt_place(config: ConfigDict, split: str, record: Metadata) -> str:
-    """Say where a record of a split ("train" or "test") is in its source, for errors about it."""
-    chosen = config.prompts.tasks
-    source = chosen[record["task"]].get(split, "") if chosen else config.prompts[split]
-    return prompts.place(record["prompt"], source)
-
-
-def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> PromptBatch:
-    """The prompts of an epoch: a pure function of the seed and the epoch."""
-    return prompts.sample(
-        records,
-        config.sample.groups,
-        seed=config.seed,
-        epoch=epoch,
-        tag_weights=config.prompts.tag_weights.to_dict(),
-        task_weights=tasks.weights(config.prompts.tasks.to_dict()),
-    )
-
-
-def reward_weights(
-    config: ConfigDict, *, training: bool = True
-) -> tuple[RewardWeights, RewardWeights]:
-    """Return the reward weights of training and of evaluation, by task if there are several.
-
-    Training has no rewards unless `training`; evaluation has none in a run that never evaluates.
-    """
-    weights, chosen = config.reward.weights.to_dict(), config.prompts.tasks.to_dict()
-    tested = {name: weights.get(name, 0.0) for name in config.eval.rewards} or weights
-    tested = {} if training and not config.eval.every else tested
-    weights = weights if training else {}
-    return tuple(RewardWeights(w, tasks.reward_weights(chosen, w)) for w in (weights, tested))  # type: ignore
-
-
-def scorers(
-    config: ConfigDict,
-    mesh: Mesh,
-    train_prompts: list[Metadata],
-    test_prompts: list[Metadata],
-    *,
-    training: bool = True,
-) -> tuple[Scorer, Scorer]:
-    """Make the scorers of training and of evaluation, for which see `reward_weights`.
-
-    Raises the errors of loading a reward and those of `scorer.scorers`.
-    """
-    weights, test_weights = reward_weights(config, training=training)
-    test_weights = RewardWeights({}) if training and not test_prompts else test_weights
-    names = dict.fromkeys(weights.names + test_weights.names)
-    trained, tested = scorer.scorers(
-        rewards.load(names, config.reward.options.to_dict()),
-        [
-            Source(weights, train_prompts, partial(prompt_place, config, "train")),
-            Source(test_weights, test_prompts, partial(prompt_place, config, "test")),
-        ],
-        mesh,
-        timeout=config.reward.timeout or None,
-        threads=config.reward.threads,
-    )
-    return trained, tested
 
 
 def make_programs(
@@ -377,7 +168,7 @@ def make_programs(
             model.decode,
             mesh,
             latent=latent,
-            sigmas=sigmas(model, config, config.eval.steps),
+            sigmas=parts.sigmas(model, config, config.eval.steps),
             solver=solvers.load(config.eval.solver),
         ),
     )

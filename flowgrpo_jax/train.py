@@ -33,6 +33,7 @@ from flowgrpo_jax import (
     cli,
     lifecycle,
     logs,
+    parts,
     recipe,
     sampler,
     settings,
@@ -59,7 +60,7 @@ def one_epoch(
     config, plan = run.config, run.plan
 
     # Prompts, encoded once each.
-    batch = recipe.draw_prompts(config, run.train_prompts, epoch)
+    batch = parts.draw_prompts(config, run.train_prompts, epoch)
     cond = run.encode(batch.prompts)
 
     # Rollouts, micro-batch by micro-batch; each is scored while the next one is drawn.
@@ -262,7 +263,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     if first_process := jax.process_index() == 0:
         print(recipe.summary(run))
     state = initial_state(run)
-    run = dataclasses.replace(run, model=recipe.drop_frozen(run.model, run.algorithm))
+    run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
     checkpoints = RunCheckpoints(
         workdir,
         config.to_dict(),

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import recipe, rewards, settings, sharding
+from flowgrpo_jax import parts, recipe, rewards, settings, sharding
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
 
@@ -333,10 +333,10 @@ def test_a_guidance_of_at_most_one_is_none(scale, taken):
 def built(changes):
     config = load("shapes", changes)
     mesh = AbstractMesh((1, 1, 1), sharding.AXES)
-    model = recipe.describe_model(config, mesh)
-    algorithm, plan = recipe.make_algorithm(config), settings.make_plan(config, 1)
-    setup = recipe.make_setup(config, model, algorithm)
-    optimiser = recipe.make_optimiser(config)
+    model = parts.describe_model(config, mesh)
+    algorithm, plan = parts.make_algorithm(config), settings.make_plan(config, 1)
+    setup = parts.make_setup(config, model, algorithm)
+    optimiser = parts.make_optimiser(config)
     return recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
 
 
@@ -393,11 +393,11 @@ def test_who_has_split_the_cpu_keeps_it(monkeypatch):
 def test_a_layout_that_makes_no_sense(changes, message, monkeypatch):
     config = load("shapes", changes)
     mesh = AbstractMesh((1, 1, config.mesh.tensor), sharding.AXES)
-    model = recipe.describe_model(config, mesh)
+    model = parts.describe_model(config, mesh)
     loaded = rewards.load(["shapes"])
     scorer = Scorer(RewardWeights({"shapes": 1.0}), loaded, [], mesh)
-    algorithm, plan = recipe.make_algorithm(config), settings.make_plan(config, 1)
-    setup = recipe.make_setup(config, model, algorithm)
+    algorithm, plan = parts.make_algorithm(config), settings.make_plan(config, 1)
+    setup = parts.make_setup(config, model, algorithm)
     with pytest.raises(ValueError, match=message):
         score = scorer.inside_program() if config.reward.host_call == "callback" else None
         recipe.make_programs(config, model, mesh, plan, setup, algorithm, None, score)
@@ -430,7 +430,7 @@ def test_an_adapter_that_is_not_there_needs_no_alpha_and_no_targets():
 def test_a_size_that_the_model_cannot_draw(name, changes, message, monkeypatch):
     """Said before any weights are read, the model's or a reward's."""
     for part in ("load_model", "scorers"):
-        monkeypatch.setattr(recipe, part, lambda *args, **kwargs: pytest.fail("too late"))
+        monkeypatch.setattr(parts, part, lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises(ValueError, match=f"model.height and model.width: image size {message}"):
         recipe.build(load(name, changes))
 

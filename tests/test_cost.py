@@ -304,7 +304,7 @@ config.mesh.data, config.sample.guidance_scale = 1, 2.0
 config.mesh[AXIS] = 4
 mesh = sharding.make_mesh(**config.mesh)
 plan = settings.make_plan(config, sharding.row_shards(mesh))
-model = recipe.describe_model(config, mesh)
+model = parts.describe_model(config, mesh)
 for program in compile.programs(config, model, mesh, plan)[0]:
     if program.name in ("sample", "accumulate"):
         text = program.run.trace(*program.args).lower().compile().as_text()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flowgrpo_jax import excess_noise, recipe, sde, settings
+from flowgrpo_jax import excess_noise, parts, recipe, sde, settings
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.windows import Window
 
@@ -80,8 +80,8 @@ MODEL = SimpleNamespace(
 def of_recipe(name, changes):
     config = importlib.import_module(f"flowgrpo_jax.configs.{name}").get_config()
     config.update_from_flattened_dict(changes)
-    algorithm = recipe.make_algorithm(config)
-    process = recipe.make_setup(config, MODEL, algorithm).process
+    algorithm = parts.make_algorithm(config)
+    process = parts.make_setup(config, MODEL, algorithm).process
     window = settings.window(config, algorithm)
     return excess_noise.warning(config.sample.kernel, process, window)
 
@@ -99,8 +99,8 @@ def test_a_recipe_is_judged_by_its_window():
 
 def test_the_warning_is_among_the_first_lines_of_a_run():
     config = importlib.import_module("flowgrpo_jax.configs.base").get_config()
-    algorithm = recipe.make_algorithm(config)
-    setup = recipe.make_setup(config, MODEL, algorithm)
+    algorithm = parts.make_algorithm(config)
+    setup = parts.make_setup(config, MODEL, algorithm)
     model = SimpleNamespace(
         params={}, text_shapes={}, trained_shapes={}, lora_spec=SimpleNamespace(rank=1)
     )

@@ -47,7 +47,7 @@ def unloaded(monkeypatch):
     for owner, name in (
         (convert, "load"),
         (evaluate.recipe, "build"),
-        (encode.recipe, "load_model"),
+        (encode.parts, "load_model"),
         (policies, "load"),
         (compile, "topology"),
     ):

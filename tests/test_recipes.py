@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from flowgrpo_jax import recipe, rewards, settings
+from flowgrpo_jax import parts, rewards, settings
 from flowgrpo_jax.rewards import geneval
 from flowgrpo_jax.train import train
 
@@ -174,7 +174,7 @@ def test_its_rewards_are_rows_of_the_table(name):
 
 @pytest.mark.parametrize("name", ["geneval", "ocr"])
 def test_its_prompts_are_many_and_apart(name):
-    train_prompts, test_prompts = recipe.load_prompts(load(name), training=True)
+    train_prompts, test_prompts = parts.load_prompts(load(name), training=True)
     apart = {r["prompt"] for r in train_prompts}.isdisjoint(r["prompt"] for r in test_prompts)
     assert apart and len(train_prompts) >= 20_000 and len(test_prompts) >= 500
 

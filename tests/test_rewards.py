@@ -17,7 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from flowgrpo_jax import advantages, cli, prompts, recipe, rewards, sharding
+from flowgrpo_jax import advantages, cli, parts, prompts, rewards, sharding
 from flowgrpo_jax.configs import ocr as ocr_recipe
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.rewards import geneval, imagereward, ocr, remote
@@ -359,7 +359,7 @@ def test_a_recipe_s_scorers_place_what_they_share_once(training, monkeypatch):
     config.reward.options = ConfigDict({name: {"head": 1} for name in names})
     config.eval.rewards, config.checkpoint.best = ("watched", "tested"), "tested"
     records = [{"prompt": "a"}]
-    scorer, test_scorer = recipe.scorers(
+    scorer, test_scorer = parts.scorers(
         config, sharding.make_mesh(), records, records, training=training
     )
     tested, trained = test_scorer.in_graph.weights, scorer.in_graph.weights
@@ -373,7 +373,7 @@ def test_a_run_that_never_evaluates_loads_no_rewards_for_it(every, tested, monke
     config = shapes.get_config()
     config.eval.rewards, config.eval.every = ("imagereward",), every
     monkeypatch.setattr(imagereward, "make", lambda **options: pytest.fail("it was loaded"))
-    scorer, test_scorer = recipe.scorers(config, sharding.make_mesh(), tested, tested)
+    scorer, test_scorer = parts.scorers(config, sharding.make_mesh(), tested, tested)
     assert scorer.weights.names == ("shapes",) and test_scorer.weights.names == ()
 
 
@@ -391,7 +391,7 @@ def test_a_prompt_that_a_reward_cannot_judge_is_named_by_file_and_line(tmp_path)
     config.prompts.train = str(file)
     loaded = {"geneval": SimpleNamespace(check=geneval.check)}
     records, weights = prompts.load(str(file)), RewardWeights({"geneval": 1.0})
-    place = functools.partial(recipe.prompt_place, config, "train")
+    place = functools.partial(parts.prompt_place, config, "train")
     check_records(loaded, Source(weights, records[:2], place))
     with pytest.raises(ValueError, match=r"geneval\.jsonl: line 3: reward 'geneval': .*'mauve'"):
         check_records(loaded, Source(weights, records, place))
@@ -412,17 +412,17 @@ def test_prompts_that_a_reward_cannot_judge_are_an_early_error(monkeypatch):
     config = shapes.get_config()
     config.eval.every = 0
     good, bad = {"prompt": "a", "class": "x", "task": "one"}, {"prompt": "b", "task": "two"}
-    recipe.scorers(config, sharding.make_mesh(), [good], [bad])
+    parts.scorers(config, sharding.make_mesh(), [good], [bad])
     with pytest.raises(ValueError, match="'b' has no class"):
-        recipe.scorers(config, sharding.make_mesh(), [good, bad], [])
+        parts.scorers(config, sharding.make_mesh(), [good, bad], [])
     config.reward.weights = ConfigDict({"shapes": 1.0, "jpeg_compressibility": 1.0})
     config.prompts.tasks = ConfigDict({"one": {"rewards": ("shapes",)}, "two": {}})
     with pytest.raises(ValueError, match="'b' has no class"):  # a task without a list takes all
-        recipe.scorers(config, sharding.make_mesh(), [good, bad], [])
+        parts.scorers(config, sharding.make_mesh(), [good, bad], [])
     config.prompts.tasks = ConfigDict(
         {"one": {"rewards": ("shapes",)}, "two": {"rewards": ("jpeg_compressibility",)}}
     )
-    recipe.scorers(config, sharding.make_mesh(), [good, bad], [])
+    parts.scorers(config, sharding.make_mesh(), [good, bad], [])
 
 
 # ----------------------------------------------------------------------- called in two ways

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from short_runs import ROOT, call, load, rows, timeless
 
-from flowgrpo_jax import algorithms, recipe, rewards, sharding
+from flowgrpo_jax import algorithms, parts, recipe, rewards, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.train import train
@@ -84,7 +84,7 @@ def test_encoding_reads_the_encoders_alone(runs, monkeypatch):
         return real(directory, *args, **kwargs)
 
     monkeypatch.setattr(sd3.convert, "load", load_weights)
-    model = recipe.load_model(load(runs), sharding.make_mesh(), texts_alone=True)
+    model = parts.load_model(load(runs), sharding.make_mesh(), texts_alone=True)
     assert read == [] and model.encode(["a circle"])["tokens"].shape[0] == 1
     assert sorted(read) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
 
