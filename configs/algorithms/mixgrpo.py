@@ -1,7 +1,7 @@
 """MixGRPO on the model in the box: `configs/shapes.py` with a window that moves.
 
-    python -m flowgrpo_jax.train --config configs/algorithms/mixgrpo.py
-    python -m flowgrpo_jax.train --config configs/algorithms/mixgrpo.py:flash
+    python -m flowgrpo_jax.train --config algorithms/mixgrpo
+    python -m flowgrpo_jax.train --config algorithms/mixgrpo:flash
 
 Noise in 4 steps, which move on by one every 25 epochs, from the first step to the last but two, as
 in the paper; a group starts from the same noise. `flash` takes 0.4 of the steps after the window,
