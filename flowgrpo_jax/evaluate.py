@@ -125,6 +125,16 @@ def encode_many(run: Recipe, texts: list[str]) -> Any:
     return whole
 
 
+def figures_of(result: dict[str, Any]) -> dict[str, float]:
+    """Return an evaluation's means by the names that a run logs: eval/REWARD, eval/TAG/REWARD."""
+    tags = {
+        f"eval/{tag}/{name}": value
+        for tag, values in result["per_tag"].items()
+        for name, value in values.items()
+    }
+    return {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
+
+
 def save_grid(file: epath.Path, images: np.ndarray, batch: PromptBatch, n: int) -> None:
     if jax.process_index() > 0:
         return

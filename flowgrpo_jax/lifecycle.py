@@ -40,6 +40,61 @@ def count_lost(lost: int, skipped: float, most: int) -> int:
     return lost
 
 
+def check_failed(epoch: int, failed: float, broken: float, *, most: float) -> None:
+    """Raise RunFailed when too many of an epoch's images have no reward.
+
+    Args:
+      failed: share of the images without a reward; broken: share that is not finite.
+      most: the largest share without a reward with which a run goes on.
+    """
+    if failed <= most:
+        return
+    cause = "see the warnings above"
+    if broken > 0:
+        cause = (
+            f"{broken:.0%} of the pictures have pixels that are not finite, so the policy has"
+            " diverged: resume from an earlier checkpoint with a lower train.learning_rate, or in"
+            " float32"
+        )
+    raise RunFailed(
+        f"the reward failed on {failed:.0%} of epoch {epoch}'s images, more than"
+        f" reward.max_failed={most:.0%}: {cause}"
+    )
+
+
+def offer_best(
+    checkpoints: RunCheckpoints,
+    epoch: int,
+    state: TrainState,
+    report: dict[str, float],
+    *,
+    reward: str,
+    failed: float,
+    broken: float,
+    most_failed: float,
+) -> None:
+    """Keep the state if its evaluation is the best so far. One that failed in part cannot be.
+
+    Args:
+      report: the evaluation's figures; reward: the one that decides, "" if none does.
+      failed: share of the images without that reward; broken: share not finite.
+      most_failed: the largest share without it with which a state may be the best.
+    """
+    if broken:
+        log.warning(
+            "epoch %d: %.0f%% of the evaluated pictures have pixels that are not finite; the state"
+            " cannot be the best",
+            epoch,
+            100 * broken,
+        )
+    elif failed <= most_failed:
+        checkpoints.offer(epoch, state, report)
+    else:
+        log.warning(
+            "epoch %d: %s failed on %.0f%% and cannot be the best", epoch, reward, 100 * failed
+        )
+
+
 def save_at_stop(checkpoints: RunCheckpoints, epoch: int, state: TrainState) -> None:
     """Save the state and wait until it is written.
 

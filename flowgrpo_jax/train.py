@@ -19,7 +19,6 @@ import json
 import logging
 import signal
 import time
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +39,12 @@ from flowgrpo_jax import (
     sharding,
     update,
 )
-from flowgrpo_jax.evaluate import evaluate, save_grid
-from flowgrpo_jax.lifecycle import RunFailed
+from flowgrpo_jax.evaluate import evaluate, figures_of, save_grid
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.scoring.pending import PendingScores
-from flowgrpo_jax.scoring.scores import Scores, mean
+from flowgrpo_jax.scoring.scores import Scores, reward_figures
 from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, TrainState
 
 log = logging.getLogger(__name__)
@@ -55,8 +53,7 @@ log = logging.getLogger(__name__)
 def one_epoch(
     run: Recipe, state: TrainState, epoch: int, stop: cli.Stop
 ) -> tuple[TrainState, dict[str, float]]:
-    """Train for one epoch and return the new state and its figures. Raises cli.Stopped when asked
-    to stop."""
+    """Train for one epoch and return the new state and figures. A signal raises cli.Stopped."""
     config, plan = run.config, run.plan
 
     # Prompts, encoded once each.
@@ -69,7 +66,9 @@ def one_epoch(
     # Rewards and advantages.
     values, weights = jnp.asarray(scores.values), jnp.asarray(scores.weights)
     total, valid = map(np.asarray, advantages.weighted(values, weights))
-    check_failed(config, epoch, 1.0 - float(np.mean(valid)), scores.broken)
+    lifecycle.check_failed(
+        epoch, 1.0 - float(np.mean(valid)), scores.broken, most=config.reward.max_failed
+    )
     advantage, memory = run.advantage.compute(state.memory, values, weights, jnp.asarray(batch.ids))
     state = dataclasses.replace(state, memory=run.put(memory))
 
@@ -154,27 +153,6 @@ def improve(
     return run.programs.end_epoch(state), figures
 
 
-def check_failed(config: ConfigDict, epoch: int, failed: float, broken: float) -> None:
-    """Raise RunFailed when too many of an epoch's images have no reward.
-
-    Args:
-      failed: share of the images without a reward; broken: share that is not finite.
-    """
-    if failed <= config.reward.max_failed:
-        return
-    cause = "see the warnings above"
-    if broken > 0:
-        cause = (
-            f"{broken:.0%} of the pictures have pixels that are not finite, so the policy has"
-            " diverged: resume from an earlier checkpoint with a lower train.learning_rate, or in"
-            " float32"
-        )
-    raise RunFailed(
-        f"the reward failed on {failed:.0%} of epoch {epoch}'s images, more than"
-        f" reward.max_failed={config.reward.max_failed:.0%}: {cause}"
-    )
-
-
 def micro_batches(run: Recipe, batch: PromptBatch):
     """(prompt ids, rows of the conditioning, places in the group) of each micro-batch, i32 [M]."""
     plan = run.plan
@@ -183,19 +161,6 @@ def micro_batches(run: Recipe, batch: PromptBatch):
     for i in range(0, plan.images, plan.micro_batch):
         part = slice(i, i + plan.micro_batch)
         yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
-
-
-def reward_figures(total: np.ndarray, group_size: int) -> dict[str, float]:
-    """Summarise the training reward, f32 [B], which is NaN where scoring failed."""
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a group without any score
-        spread = np.nan_to_num(np.nanstd(total.reshape(-1, group_size), axis=1))
-    return {
-        "reward": mean(total),
-        "reward_std": float(spread.mean()),
-        "dead_groups": float((spread < 1e-6).mean()),  # share of groups without any signal
-        "failed": float(np.isnan(total).mean()),
-    }
 
 
 def evaluate_into(
@@ -212,27 +177,17 @@ def evaluate_into(
     with logs.warn_on_error("a sample grid"):
         file = workdir / "samples" / f"epoch-{epoch:05d}.png"
         save_grid(file, images, batch, run.config.eval.grid)
-    tags = {
-        f"eval/{tag}/{name}": value
-        for tag, values in result["per_tag"].items()
-        for name, value in values.items()
-    }
-    report = {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
-    best = run.config.checkpoint.best
-    failed = result["failures"].get(best, 0.0)
-    if result["broken"]:
-        log.warning(
-            "epoch %d: %.0f%% of the evaluated pictures have pixels that are not finite; the state"
-            " cannot be the best",
-            epoch,
-            100 * result["broken"],
-        )
-    elif failed <= run.config.reward.max_failed:
-        checkpoints.offer(epoch, state, report)
-    else:
-        log.warning(
-            "epoch %d: %s failed on %.0f%% and cannot be the best", epoch, best, 100 * failed
-        )
+    report, best = figures_of(result), run.config.checkpoint.best
+    lifecycle.offer_best(
+        checkpoints,
+        epoch,
+        state,
+        report,
+        reward=best,
+        failed=result["failures"].get(best, 0.0),
+        broken=result["broken"],
+        most_failed=run.config.reward.max_failed,
+    )
     return report
 
 
@@ -279,6 +234,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         workdir, epoch, config=config.to_dict(), active=first_process, **config.log
     )
     bar = lifecycle.progress_bar(config.name, epoch, config.epochs, active=first_process)
+    every = config.eval.every if run.test_prompts else 0  # epochs between evaluations
     first, asked = epoch, 0
     last: dict[str, float] = {}  # the last evaluation's figures
     with cli.Stop() as stop:
@@ -286,7 +242,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
             while epoch < config.epochs:
                 stop.check()
                 report: dict[str, float] = {}
-                if evaluation_is_due(run, epoch):
+                if every and epoch % every == 0:
                     report = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 begun = time.perf_counter()
                 trained, figures = one_epoch(run, state, epoch, stop)
@@ -301,7 +257,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 if epoch % config.checkpoint.every == 0:
                     checkpoints.save(epoch, state)
             checkpoints.finish(epoch, state)
-            if run.test_prompts and config.eval.every and epoch == config.epochs:
+            if every and epoch == config.epochs:
                 last = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 metrics.write(epoch, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
@@ -322,12 +278,6 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         if asked:  # still within `stop`, where the signal's echo does not interrupt
             raise SystemExit(cli.RESTART if asked == signal.SIGTERM else 0)
     return state
-
-
-def evaluation_is_due(run: Recipe, epoch: int) -> bool:
-    """Return whether the state after `epoch` epochs is to be evaluated before further training."""
-    every = run.config.eval.every
-    return bool(run.test_prompts and every and epoch % every == 0)
 
 
 def main(_: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -40,3 +41,16 @@ def mean(scores: np.ndarray) -> float:
     """Return the mean over the images that have a score; NaN when there is none."""
     scores = scores[~np.isnan(scores)]
     return float(scores.mean()) if scores.size else float("nan")
+
+
+def reward_figures(total: np.ndarray, group_size: int) -> dict[str, float]:
+    """Summarise the training reward, f32 [B], which is NaN where scoring failed."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a group without any score
+        spread = np.nan_to_num(np.nanstd(total.reshape(-1, group_size), axis=1))
+    return {
+        "reward": mean(total),
+        "reward_std": float(spread.mean()),
+        "dead_groups": float((spread < 1e-6).mean()),  # share of groups without any signal
+        "failed": float(np.isnan(total).mean()),
+    }
