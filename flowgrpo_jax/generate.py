@@ -29,6 +29,7 @@ from flowgrpo_jax import (
     seeds,
     settings,
     sharding,
+    solvers,
 )
 from flowgrpo_jax.models import Family, Model, lora_files
 from flowgrpo_jax.models.lora import LoRASpec
@@ -43,6 +44,7 @@ def generate(
     prompts: list[str],
     *,
     steps: int = 40,
+    solver: str = "euler",
     guidance: float = 4.5,
     seed: int = 0,
     height: int | None = None,
@@ -63,6 +65,7 @@ def generate(
         mesh,
         latent=model.latent_shape(height, width),
         sigmas=tuple(map(float, model.sigmas(steps, height, width))),
+        solver=solvers.load(solver),
     )
     weights = {"transformer": model.base, "vae": model.params["vae"]}
     empty, n = model.encode([""]), len(prompts)
@@ -126,6 +129,7 @@ def main(_: list[str]) -> None:
     out = Path(args.out)
     outputs.check_picture(out, "--out")
     settings.guidance(args.guidance, "--guidance")
+    solvers.load(args.solver)
     spec = read_spec(args.lora) if args.lora else None
     family = models.find(args.model)
     made = {"lora_spec": spec, "dtype": jnp.dtype(args.dtype)}
@@ -141,6 +145,7 @@ def main(_: list[str]) -> None:
             adapter,
             args.prompt,
             steps=args.steps,
+            solver=args.solver,
             guidance=args.guidance,
             seed=args.seed,
             height=args.height,
@@ -161,6 +166,8 @@ if __name__ == "__main__":
     prompt = "A text to draw; give the flag several times for several."
     flags.DEFINE_multi_string("prompt", None, prompt, required=True)
     flags.DEFINE_integer("steps", 40, "Steps of the ODE that draws the picture.", lower_bound=1)
+    rows = f"How its steps are taken: {', '.join(solvers.TABLE)}, or package.module:NAME."
+    flags.DEFINE_string("solver", "euler", rows)
     flags.DEFINE_float("guidance", 4.5, "Scale of classifier-free guidance; up to 1 means none.")
     note = "Seed of the noise, which also depends on a prompt's place."
     flags.DEFINE_integer("seed", 0, note, lower_bound=0, upper_bound=seeds.MOST)

@@ -55,7 +55,7 @@ def unloaded(monkeypatch):
 
 
 DRAW = dict(model="shapes", lora=None, option=[], dtype="float32", prompt=["a"])
-SIZE = dict(height=None, width=None, guidance=1.0, steps=1, seed=0)
+SIZE = dict(height=None, width=None, guidance=1.0, steps=1, seed=0, solver="euler")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,7 @@ SIZE = dict(height=None, width=None, guidance=1.0, steps=1, seed=0)
         ({"out": "picture"}, "--out=.*picture: the suffix '' names no format"),
         ({"guidance": -1.0}, r"--guidance=-1\.0: .*at least 0"),
         ({"guidance": float("nan")}, r"--guidance=nan: .*finite"),
+        ({"solver": "heun"}, r"'heun' is unknown: choose from dpmpp_2m, euler"),
         ({"height": 63}, "image size 63 x 64: both must be multiples"),
     ],
 )
