@@ -6,86 +6,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear_policy import (
+    IMAGES,
+    KEY,
+    SIGMAS,
+    close,
+    draw,
+    everywhere,
+    finished,
+    flat,
+    gradient_of,
+    linear,
+    matching,
+    setup_of,
+    unflat,
+    weights,
+)
 from scipy.optimize import approx_fprime
 
-from flowgrpo_jax import advantages, algorithms, sampler, sde, update
-from flowgrpo_jax.algorithms import Setup, renoise
-from flowgrpo_jax.algorithms.grpo import clipped
-from flowgrpo_jax.sampler import ODE_KEY, Process
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax import advantages, algorithms, sde, update
+from flowgrpo_jax.algorithms import renoise
+from flowgrpo_jax.algorithms.trust_regions import clipped
 
-KEY = jax.random.key(0)
-SIGMAS = tuple(sde.sigma_schedule(8).tolist())
-IMAGES, SHAPE = 8, (2, 2, 3)
-ADVANTAGE = jnp.linspace(-2, 1, IMAGES)
-ROWS = {  # options that suit a rollout of eight steps
-    "grpo": {"clip_range": 0.2},
-    "nft": {},
-    "awm": {"levels": 3},
+ADVANTAGE = jnp.asarray([-2.0, 1.0, 0.25, 0.75, 1.5, -0.5, -1.25, 0.25])  # two groups of four
+ROWS = {  # case: row, options that suit a rollout of eight steps
+    "grpo": ("grpo", {"clip_range": 0.2}),
+    "grpo_guard": ("grpo", {"clip_range": 0.2, "trust_region": "guard", "step_weight": "guard"}),
+    "grpo_dppo": ("grpo", {"trust_region": "dppo", "centering": True, "step_weight": "flash"}),
+    "nft": ("nft", {}),
+    "awm": ("awm", {"levels": 3}),
 }
 
 
-def load(name):
-    return algorithms.load(name, ROWS[name])
-
-
-def setup_of(algorithm, sigmas=SIGMAS, kernel=sde.CPS, noise_level=0.8):
-    window = len(sigmas) - 2 if algorithm.window else 0
-    return Setup(Process(sigmas, kernel, noise_level, window=window), group_size=IMAGES)
-
-
-def linear(params, x, sigma):
-    """A velocity with a 3 x 3 matrix and a bias; sigma is one number or one an image."""
-    return x @ params["w"] + jnp.reshape(sigma, (-1, 1, 1, 1)) * params["b"]
-
-
-def weights(seed, scale=0.3):
-    w, b = np.split(np.random.default_rng(seed).normal(scale=scale, size=(4, 3)), [3])
-    return {"w": jnp.asarray(w, jnp.float32), "b": jnp.asarray(b[0], jnp.float32)}
-
-
-def draw(velocity, process, key=KEY, count=IMAGES, shape=SHAPE):
-    places = jnp.arange(count)
-    keys = sampler.image_keys(key, 0, jnp.zeros_like(places), places)
-    x = sampler.normal(keys, ODE_KEY, shape)
-    return sampler.rollout(velocity, process, x, keys, 0, places)
-
-
-def gradient_of(algorithm, setup, params, others, rollout, advantage, velocity=linear, images=None):
-    """The gradient and figures of an update on one micro-batch, with the policies of `reads`."""
-    read = {name: others[name] for name in algorithm.reads}
-    return accumulated(algorithm, setup, velocity, images, params, read, rollout, advantage)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def accumulated(algorithm, setup, velocity, images, params, read, rollout, advantage):
-    return update.accumulate(
-        algorithm,
-        setup,
-        velocity,
-        params,
-        read,
-        rollout,
-        advantage,
-        algorithm.terms(setup, KEY),
-        images or rollout.prompt.shape[0],
-        update.empty(algorithm, params),
-    )
-
-
-def everywhere(params):
-    return dict.fromkeys(("reference", "ema", "old", "anchor"), params)
-
-
-def close(a, b, **tolerance):
-    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), a, b)
+def load(case):
+    name, options = ROWS[case]
+    return algorithms.load(name, options)
 
 
 # --------------------------------------------------------------------------- every row
 
 
 def test_every_row_has_options_here():
-    assert set(ROWS) == set(algorithms.TABLE)
+    assert {name for name, _ in ROWS.values()} == set(algorithms.TABLE)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -187,8 +149,9 @@ def test_it_finds_a_known_optimum(name, kernel):
         gradient, _ = gradient_of(
             algorithm, setup, state.policy, policies, rollout, advantage, velocity
         )
+        begun = state.step
         state, _ = update.apply_gradient(state, gradient, tx, 0.9)
-        return update.end_epoch(state, algorithm), rollout.latents.mean((0, 1, 2))
+        return update.end_epoch(state, begun, algorithm), rollout.latents.mean((0, 1, 2))
 
     state = update.init({"v": jnp.zeros(2)}, algorithm.copies, {}, tx, KEY)
     _, ends = jax.jit(lambda s: jax.lax.scan(epoch, s, jnp.arange(150)))(state)
@@ -202,7 +165,8 @@ def test_copies_move_at_the_end_of_an_epoch():
     state = update.init({"v": jnp.zeros(1)}, algorithm.copies, {}, tx, KEY)
     state = state.replace(policy={"v": jnp.ones(1)})
     for step, kept in ((1, 0.001), (100, 0.1), (500, 0.5), (2000, 0.5)):
-        moved = update.end_epoch(state.replace(step=jnp.int32(step)), algorithm)
+        after = state.replace(step=jnp.int32(step))
+        moved = update.end_epoch(after, jnp.int32(step - 1), algorithm)
         np.testing.assert_allclose(moved.copies["old"]["v"], 1 - kept, rtol=1e-6)
         np.testing.assert_array_equal(moved.copies["ema"]["v"], 0)
 
@@ -303,15 +267,6 @@ def test_a_policy_that_learns_from_another_is_a_warning(gap, warned):
 # ------------------------------------------------------------------------ decoupled rows
 
 
-def finished(count=4):
-    """Finished images, as a rollout by the ODE leaves them."""
-    rng = np.random.default_rng(3)
-    latents = jnp.asarray(rng.normal(size=(count, *SHAPE)), jnp.float32)
-    keys = jax.random.split(KEY, count)
-    nothing = jnp.zeros((0, count))
-    return Rollout(latents, jnp.arange(count), keys, jnp.int32(0), latents[None], nothing)
-
-
 def test_renoised_images_lie_between_the_image_and_the_noise():
     rollout, sigma = finished(), jnp.array([0.0, 0.25, 0.5, 1.0])
     x, _, target = renoise.renoise(rollout, sigma, 3)
@@ -333,23 +288,6 @@ def test_strata_cover_the_range_evenly(low, high, terms):
         assert steps.max() == low + int(np.ceil((k + 1) * width)) - 1
     counts = np.bincount(np.concatenate(drawn))[low:]
     np.testing.assert_allclose(counts, 6000 * terms / (high - low), rtol=0.15)
-
-
-def flat(params):
-    return np.concatenate([np.ravel(params["w"]), np.ravel(params["b"])])
-
-
-def unflat(theta):
-    return {"w": theta[:9].reshape(3, 3), "b": theta[9:]}
-
-
-def matching(rollout, term, sigma, params):
-    """(target, velocity, x) at the noise that the rows draw, as float64 arrays of numpy."""
-    x, _, target = renoise.renoise(rollout, sigma, term)
-    x, target = np.asarray(x, np.float64), np.asarray(target, np.float64)
-    s = np.reshape(np.asarray(sigma, np.float64), (-1, 1, 1, 1))
-    w, b = (np.asarray(params[k], np.float64) for k in "wb")
-    return target, x @ w + s * b, x, s
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])

@@ -173,7 +173,10 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
         ({"sample.density": "t"}, r"sample\.density='t': choose from .*'gaussian'"),
         ({"advantage.name": "prompt"}, r"advantage 'prompt' is unknown: choose from .*group"),
         ({"algorithm.name": "ppo"}, r"algorithm 'ppo' is unknown: choose from .*grpo"),
-        ({"algorithm.name": "nft"}, r"algorithm\.options of nft: clip_range, .*nft takes beta"),
+        (
+            {"algorithm.name": "nft"},
+            r"algorithm\.options of nft: centering, clip_range, .*nft takes beta",
+        ),
         ({"reward.host_call": "http"}, r"reward\.host_call='http': .*'overlap', 'callback'"),
         ({"model.dtype": "int8"}, r"model\.dtype='int8': choose from 'float32', 'bfloat16'$"),
         ({"model.dtype": "float16"}, r"model\.dtype='float16': .*no loss scaling.*use 'bfloat16'"),

@@ -54,7 +54,8 @@ class Algorithm:
       window: whether the loss reads recorded transitions, so that a rollout needs noise.
       reads: further policies that the loss reads: "reference" (before training), "ema", copies.
       copies: copies of the policy that are kept beside the EMA. At the end of an epoch
-        copy = decay x copy + (1 - decay) x policy, with decay(optimiser steps taken).
+        copy = decay x copy + (1 - decay) x policy, with decay(begun, step) of the optimiser steps
+        taken before the epoch and after it. A copy named "reference" takes the reference's place.
       worst: figures of which the largest value counts, and not the mean.
       warning: (figures of an epoch's first update) -> a sentence, or "" when all is well.
       summary: one line about the options, for the first lines that a run prints.
@@ -66,7 +67,7 @@ class Algorithm:
     draws: str = "policy"
     window: bool = False
     reads: tuple[str, ...] = ()
-    copies: Mapping[str, Callable[[jax.Array], Any]] = field(default_factory=dict)
+    copies: Mapping[str, Callable[[jax.Array, jax.Array], Any]] = field(default_factory=dict)
     worst: tuple[str, ...] = ()
     warning: Callable[[Mapping[str, float]], str] = lambda figures: ""
     summary: str = ""

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
-from flowgrpo_jax.algorithms.grpo import clipped
 from flowgrpo_jax.algorithms.renoise import mean, renoise, stratum
+from flowgrpo_jax.algorithms.trust_regions import clipped
 from flowgrpo_jax.types import Rollout
 
 TINY = 1e-10
@@ -90,8 +90,8 @@ def make(
 
     uses = {"old": clip_range, "anchor": anchor_beta, "reference": kl_beta}
     decays = {
-        "old": lambda step: 0.0,
-        "anchor": lambda step: jnp.minimum(step * anchor_rate, anchor_most),
+        "old": lambda begun, step: 0.0,
+        "anchor": lambda begun, step: jnp.minimum(step * anchor_rate, anchor_most),
     }
     return Algorithm(
         loss,

@@ -72,7 +72,7 @@ def make(
         }
         return value + anchor * distance, figures
 
-    def decay(step: jax.Array) -> jax.Array:
+    def decay(begun: jax.Array, step: jax.Array) -> jax.Array:
         return jnp.minimum(jnp.maximum(step - old_flat, 0) * old_rate, old_most)
 
     return Algorithm(
