@@ -61,7 +61,7 @@ def accumulated(algorithm, setup, velocity, images, params, read, rollout, advan
 
 
 def everywhere(params):
-    return dict.fromkeys(("reference", "ema", "old", "anchor"), params)
+    return dict.fromkeys(("reference", "ema", "old", "anchor", "average", "drawer"), params)
 
 
 def close(a, b, **tolerance):

@@ -144,6 +144,24 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
         settings.make_plan(load("base", changes), devices=8)
 
 
+@pytest.mark.parametrize(
+    "name, least, message",
+    [
+        ("dgpo", 24, r"dgpo needs whole groups in each: choose from 24, 48, 72, .*or 0"),
+        ("crd", 576, r"crd needs all of them in one: choose from 576, or 0"),
+    ],
+)
+def test_a_micro_batch_that_has_to_be_whole(name, least, message):
+    """The derived one grows beyond what is at once elsewhere; one of half a group is refused."""
+    algorithm = ConfigDict({"name": name, "options": {}})
+    changes = {"algorithm": algorithm, "sample.micro_batch": 0}
+    assert settings.make_plan(load("base", changes), devices=1).micro_batch == least
+    with pytest.raises(ValueError, match=r"sample\.micro_batch=12 .*" + message):
+        settings.make_plan(load("base", changes | {"sample.micro_batch": 12}), devices=1)
+    config = load("base", changes | {"sample.micro_batch": least})
+    assert settings.make_plan(config, devices=8).micro_batch == least
+
+
 @pytest.mark.parametrize("micro_batch", [0, 10])
 @pytest.mark.parametrize(
     "batch, devices, of, parts",

@@ -27,6 +27,7 @@ from flowgrpo_jax.algorithms import (
     Setup,
     Velocities,
     advantage_of,
+    copies,
     step_weights,
     trust_regions,
 )
@@ -99,10 +100,6 @@ def make(
         }
         return value + kl_beta * kl, figures
 
-    def reset(begun: jax.Array, step: jax.Array) -> jax.Array:
-        """The reference is kept whole, or becomes the policy where a multiple was passed."""
-        return jnp.where(step // reset_every > begun // reset_every, 0.0, 1.0)
-
     kinds = [
         name for name, plain in ((step_weight, "none"), (trust_region, "clip")) if name != plain
     ]
@@ -112,7 +109,7 @@ def make(
         figures=("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_gap"),
         window=True,
         reads=("reference",) if kl_beta else (),
-        copies={"reference": reset} if reset_every else {},
+        copies={"reference": copies.reset(reset_every)} if reset_every else {},
         worst=("ratio_gap",),
         warning=partial(_warning, jnp.inf if trust_region == "dppo" else clip_range),
         summary=", ".join(
