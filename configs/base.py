@@ -142,12 +142,24 @@ def get_config() -> ConfigDict:
     c.algorithm.options.clip_range = 1e-4
     # Weight of the KL to the policy before training; 0 spares its forward pass.
     c.algorithm.options.kl_beta = 0.0
-    # How the KL weighs steps: exact, or no_dt as upstream, which wants a beta ten times larger.
+    # How the KL weighs steps: exact, or no_dt as upstream, which wants a beta ten times larger, or
+    # velocity, the squared distance of the velocities.
     c.algorithm.options.kl_weighting = "exact"
     # How many of the window's steps an epoch trains; 0 means all.
     c.algorithm.options.steps = 0
     # Which of them: random (drawn each epoch) or first.
     c.algorithm.options.step_choice = "random"
+    # Weight of a step in the loss: none, tempflow, flash or guard (flowgrpo_jax/algorithms/
+    # step_weights.py).
+    c.algorithm.options.step_weight = "none"
+    # Trust region: clip, guard or dppo (flowgrpo_jax/algorithms/trust_regions.py)
+    c.algorithm.options.trust_region = "clip"
+    # KL of a transition from which on dppo drops it.
+    c.algorithm.options.kl_threshold = 1e-5
+    # Subtract the expected score from the gradient.
+    c.algorithm.options.centering = False
+    # Optimiser steps after which the policy becomes its own reference; 0: never.
+    c.algorithm.options.reset_every = 0
 
     c.train = ConfigDict()
     # Optimiser steps an epoch, each on its own groups.

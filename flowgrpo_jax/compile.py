@@ -136,9 +136,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     evaluating = (state.policy, weights, tested, empty, array(rows, micro), keys)
     sample = (*sampling, state.key, 0, scalar, one_each, one_each, one_each)
     reference = state.policy if config.lora.rank else {}
-    others = {
-        name: reference if name == "reference" else state.copies[name] for name in algorithm.reads
-    }
+    others = {name: state.copies.get(name, reference) for name in algorithm.reads}
     policy = (state.policy, others, weights["transformer"], cond, empty)
     terms = laid_out(
         jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0)), everywhere

@@ -118,8 +118,8 @@ def check_size(config: ConfigDict, model: Model) -> None:
 
 def drop_frozen(model: Model, algorithm: Algorithm) -> Model:
     """Return the model without the transformer's frozen weights where nothing reads them: in full
-    fine-tuning the trained ones take their place, and only the reference policy needs both."""
-    if model.lora_spec.rank or "reference" in algorithm.reads:
+    fine-tuning the trained ones take their place, and only a fixed reference needs both."""
+    if model.lora_spec.rank or "reference" in set(algorithm.reads) - set(algorithm.copies):
         return model
     kept = {path: x for path, x in model.base.items() if path not in model.trained_shapes}
     return replace(model, params={**model.params, "transformer": kept})

@@ -94,14 +94,14 @@ def apply(
 
 
 @cached
-def end_epoch(algorithm: Algorithm) -> Callable[[TrainState], TrainState]:
+def end_epoch(algorithm: Algorithm) -> Callable[[TrainState, jax.Array], TrainState]:
     """The step of the algorithm's copies at the end of an epoch; nothing for one without copies."""
     if not algorithm.copies:
-        return lambda state: state
+        return lambda state, begun: state
 
     @jax.jit
-    def end_epoch(state):
-        return update.end_epoch(state, algorithm)
+    def end_epoch(state, begun):
+        return update.end_epoch(state, begun, algorithm)
 
     return end_epoch
 

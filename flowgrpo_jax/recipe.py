@@ -45,7 +45,7 @@ class Programs:
     sample: Callable[..., tuple[Rollout, Pictures, NamedScores]]
     accumulate: Callable[..., update.Carry]
     apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    end_epoch: Callable[[TrainState], TrainState]
+    end_epoch: Callable[[TrainState, jax.Array], TrainState]
     generate: Callable[..., Pictures]
 
 

@@ -129,7 +129,13 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
 def _micro_batch(config: ConfigDict, images: int, devices: int) -> int:
     """The recipe's own, or one that is derived. The devices divide the images of an update."""
     s, pixels = config.sample, config.model.height * config.model.width
-    sizes = [m for m in range(devices, images + 1, devices) if images % m == 0]
+    whole = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict()).whole
+    unit, needs = {
+        "": (1, ""),
+        "group": (s.group_size, f", and {config.algorithm.name} needs whole groups in each"),
+        "update": (images, f", and {config.algorithm.name} needs all of them in one"),
+    }[whole]
+    sizes = [m for m in range(devices, images + 1, devices) if images % m == m % unit == 0]
     if not s.micro_batch:
         return derived_micro_batch(sizes, max(AT_ONCE // pixels, 1) * devices)
     near = sorted(sorted(sizes, key=lambda m: abs(m - s.micro_batch))[:8])
@@ -137,8 +143,8 @@ def _micro_batch(config: ConfigDict, images: int, devices: int) -> int:
         s.micro_batch in sizes,
         f"sample.micro_batch={s.micro_batch} does not cut the {images} images of an update"
         f" ({s.groups} groups x {s.group_size} / {config.train.updates_per_epoch} updates) evenly,"
-        f" in micro-batches of {devices} equal parts: choose from {', '.join(map(str, near))}, or 0"
-        " for one that is derived",
+        f" in micro-batches of {devices} equal parts{needs}: choose from"
+        f" {', '.join(map(str, near))}, or 0 for one that is derived",
     )
     return s.micro_batch
 
@@ -158,8 +164,8 @@ def _uneven(config: ConfigDict, images: int, devices: int) -> str:
 
 
 def derived_micro_batch(sizes: list[int], most: int) -> int:
-    """The largest of the sizes up to `most`."""
-    return max(m for m in sizes if m <= most)
+    """The largest of the sizes up to `most`, or the least where all are larger."""
+    return max([m for m in sizes if m <= most] or sizes[:1])
 
 
 def check(config: ConfigDict) -> None:

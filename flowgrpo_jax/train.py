@@ -122,6 +122,7 @@ def improve(
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
     per_micro = np.split(np.asarray(advantage), plan.updates * plan.micro_batches, axis=-1)
     figures: dict[str, float] = {}
+    begun = state.step
     for u in range(plan.updates):
         others = {name: run.named_policy(state, name) for name in algorithm.reads}
         # Where the program leaves them, or it would be compiled once more for the second call.
@@ -150,7 +151,7 @@ def improve(
         state, applied = run.programs.apply(state, gradient)
         for name, value in (sums | applied).items():
             figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
-    return run.programs.end_epoch(state), figures
+    return run.programs.end_epoch(state, begun), figures
 
 
 def micro_batches(run: Recipe, batch: PromptBatch):

@@ -159,10 +159,14 @@ def apply_gradient(
     return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
 
 
-def end_epoch(state: TrainState, algorithm: Algorithm) -> TrainState:
-    """Move the algorithm's copies, once the updates of an epoch are done."""
+def end_epoch(state: TrainState, begun: jax.Array, algorithm: Algorithm) -> TrainState:
+    """Move the algorithm's copies, once the updates of an epoch are done.
+
+    Args:
+      begun: i32, the optimiser steps that had been taken when the epoch began.
+    """
     moved = {
-        name: blend(state.copies[name], state.policy, decay(state.step))
+        name: blend(state.copies[name], state.policy, decay(begun, state.step))
         for name, decay in algorithm.copies.items()
     }
     return replace(state, copies={**state.copies, **moved})

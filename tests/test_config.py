@@ -144,6 +144,24 @@ def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
         settings.make_plan(load("base", changes), devices=8)
 
 
+@pytest.mark.parametrize(
+    "name, least, message",
+    [
+        ("dgpo", 24, r"dgpo needs whole groups in each: choose from 24, 48, 72, .*or 0"),
+        ("crd", 576, r"crd needs all of them in one: choose from 576, or 0"),
+    ],
+)
+def test_a_micro_batch_that_has_to_be_whole(name, least, message):
+    """The derived one grows beyond what is at once elsewhere; one of half a group is refused."""
+    algorithm = ConfigDict({"name": name, "options": {}})
+    changes = {"algorithm": algorithm, "sample.micro_batch": 0}
+    assert settings.make_plan(load("base", changes), devices=1).micro_batch == least
+    with pytest.raises(ValueError, match=r"sample\.micro_batch=12 .*" + message):
+        settings.make_plan(load("base", changes | {"sample.micro_batch": 12}), devices=1)
+    config = load("base", changes | {"sample.micro_batch": least})
+    assert settings.make_plan(config, devices=8).micro_batch == least
+
+
 @pytest.mark.parametrize("micro_batch", [0, 10])
 @pytest.mark.parametrize(
     "batch, devices, of, parts",
@@ -173,7 +191,10 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
         ({"sample.density": "t"}, r"sample\.density='t': choose from .*'gaussian'"),
         ({"advantage.name": "prompt"}, r"advantage 'prompt' is unknown: choose from .*group"),
         ({"algorithm.name": "ppo"}, r"algorithm 'ppo' is unknown: choose from .*grpo"),
-        ({"algorithm.name": "nft"}, r"algorithm\.options of nft: clip_range, .*nft takes beta"),
+        (
+            {"algorithm.name": "nft"},
+            r"algorithm\.options of nft: centering, clip_range, .*nft takes beta",
+        ),
         ({"reward.host_call": "http"}, r"reward\.host_call='http': .*'overlap', 'callback'"),
         ({"model.dtype": "int8"}, r"model\.dtype='int8': choose from 'float32', 'bfloat16'$"),
         ({"model.dtype": "float16"}, r"model\.dtype='float16': .*no loss scaling.*use 'bfloat16'"),

@@ -54,7 +54,10 @@ class Algorithm:
       window: whether the loss reads recorded transitions, so that a rollout needs noise.
       reads: further policies that the loss reads: "reference" (before training), "ema", copies.
       copies: copies of the policy that are kept beside the EMA. At the end of an epoch
-        copy = decay x copy + (1 - decay) x policy, with decay(optimiser steps taken).
+        copy = decay x copy + (1 - decay) x policy, with decay(begun, step) of the optimiser steps
+        taken before the epoch and after it. A copy named "reference" takes the reference's place.
+      whole: what a micro-batch has to hold as a whole, because the loss looks at its images
+        together: "group", "update" (all images of an update), or "" where the cut is free.
       worst: figures of which the largest value counts, and not the mean.
       warning: (figures of an epoch's first update) -> a sentence, or "" when all is well.
       summary: one line about the options, for the first lines that a run prints.
@@ -66,7 +69,8 @@ class Algorithm:
     draws: str = "policy"
     window: bool = False
     reads: tuple[str, ...] = ()
-    copies: Mapping[str, Callable[[jax.Array], Any]] = field(default_factory=dict)
+    copies: Mapping[str, Callable[[jax.Array, jax.Array], Any]] = field(default_factory=dict)
+    whole: str = ""
     worst: tuple[str, ...] = ()
     warning: Callable[[Mapping[str, float]], str] = lambda figures: ""
     summary: str = ""
@@ -76,6 +80,14 @@ TABLE = {
     "grpo": "flowgrpo_jax.algorithms.grpo:make",
     "nft": "flowgrpo_jax.algorithms.nft:make",
     "awm": "flowgrpo_jax.algorithms.awm:make",
+    "dgpo": "flowgrpo_jax.algorithms.dgpo:make",
+    "vgrpo": "flowgrpo_jax.algorithms.vgrpo:make",
+    "ram": "flowgrpo_jax.algorithms.ram:make",
+    "crd": "flowgrpo_jax.algorithms.crd:make",
+    "dpo": "flowgrpo_jax.algorithms.dpo:make",
+    "sft": "flowgrpo_jax.algorithms.sft:make",
+    "rwr": "flowgrpo_jax.algorithms.rwr:make",
+    "orw": "flowgrpo_jax.algorithms.orw:make",
 }
 
 

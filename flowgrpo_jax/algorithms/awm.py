@@ -20,9 +20,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
-from flowgrpo_jax.algorithms.grpo import clipped
-from flowgrpo_jax.algorithms.renoise import mean, renoise, stratum
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
+from flowgrpo_jax.algorithms.matching import distance, velocity_error
+from flowgrpo_jax.algorithms.renoise import Renoised, renoise_stratum, strata
+from flowgrpo_jax.algorithms.trust_regions import clipped
 from flowgrpo_jax.types import Rollout
 
 TINY = 1e-10
@@ -60,22 +61,16 @@ def make(
         term: jax.Array,
         advantage: jax.Array,
     ) -> tuple[jax.Array, Figures]:
-        sigmas = jnp.asarray(setup.process.sigmas, jnp.float32)
-        step = stratum(rollout, term, levels, *_range(setup, levels, share))
-        x, sigma, target = renoise(rollout, sigmas[step], term)
-        velocity = v["policy"](x, sigma)
-
-        def distance(name: str) -> jax.Array:
-            return mean(jnp.square(velocity - v[name](x, sigma)))
-
-        new = log_prob(velocity, target, sigma, power)
+        noised = renoise_stratum(setup, rollout, term, levels, share=share)
+        velocity = v["policy"](noised.x, noised.sigma)
+        new = log_prob(velocity, noised, power)
         old = jax.lax.stop_gradient(new)
         if clip_range:
-            old = log_prob(v["old"](x, sigma), target, sigma, power)
+            old = log_prob(v["old"](noised.x, noised.sigma), noised, power)
         weight = advantage_scale * advantage_of(advantage, term)
         value, ratio = clipped(new - old, weight, clip_range or jnp.inf)
-        to_anchor = distance("anchor") if anchor_beta else jnp.zeros_like(value)
-        to_reference = distance("reference") if kl_beta else jnp.zeros_like(value)
+        to_anchor = distance(v, "anchor", anchor_beta, velocity, noised)
+        to_reference = distance(v, "reference", kl_beta, velocity, noised)
         figures = {
             "policy_loss": value,
             "kl": to_reference,
@@ -85,14 +80,11 @@ def make(
         return value + kl_beta * to_reference + anchor_beta * to_anchor, figures
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
-        _range(setup, levels, share)
+        strata(setup, levels, share=share)
         return jnp.arange(levels)
 
     uses = {"old": clip_range, "anchor": anchor_beta, "reference": kl_beta}
-    decays = {
-        "old": lambda step: 0.0,
-        "anchor": lambda step: jnp.minimum(step * anchor_rate, anchor_most),
-    }
+    decays = {"old": copies.fresh, "anchor": copies.rising(anchor_rate, anchor_most)}
     return Algorithm(
         loss,
         terms,
@@ -104,14 +96,10 @@ def make(
     )
 
 
-def log_prob(velocity: jax.Array, target: jax.Array, sigma: jax.Array, power: float) -> jax.Array:
-    """Return what stands for the log-prob of M images, f32 [M]: the equation at the top.
-
-    Args:
-      velocity, target: f32 [M, H, W, C]; sigma: f32 [M].
-    """
-    error = mean(jnp.square(velocity - target))
-    return -sigma * ((error + TINY) ** power - TINY**power) / power
+def log_prob(velocity: jax.Array, noised: Renoised, power: float) -> jax.Array:
+    """Return what stands for the log-prob of M images, f32 [M]: the equation at the top."""
+    error = velocity_error(velocity, noised)
+    return -noised.sigma * ((error + TINY) ** power - TINY**power) / power
 
 
 def _check(levels: int, share: float, power: float, clip_range: float) -> None:
@@ -122,17 +110,3 @@ def _check(levels: int, share: float, power: float, clip_range: float) -> None:
         raise ValueError(f"algorithm.options.share={share}: must be at most 1")
     if not clip_range >= 0:
         raise ValueError(f"algorithm.options.clip_range={clip_range}: must be at least 0")
-
-
-def _range(setup: Setup, levels: int, share: float) -> tuple[int, int]:
-    """Return the first and one past the last of the rollout's steps whose noise levels are trained.
-
-    Raises ValueError where there are fewer of them than levels.
-    """
-    low, high = 1, int(share * setup.process.steps) + 1
-    if high - low < levels:
-        raise ValueError(
-            f"algorithm.options.levels={levels}: sample.steps={setup.process.steps} and"
-            f" share={share:g} leave {high - low} noise levels; choose fewer levels or more steps"
-        )
-    return low, high

@@ -1,6 +1,8 @@
-"""Flow-GRPO: the clipped ratio of recorded transitions, with a KL to the policy before training.
+"""Flow-GRPO: the ratio of recorded transitions within a trust region, with a KL to a reference.
 
-Source: Flow-GRPO (arXiv 2505.05470), equations 3 to 5.
+Source: Flow-GRPO (arXiv 2505.05470), equations 3 to 5. Its descendants are options: the weight of a
+step (step_weights.py: TempFlow-GRPO, Flash-GRPO, GRPO-Guard) and the trust region
+(trust_regions.py: GRPO-Guard, Flow-DPPO).
 
 A micro-batch is replayed exactly as it was sampled (the same images, the same velocity function,
 latents in f32), so before the first optimiser step of an epoch every ratio is 1; the figure
@@ -19,10 +21,21 @@ import jax
 import jax.numpy as jnp
 
 from flowgrpo_jax import sde
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
+from flowgrpo_jax.algorithms import (
+    Algorithm,
+    Figures,
+    Setup,
+    Velocities,
+    advantage_of,
+    copies,
+    step_weights,
+    trust_regions,
+)
+from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.types import Rollout
 
 STEP_CHOICES = ("random", "first")
+KL_WEIGHTINGS = (*sde.KL_WEIGHTINGS, "velocity")
 
 
 def make(
@@ -31,17 +44,33 @@ def make(
     kl_weighting: str = "exact",
     steps: int = 0,
     step_choice: str = "random",
+    step_weight: str = "none",
+    trust_region: str = "clip",
+    kl_threshold: float = 1e-5,
+    centering: bool = False,
+    reset_every: int = 0,
 ) -> Algorithm:
     """
     Args:
       clip_range: how far the ratio may move from 1. The ratio is the exponential of a mean over
         latent dimensions with `sample.reduction="mean"`, hence the small default.
-      kl_beta: weight of the KL to the policy before training; 0 spares its forward pass.
-      kl_weighting: "exact", or "no_dt" as upstream, which wants a beta ten times larger.
+      kl_beta: weight of the KL to the reference; 0 spares its forward pass.
+      kl_weighting: "exact", or "no_dt" as upstream, which wants a beta ten times larger, or
+        "velocity", the squared distance |v - v_ref|^2 of Flow-Factory.
       steps: how many steps of the window an epoch trains; 0 means all.
       step_choice: which of them, "random" (drawn each epoch) or "first".
+      step_weight: a row of step_weights.py, "none", "tempflow", "flash" or "guard".
+      trust_region: a row of trust_regions.py, "clip", "guard" or "dppo".
+      kl_threshold: of "dppo", the KL from which on transitions are dropped; it takes the place of
+        `clip_range`. UniRL and verl-omni have 1e-5.
+      centering: subtract the expected score from the gradient (trust_regions.measure).
+      reset_every: optimiser steps after which the policy becomes its own reference, at the end of
+        an epoch; 0 means never, so that the reference is the policy before training.
     """
-    _check(clip_range, kl_beta, kl_weighting, steps, step_choice)
+    _check_numbers(clip_range, kl_beta, steps, kl_threshold, reset_every)
+    _check_choices(kl_weighting, step_choice, step_weight, trust_region, centering)
+    weigh, bound = step_weights.TABLE[step_weight], trust_regions.TABLE[trust_region]
+    limit = kl_threshold if trust_region == "dppo" else clip_range
 
     def loss(
         setup: Setup,
@@ -53,40 +82,58 @@ def make(
         process = setup.process
         sigmas = jnp.asarray(process.sigmas, jnp.float32)
         step, x, x_next = rollout.start + term, rollout.x[term], rollout.x[term + 1]
-        sigma, dt = sigmas[step], sigmas[step + 1] - sigmas[step]
-        new = process.transition(x, v["policy"](x, sigma), step, x_next=x_next)
-        change = new.log_prob - rollout.log_prob[term]
-        value, ratio = clipped(change, advantage_of(advantage, term), clip_range)
+        velocity = v["policy"](x, sigmas[step])
+        new = process.transition(x, velocity, step, x_next=x_next)
+        move = trust_regions.measure(process, rollout, term, new, centering)
+        value, ratio, outside = bound(move, advantage_of(advantage, term), limit)
+        value *= weigh(process, rollout.start, step)
         kl = jnp.zeros_like(value)
         if kl_beta:
-            ref = process.transition(x, v["reference"](x, sigma), step, x_next=x_next)
-            kl = sde.kl(
-                new.mean,
-                ref.mean,
-                new.std,
-                dt,
-                weighting=kl_weighting,
-                reduction=process.reduction,
-            )
+            reference = v["reference"](x, sigmas[step])
+            kl = _kl(kl_weighting, process, x, velocity, reference, step)
         figures = {
             "policy_loss": value,
             "kl": kl,
-            "approx_kl": 0.5 * jnp.square(change),
-            "clip_fraction": (jnp.abs(ratio - 1) > clip_range).astype(jnp.float32),
+            "approx_kl": 0.5 * jnp.square(move.log_ratio),
+            "clip_fraction": outside.astype(jnp.float32),
             "ratio_gap": jnp.abs(ratio - 1),
         }
         return value + kl_beta * kl, figures
 
+    kinds = [
+        name for name, plain in ((step_weight, "none"), (trust_region, "clip")) if name != plain
+    ]
     return Algorithm(
         loss,
         terms=partial(_terms, steps, step_choice),
         figures=("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_gap"),
         window=True,
         reads=("reference",) if kl_beta else (),
+        copies={"reference": copies.reset(reset_every)} if reset_every else {},
         worst=("ratio_gap",),
-        warning=partial(_warning, clip_range),
-        summary=f"{steps or 'all'} steps of the window, clip {clip_range:g}, KL {kl_beta:g}",
+        warning=partial(_warning, jnp.inf if trust_region == "dppo" else clip_range),
+        summary=", ".join(
+            [f"{steps or 'all'} steps of the window", f"limit {limit:g}", f"KL {kl_beta:g}", *kinds]
+        ),
     )
+
+
+def _kl(
+    weighting: str,
+    process: Process,
+    x: jax.Array,
+    velocity: jax.Array,
+    reference: jax.Array,
+    step: jax.Array,
+) -> jax.Array:
+    """Return the distance [M] of the policy's transition to the reference's."""
+    if weighting == "velocity":
+        return jnp.square(velocity - reference).mean(tuple(range(1, x.ndim)))
+    sigmas = jnp.asarray(process.sigmas, jnp.float32)
+    new, ref = (process.transition(x, u, step, x_next=x) for u in (velocity, reference))
+    dt = sigmas[step + 1] - sigmas[step]
+    forms = {"weighting": weighting, "reduction": process.reduction}
+    return sde.kl(new.mean, ref.mean, new.std, dt, **forms)
 
 
 def _terms(steps: int, step_choice: str, setup: Setup, key: jax.Array) -> jax.Array:
@@ -113,32 +160,41 @@ def _warning(clip_range: float, figures: Mapping[str, float]) -> str:
     )
 
 
-def _check(
-    clip_range: float, kl_beta: float, kl_weighting: str, steps: int, step_choice: str
+def _check_numbers(
+    clip_range: float, kl_beta: float, steps: int, kl_threshold: float, reset_every: int
 ) -> None:
-    if not clip_range > 0:
-        raise ValueError(f"algorithm.options.clip_range={clip_range}: must be above 0")
+    for name, value in {"clip_range": clip_range, "kl_threshold": kl_threshold}.items():
+        if not value > 0:
+            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
     if not kl_beta >= 0:
         raise ValueError(f"algorithm.options.kl_beta={kl_beta}: must be at least 0")
     if steps < 0:
         raise ValueError(f"algorithm.options.steps={steps}: must be at least 0, which means all")
+    if reset_every < 0:
+        raise ValueError(
+            f"algorithm.options.reset_every={reset_every}: must be at least 0, which means never"
+        )
+    if reset_every and not kl_beta:
+        raise ValueError(
+            f"algorithm.options.reset_every={reset_every}: with kl_beta=0 nothing reads the"
+            " reference; set kl_beta, or reset_every to 0"
+        )
+
+
+def _check_choices(
+    kl_weighting: str, step_choice: str, step_weight: str, trust_region: str, centering: bool
+) -> None:
     for name, value, known in (
-        ("kl_weighting", kl_weighting, sde.KL_WEIGHTINGS),
+        ("kl_weighting", kl_weighting, KL_WEIGHTINGS),
         ("step_choice", step_choice, STEP_CHOICES),
+        ("step_weight", step_weight, step_weights.TABLE),
+        ("trust_region", trust_region, trust_regions.TABLE),
     ):
         if value not in known:
             choices = ", ".join(map(repr, known))
             raise ValueError(f"algorithm.options.{name}={value!r}: choose from {choices}")
-
-
-def clipped(
-    log_ratio: jax.Array, advantage: jax.Array, clip_range: float
-) -> tuple[jax.Array, jax.Array]:
-    """Return (loss [M], ratio r [M]) of max(-A r, -A clip(r, 1 - c, 1 + c)), r = exp(log_ratio).
-
-    Beyond e^20 the ratio is a constant, or one image could make the whole gradient infinite, or NaN
-    (infinity times no advantage): summed log-probs (`sample.reduction="sum"`) get there.
-    """
-    ratio = jnp.exp(jnp.minimum(log_ratio, 20.0))
-    bounded = jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
-    return jnp.maximum(-advantage * ratio, -advantage * bounded), ratio
+    if centering and trust_region == "guard":
+        raise ValueError(
+            "algorithm.options.centering=True: trust_region='guard' has a centred ratio already;"
+            " set centering to False"
+        )

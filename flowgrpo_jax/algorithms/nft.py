@@ -20,11 +20,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
-from flowgrpo_jax.algorithms.renoise import mean, renoise, spread
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
+from flowgrpo_jax.algorithms.matching import distance, image_error
+from flowgrpo_jax.algorithms.renoise import mean, renoise
 from flowgrpo_jax.types import Rollout
-
-FLOOR = 1e-5  # least size of an error that it is divided by
 
 
 def make(
@@ -56,24 +55,20 @@ def make(
     ) -> tuple[jax.Array, Figures]:
         sigmas = jnp.asarray(setup.process.sigmas, jnp.float32)
         level = jnp.broadcast_to(sigmas[term], rollout.prompt.shape)
-        x, sigma, _ = renoise(rollout, level, term)
+        noised = renoise(rollout, level, term)
+        x, sigma, _ = noised
         new, old = v["policy"](x, sigma), v["old"](x, sigma)
         good = jnp.clip(advantage_of(advantage, term) / (2 * advantage_clip) + 0.5, 0, 1)
         positive = image_error((1 - beta) * old + beta * new, x, sigma, rollout.latents)
         negative = image_error((1 + beta) * old - beta * new, x, sigma, rollout.latents)
         value = (good * positive + (1 - good) * negative) * advantage_clip / beta
-        distance = jnp.zeros_like(value)
-        if anchor:
-            distance = mean(jnp.square(new - v["reference"](x, sigma)))
+        to_reference = distance(v, "reference", anchor, new, noised)
         figures = {
             "policy_loss": value,
-            "kl": distance,
+            "kl": to_reference,
             "old_distance": mean(jnp.square(new - old)),
         }
-        return value + anchor * distance, figures
-
-    def decay(step: jax.Array) -> jax.Array:
-        return jnp.minimum(jnp.maximum(step - old_flat, 0) * old_rate, old_most)
+        return value + anchor * to_reference, figures
 
     return Algorithm(
         loss,
@@ -81,20 +76,9 @@ def make(
         figures=("policy_loss", "kl", "old_distance"),
         draws="old",
         reads=("old", "reference") if anchor else ("old",),
-        copies={"old": decay},
+        copies={"old": copies.rising(old_rate, old_most, flat=old_flat)},
         summary=f"DiffusionNFT, beta {beta:g}, anchor {anchor:g}, old policy keeps {old_most:g}",
     )
-
-
-def image_error(velocity: jax.Array, x: jax.Array, sigma: jax.Array, x_0: jax.Array) -> jax.Array:
-    """Return |x_0(v) - x_0|^2 / w of M images, f32 [M]: how far the predicted images are off.
-
-    Args:
-      velocity, x, x_0: f32 [M, H, W, C]; sigma: f32 [M].
-    """
-    miss = x - spread(sigma, x) * velocity - x_0
-    size = jax.lax.stop_gradient(jnp.maximum(mean(jnp.abs(miss)), FLOOR))
-    return mean(jnp.square(miss)) / size
 
 
 def _check(beta: float, advantage_clip: float, old_most: float) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flowgrpo_jax import sampler
+from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.types import Rollout
 
 
@@ -47,6 +48,55 @@ def stratum(rollout: Rollout, term: jax.Array, terms: int, low: int, high: int) 
     equal parts of the range, which have to be at least one step wide."""
     place = (term + uniform(rollout, term)) / terms
     return low + jnp.minimum(jnp.floor(place * (high - low)), high - low - 1).astype(jnp.int32)
+
+
+def strata(setup: Setup, levels: int, *, first: int = 1, share: float = 1.0) -> tuple[int, int]:
+    """Return the range of steps whose noise levels are trained: from `first` to a share of all.
+
+    Raises ValueError where there are fewer of them than levels.
+    """
+    steps = setup.process.steps
+    low, high = first, min(int(share * steps) + 1, steps)
+    if high - low < levels:
+        part = f" and share={share:g}" if share < 1 else ""
+        raise ValueError(
+            f"algorithm.options.levels={levels}: sample.steps={steps}{part} leave {high - low}"
+            " noise levels; choose fewer levels or more steps"
+        )
+    return low, high
+
+
+def renoise_stratum(
+    setup: Setup,
+    rollout: Rollout,
+    term: jax.Array,
+    levels: int,
+    *,
+    first: int = 1,
+    share: float = 1.0,
+) -> Renoised:
+    """Noise a rollout's images, term k to a level from the k-th part of the steps of `strata`."""
+    sigmas = jnp.asarray(setup.process.sigmas, jnp.float32)
+    low, high = strata(setup, levels, first=first, share=share)
+    return renoise(rollout, sigmas[stratum(rollout, term, levels, low, high)], term)
+
+
+def renoise_logit_normal(setup: Setup, rollout: Rollout, term: jax.Array) -> Renoised:
+    """Noise a rollout's images to the levels of steps floor(u T), u = sigmoid(z), z ~ N(0, 1).
+
+    SD3's density (arXiv 2403.03206) as flow_grpo's pair and regression losses take it: an index
+    into the shifted schedule. Theirs has 1,000 steps; here it is the rollout's.
+    """
+    steps = setup.process.steps
+    place = jax.nn.sigmoid(jax.scipy.special.ndtri(uniform(rollout, term)))
+    step = jnp.minimum(jnp.floor(place * steps), steps - 1).astype(jnp.int32)
+    return renoise(rollout, jnp.asarray(setup.process.sigmas, jnp.float32)[step], term)
+
+
+def share_keys(rollout: Rollout, size: int) -> Rollout:
+    """Give every `size` images in a row the first one's key, and so the same noise and levels."""
+    places = jnp.arange(rollout.keys.shape[0])
+    return rollout.replace(keys=rollout.keys[places // size * size])
 
 
 def spread(value: jax.Array, like: jax.Array) -> jax.Array:

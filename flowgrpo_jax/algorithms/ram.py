@@ -1,0 +1,64 @@
+"""Reinforce adjoint matching: the target of the velocity, moved by the reward.
+
+Source: RAM (arXiv 2605.10759), by secondary texts. At a noised image, with Y = noise - x_0,
+
+    loss = |v - constant(v_ref + scale A (Y - v))|^2,
+
+v_ref being the velocity before training. Re-derived: its gradient is
+2 (v - v_ref) dv + scale A 2 (v - Y) dv, that is that of |v - v_ref|^2 + scale A |v - Y|^2. So RAM
+is AWM with the power 1, without AWM's weight sigma, and with a KL weight of 1 / scale
+(tests/test_matching.py).
+
+Deviation: the noise levels are AWM's, stratified between the second step and `share` of all steps;
+the texts say only that there are several.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
+from flowgrpo_jax.algorithms.renoise import mean, renoise_stratum, spread, strata
+from flowgrpo_jax.types import Rollout
+
+
+def make(levels: int = 4, share: float = 0.9, scale: float = 1.0) -> Algorithm:
+    """
+    Args:
+      levels: noise levels of an image an update. Each is drawn from its own part of the rollout's
+        steps between the second and `share` of them all.
+      scale: what advantages are multiplied by: the larger, the further the policy may go.
+    """
+    for name, value in {"levels": levels, "share": share, "scale": scale}.items():
+        if not value > 0:
+            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
+    if share > 1:
+        raise ValueError(f"algorithm.options.share={share}: must be at most 1")
+
+    def loss(
+        setup: Setup,
+        v: Velocities,
+        rollout: Rollout,
+        term: jax.Array,
+        advantage: jax.Array,
+    ) -> tuple[jax.Array, Figures]:
+        x, sigma, target = renoise_stratum(setup, rollout, term, levels, share=share)
+        velocity, reference = v["policy"](x, sigma), v["reference"](x, sigma)
+        push = spread(scale * advantage_of(advantage, term), x) * (target - velocity)
+        moved = jax.lax.stop_gradient(reference + push)
+        value = mean(jnp.square(velocity - moved))
+        figures = {"policy_loss": value, "kl": mean(jnp.square(velocity - reference))}
+        return value, figures
+
+    def terms(setup: Setup, key: jax.Array) -> jax.Array:
+        strata(setup, levels, share=share)
+        return jnp.arange(levels)
+
+    return Algorithm(
+        loss,
+        terms,
+        figures=("policy_loss", "kl"),
+        reads=("reference",),
+        summary=f"RAM, {levels} noise levels an image, scale {scale:g}",
+    )

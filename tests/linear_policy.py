@@ -1,0 +1,94 @@
+"""A linear velocity of twelve numbers, rollouts of it, and the gradient of an algorithm on them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowgrpo_jax import sampler, sde, update
+from flowgrpo_jax.algorithms import Setup, renoise
+from flowgrpo_jax.sampler import ODE_KEY, Process
+from flowgrpo_jax.types import Rollout
+
+KEY = jax.random.key(0)
+SIGMAS = tuple(sde.sigma_schedule(8).tolist())
+IMAGES, SHAPE = 8, (2, 2, 3)
+
+
+def setup_of(algorithm, sigmas=SIGMAS, kernel=sde.CPS, noise_level=0.8, group_size=4):
+    window = len(sigmas) - 2 if algorithm.window else 0
+    return Setup(Process(sigmas, kernel, noise_level, window=window), group_size)
+
+
+def linear(params, x, sigma):
+    """A velocity with a 3 x 3 matrix and a bias; sigma is one number or one an image."""
+    return x @ params["w"] + jnp.reshape(sigma, (-1, 1, 1, 1)) * params["b"]
+
+
+def weights(seed, scale=0.3):
+    w, b = np.split(np.random.default_rng(seed).normal(scale=scale, size=(4, 3)), [3])
+    return {"w": jnp.asarray(w, jnp.float32), "b": jnp.asarray(b[0], jnp.float32)}
+
+
+def draw(velocity, process, key=KEY, count=IMAGES, shape=SHAPE):
+    places = jnp.arange(count)
+    keys = sampler.image_keys(key, 0, jnp.zeros_like(places), places)
+    x = sampler.normal(keys, ODE_KEY, shape)
+    return sampler.rollout(velocity, process, x, keys, 0, places)
+
+
+def gradient_of(algorithm, setup, params, others, rollout, advantage, velocity=linear, images=None):
+    """The gradient and figures of an update on one micro-batch, with the policies of `reads`."""
+    read = {name: others[name] for name in algorithm.reads}
+    return accumulated(algorithm, setup, velocity, images, params, read, rollout, advantage)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def accumulated(algorithm, setup, velocity, images, params, read, rollout, advantage):
+    return update.accumulate(
+        algorithm,
+        setup,
+        velocity,
+        params,
+        read,
+        rollout,
+        advantage,
+        algorithm.terms(setup, KEY),
+        images or rollout.prompt.shape[0],
+        update.empty(algorithm, params),
+    )
+
+
+def everywhere(params):
+    return dict.fromkeys(("reference", "ema", "old", "anchor", "average", "drawer"), params)
+
+
+def close(a, b, **tolerance):
+    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), a, b)
+
+
+def finished(count=4):
+    """Finished images, as a rollout by the ODE leaves them."""
+    rng = np.random.default_rng(3)
+    latents = jnp.asarray(rng.normal(size=(count, *SHAPE)), jnp.float32)
+    keys = jax.random.split(KEY, count)
+    nothing = jnp.zeros((0, count))
+    return Rollout(latents, jnp.arange(count), keys, jnp.int32(0), latents[None], nothing)
+
+
+def flat(params):
+    return np.concatenate([np.ravel(params["w"]), np.ravel(params["b"])])
+
+
+def unflat(theta):
+    return {"w": theta[:9].reshape(3, 3), "b": theta[9:]}
+
+
+def matching(rollout, term, sigma, params):
+    """(target, velocity, x) at the noise that the rows draw, as float64 arrays of numpy."""
+    x, _, target = renoise.renoise(rollout, sigma, term)
+    x, target = np.asarray(x, np.float64), np.asarray(target, np.float64)
+    s = np.reshape(np.asarray(sigma, np.float64), (-1, 1, 1, 1))
+    w, b = (np.asarray(params[k], np.float64) for k in "wb")
+    return target, x @ w + s * b, x, s
