@@ -27,13 +27,23 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import cli, outputs, parts, recipe, rewards, settings, sharding, update
+from flowgrpo_jax import (
+    batch_plan,
+    cli,
+    outputs,
+    parts,
+    recipe,
+    rewards,
+    settings,
+    sharding,
+    update,
+)
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
+from flowgrpo_jax.batch_plan import Plan
 from flowgrpo_jax.models import TEXTS, Model
 from flowgrpo_jax.program_costs import Program, advice, chip_bytes, inspect, table, topology
 from flowgrpo_jax.scoring import graph
-from flowgrpo_jax.settings import Plan
 from flowgrpo_jax.types import Rollout
 
 # ----------------------------------------------------------------------------------- shapes
@@ -215,7 +225,7 @@ def main(_: list[str]) -> None:
         outputs.check_file(flags.FLAGS.out, "--out")
     chip, devices = topology(flags.FLAGS.topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    plan = settings.make_plan(config, sharding.row_shards(mesh))
+    plan = batch_plan.make_plan(config, sharding.row_shards(mesh))
     model = parts.describe_model(config, mesh)
     model = parts.drop_frozen(model, parts.make_algorithm(config))
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())

@@ -19,6 +19,7 @@ from absl import flags
 from PIL import Image
 
 from flowgrpo_jax import (
+    batch_plan,
     checkpoint,
     cli,
     models,
@@ -69,7 +70,7 @@ def generate(
     )
     weights = {"transformer": model.base, "vae": model.params["vae"]}
     empty, n = model.encode([""]), len(prompts)
-    most = settings.AT_ONCE // (height * width)
+    most = batch_plan.AT_ONCE // (height * width)
     at_once = min(n, max(most, 1))
     padded = np.arange(-(-n // at_once) * at_once) % n  # static shapes
     images, finite = [], []

@@ -1,7 +1,7 @@
 """The parts of a run, each made from its section of a config.
 
-With recipe.py and settings.py the only files below the entry points that see a config;
-everything else that they call takes plain arguments.
+Only this file, recipe.py, batch_plan.py and settings.py see a config below the entry points: all
+else that they call takes plain arguments.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ from flowgrpo_jax import (
 )
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
+from flowgrpo_jax.batch_plan import Plan, make_plan
 from flowgrpo_jax.models import Model
 from flowgrpo_jax.scoring.scorer import Scorer
-from flowgrpo_jax.settings import Plan, check, guidance, make_plan, make_window, require, window
+from flowgrpo_jax.settings import check, guidance, make_window, require, window
 from flowgrpo_jax.types import (
     Conditioning,
     Metadata,

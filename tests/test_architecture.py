@@ -92,6 +92,7 @@ def test_imports_have_a_direction():
         {"rewards"},
         {"prompts"},
         {"programs", "settings", "lifecycle"},
+        {"batch_plan"},
         {"parts"},
         {"recipe"},
         ENTRY_POINTS,
@@ -146,7 +147,7 @@ def test_recipes_import_recipes_alone():
 
 def test_configs_stop_at_the_entry_points():
     users = {module for module in FILES if libraries(module) & {"ml_collections", "absl"}}
-    assert users <= ENTRY_POINTS | {"recipe", "parts", "settings", "cli", "usage"}
+    assert users <= ENTRY_POINTS | {"recipe", "parts", "batch_plan", "settings", "cli", "usage"}
 
 
 def test_only_sharding_names_a_mesh_axis():
@@ -172,10 +173,6 @@ def test_every_module_says_what_it_is_for():
     assert not [m for m, f in FILES.items() if tree(f).body and not ast.get_docstring(tree(f))]
 
 
-LONG = {"settings"}
-
-
 def test_no_file_is_longer_than_300_lines():
-    """The files in LONG are older than this rule: shrink them, and add none."""
     lengths = {m: len(f.read_text(encoding="utf-8").splitlines()) for m, f in FILES.items()}
-    assert {module for module, lines in lengths.items() if lines > 300} <= LONG
+    assert not {module for module, lines in lengths.items() if lines > 300}

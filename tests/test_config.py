@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import parts, recipe, rewards, settings, sharding
+from flowgrpo_jax import batch_plan, parts, recipe, rewards, settings, sharding
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
 
@@ -47,7 +47,7 @@ def test_recipe_is_sound(name):
     batch = config.sample.micro_batch or update
     allowed = [devices for devices in DEVICES if batch % devices == 0]
     for devices in allowed:
-        settings.make_plan(config, devices)
+        batch_plan.make_plan(config, devices)
     assert allowed == list(DEVICES) or (
         ("shapes" in config.name + name or "signs" in name) and 16 in allowed
     )
@@ -81,7 +81,7 @@ def test_recipe_has_the_knobs_of_base_and_no_others(name):
 )
 def test_plan_of_the_papers_48_groups_of_24(updates, micro_batch, size, count):
     changes = {"train.updates_per_epoch": updates, "sample.micro_batch": micro_batch}
-    plan = settings.make_plan(load("base", changes), devices=1)
+    plan = batch_plan.make_plan(load("base", changes), devices=1)
     assert (plan.images, plan.updates) == (1152, updates)
     assert (plan.micro_batch, plan.micro_batches) == (size, count)
     assert plan.images == updates * count * size
@@ -91,7 +91,7 @@ def test_plan_of_the_papers_48_groups_of_24(updates, micro_batch, size, count):
 
 def test_the_plan_does_not_depend_on_the_devices_that_share_it():
     config = load("base", {"sample.micro_batch": 32})
-    assert len({settings.make_plan(config, devices) for devices in (1, 2, 8, 32)}) == 1
+    assert len({batch_plan.make_plan(config, devices) for devices in (1, 2, 8, 32)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_plan_does_not_depend_on_the_devices_that_share_it():
 def test_a_micro_batch_is_derived(side, devices, size):
     """The largest divisor of an update's 576 images with few enough pixels for each device."""
     config = load("base", {"model.height": side, "model.width": side})
-    assert settings.make_plan(config, devices).micro_batch == size
+    assert batch_plan.make_plan(config, devices).micro_batch == size
 
 
 # ------------------------------------------------------------------------------- the errors
@@ -141,7 +141,7 @@ def test_a_micro_batch_is_derived(side, devices, size):
 )
 def test_batch_arithmetic_that_does_not_come_out_even(changes, message):
     with pytest.raises(ValueError, match=message):
-        settings.make_plan(load("base", changes), devices=8)
+        batch_plan.make_plan(load("base", changes), devices=8)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_a_micro_batch_that_has_to_be_whole(name, least, message):
     """The derived one grows beyond what is at once elsewhere; one of half a group is refused."""
     algorithm = ConfigDict({"name": name, "options": {}})
     changes = {"algorithm": algorithm, "sample.micro_batch": 0}
-    assert settings.make_plan(load("base", changes), devices=1).micro_batch == least
+    assert batch_plan.make_plan(load("base", changes), devices=1).micro_batch == least
     with pytest.raises(ValueError, match=r"sample\.micro_batch=12 .*" + message):
-        settings.make_plan(load("base", changes | {"sample.micro_batch": 12}), devices=1)
+        batch_plan.make_plan(load("base", changes | {"sample.micro_batch": 12}), devices=1)
     config = load("base", changes | {"sample.micro_batch": least})
-    assert settings.make_plan(config, devices=8).micro_batch == least
+    assert batch_plan.make_plan(config, devices=8).micro_batch == least
 
 
 @pytest.mark.parametrize("micro_batch", [0, 10])
@@ -175,13 +175,13 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
     with pytest.raises(
         ValueError, match=rf"images of an update.*{devices} equal parts.*{fix}"
     ) as e:
-        settings.make_plan(config, devices)
+        batch_plan.make_plan(config, devices)
     assert all(knob in str(e.value) for knob in knobs) and "micro_batch" not in str(e.value)
     config.sample.micro_batch = 0
-    settings.make_plan(config, parts)
+    batch_plan.make_plan(config, parts)
     for n in (1, 3):
         config.sample.groups = n * of
-        settings.make_plan(config, devices)
+        batch_plan.make_plan(config, devices)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def built(changes):
     config = load("shapes", changes)
     mesh = AbstractMesh((1, 1, 1), sharding.AXES)
     model = parts.describe_model(config, mesh)
-    algorithm, plan = parts.make_algorithm(config), settings.make_plan(config, 1)
+    algorithm, plan = parts.make_algorithm(config), batch_plan.make_plan(config, 1)
     setup = parts.make_setup(config, model, algorithm)
     optimiser = parts.make_optimiser(config)
     return recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
@@ -392,7 +392,7 @@ def test_a_cpu_is_split_as_the_batch_can_be(changes, cores, devices, monkeypatch
     settings.split_cpu(config := load("shapes", changes))
     assert chosen.get("jax_num_cpu_devices", 1) == devices
     if not config.cpu_devices:
-        settings.make_plan(config, devices)  # and it divides all
+        batch_plan.make_plan(config, devices)  # and it divides all
 
 
 def test_who_has_split_the_cpu_keeps_it(monkeypatch):
@@ -417,7 +417,7 @@ def test_a_layout_that_makes_no_sense(changes, message, monkeypatch):
     model = parts.describe_model(config, mesh)
     loaded = rewards.load(["shapes"])
     scorer = Scorer(RewardWeights({"shapes": 1.0}), loaded, [], mesh)
-    algorithm, plan = parts.make_algorithm(config), settings.make_plan(config, 1)
+    algorithm, plan = parts.make_algorithm(config), batch_plan.make_plan(config, 1)
     setup = parts.make_setup(config, model, algorithm)
     with pytest.raises(ValueError, match=message):
         score = scorer.inside_program() if config.reward.host_call == "callback" else None

@@ -303,7 +303,7 @@ config = shapes.get_config()
 config.mesh.data, config.sample.guidance_scale = 1, 2.0
 config.mesh[AXIS] = 4
 mesh = sharding.make_mesh(**config.mesh)
-plan = settings.make_plan(config, sharding.row_shards(mesh))
+plan = batch_plan.make_plan(config, sharding.row_shards(mesh))
 model = parts.describe_model(config, mesh)
 for program in compile.programs(config, model, mesh, plan)[0]:
     if program.name in ("sample", "accumulate"):

@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from flowgrpo_jax import parts, rewards, settings
+from flowgrpo_jax import batch_plan, parts, rewards, settings
 from flowgrpo_jax.rewards import geneval
 from flowgrpo_jax.train import train
 
@@ -38,7 +38,7 @@ def test_a_variant_is_sound_and_has_the_papers_groups(name, variant):
     config = load(name, variant)
     settings.check(config)
     for devices in (1, 2, 4, 8, 16, 32, 64):
-        plan = settings.make_plan(config, devices)
+        plan = batch_plan.make_plan(config, devices)
         assert (plan.groups, plan.group_size, plan.updates) == (48, 24, 2)
         assert plan.micro_batches * plan.micro_batch * 2 == 1152
     assert config.name == (name if variant == "full" else f"{name}-{variant}")

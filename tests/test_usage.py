@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from flowgrpo_jax import knobs, prompts, recipe_files, settings, usage, user_errors
+from flowgrpo_jax import batch_plan, knobs, prompts, recipe_files, settings, usage, user_errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -206,7 +206,7 @@ def test_which_errors_are_for_users(tmp_path):
     assert user_errors.is_for_users(caught(prompts.load, "nowhere.txt"))
     assert user_errors.is_for_users(caught(settings.require, False, "no"))
     assert user_errors.is_for_users(caught((tmp_path / "nowhere").read_text))
-    assert not user_errors.is_for_users(caught(settings.derived_micro_batch, [], 1))
+    assert not user_errors.is_for_users(caught(batch_plan.derived_micro_batch, [], 1))
     assert not user_errors.is_for_users(caught(knobs.flat, None))
     assert not user_errors.is_for_users(caught(int, "x"))
     assert not user_errors.is_for_users(ValueError("never raised"))
