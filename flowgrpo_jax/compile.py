@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,22 @@ def rollout(setup: Setup, micro_batch: int, latent: tuple[int, ...], mesh: Mesh)
     )
 
 
+def conditionings(
+    model: Model, text: Any, tokens: Any, prompts: tuple[int, ...], mesh: Mesh
+) -> list[Any]:
+    """Return the shapes of the conditioning of so many prompts each, on every device.
+
+    Args:
+      text: the shapes of the text encoders' weights; tokens: those of some prompts.
+    """
+    encoded, everywhere = jax.eval_shape(model.encode_text, text, tokens), sharding.replicated(mesh)
+
+    def rows(x: Any, count: int) -> Any:
+        return array(everywhere, count, *x.shape[1:], dtype=x.dtype)
+
+    return [jax.tree.map(partial(rows, count=count), encoded) for count in prompts]
+
+
 def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[list[Program], Any]:
     """Every program of a run, and what stays on the devices all the while."""
     everywhere, rows = sharding.replicated(mesh), NamedSharding(mesh, sharding.ROWS)
@@ -114,17 +131,10 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     advantage = parts.make_advantage(config)
     state, gradient, figures = training_state(model, algorithm, advantage, optimiser, mesh)
 
-    encoded = min(plan.groups, TEXTS)
-    m, micro = plan.micro_batch, config.eval.micro_batch or plan.micro_batch
+    encoded, m = min(plan.groups, TEXTS), plan.micro_batch
+    micro = config.eval.micro_batch or m
     tokens = laid_out(model.token_shapes(encoded), everywhere)
-    cond = jax.tree.map(
-        lambda x: array(everywhere, plan.groups, *x.shape[1:], dtype=x.dtype),
-        jax.eval_shape(model.encode_text, text, tokens),
-    )
-    empty, tested = (
-        jax.tree.map(lambda x, n=n: array(everywhere, n, *x.shape[1:], dtype=x.dtype), cond)
-        for n in (1, micro)
-    )
+    cond, empty, tested = conditionings(model, text, tokens, (plan.groups, 1, micro), mesh)
 
     setup = parts.make_setup(config, model, algorithm)
     built = recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
