@@ -12,6 +12,19 @@ CASES = {
     "nft": {"name": "nft", "options": {}},
     "awm": {"name": "awm", "options": {"levels": 2}},
     "awm_with_a_clip": {"name": "awm", "options": {"levels": 2, "clip_range": 0.1}},
+    "dgpo": {"name": "dgpo", "options": {"levels": 2, "first_steps": 3}},
+    "crd": {"name": "crd", "options": {"levels": 2}},
+    "dpo": {"name": "dpo", "options": {"reset_every": 3}},
+    "sft": {"name": "sft", "options": {}},
+}
+COPIES = {
+    "nft": {"old"},
+    "awm": {"anchor"},
+    "awm_with_a_clip": {"anchor", "old"},
+    "dgpo": {"average", "drawer"},
+    "crd": {"old", "drawer"},
+    "dpo": {"reference"},
+    "sft": set(),
 }
 
 
@@ -22,6 +35,7 @@ def test_a_run_goes_on_bit_for_bit(runs, tmp_path, case):
     def config(epochs):
         c = load(runs, epochs=epochs, eval__every=0)
         c.algorithm = ConfigDict(CASES[case])
+        c.sample.micro_batch = 4  # a whole group
         c.advantage = ConfigDict(
             {"name": "per_prompt", "clip": 5.0, "options": {"buffer_size": 8, "min_count": 2}}
         )
@@ -36,8 +50,7 @@ def test_a_run_goes_on_bit_for_bit(runs, tmp_path, case):
     plain = [state.replace(key=0) for state in (whole, resumed)]
     jax.tree.map(np.testing.assert_array_equal, *plain)
     assert np.isfinite(whole.memory["rewards"]).any()
-    copies = {"nft": {"old"}, "awm": {"anchor"}, "awm_with_a_clip": {"anchor", "old"}}[case]
-    assert set(whole.copies) == {"ema"} | copies
+    assert set(whole.copies) == {"ema"} | COPIES[case]
 
 
 def test_a_run_of_mixgrpo_flash_goes_on_bit_for_bit(runs, tmp_path):

@@ -13,8 +13,7 @@ the images.
 
 Deviations: the trainer's other weights for the means (hard, softmax) and its cross-entropy are left
 out; each draw visits the next of the rollout's noise levels, in turn; the reference has the
-guidance of the rollout, and 4.5 there; the rollout's solver is Euler's; errors are f32 in place of
-f64.
+guidance of the rollout, and 4.5 there; errors are f32 in place of f64.
 """
 
 from __future__ import annotations

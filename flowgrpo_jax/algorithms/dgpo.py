@@ -13,7 +13,7 @@ value. The noise levels are drawn once an epoch, the same for everybody, from th
 Deviations from the published code: the average moves at the end of an epoch, and not at every
 optimiser step; the images are drawn by it from `average_after` on, and the copy that draws them
 lags behind by at most `average_most`; the reference has the guidance of the rollout, also where
-theirs has 4.5 beside a policy without; the rollout's solver is Euler's.
+theirs has 4.5 beside a policy without.
 """
 
 from __future__ import annotations

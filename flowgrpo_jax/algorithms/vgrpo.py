@@ -11,8 +11,7 @@ stage of the paper is strictly on policy: the ratio is 1, without a clip and wit
 the default here. Re-derived: the gradient of the loss is then A' times that of L, which is
 DiffusionNFT's where the old policy is the current one (tests/test_matching.py).
 
-Deviations: strata are equal parts of the range of steps, and VRL's begin at whole steps; the
-rollout's solver is Euler's; errors are f32.
+Deviation: strata are equal parts of the range of steps, and VRL's begin at whole steps.
 """
 
 from __future__ import annotations
