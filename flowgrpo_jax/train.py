@@ -66,9 +66,8 @@ def one_epoch(
     # Rewards and advantages.
     values, weights = jnp.asarray(scores.values), jnp.asarray(scores.weights)
     total, valid = map(np.asarray, advantages.weighted(values, weights))
-    lifecycle.check_failed(
-        epoch, 1.0 - float(np.mean(valid)), scores.broken, most=config.reward.max_failed
-    )
+    failed, most = 1.0 - float(np.mean(valid)), config.reward.max_failed
+    lifecycle.check_failed(epoch, failed, scores.broken, most=most)
     advantage, memory = run.advantage.compute(state.memory, values, weights, jnp.asarray(batch.ids))
     state = dataclasses.replace(state, memory=run.put(memory))
 

@@ -297,7 +297,7 @@ def test_the_recipe_in_the_box_compiles_for_a_pod(tmp_path):
 SHARDED = """
 import jax
 from flowgrpo_jax.configs import shapes
-from flowgrpo_jax import compile, cost, recipe, settings, sharding
+from flowgrpo_jax import batch_plan, compile, cost, parts, sharding
 
 config = shapes.get_config()
 config.mesh.data, config.sample.guidance_scale = 1, 2.0
