@@ -1,0 +1,241 @@
+"""Rank the algorithms on the model in the box: the same images, seeds and evaluation for each.
+
+    python -m benchmarks.league --rows grpo,nft,awm --seeds 0,1 --images 14400
+    python -m benchmarks.league --table
+
+The first command trains every row's recipe with every seed until it has drawn so many images, and
+measures its EMA weights. It writes a JSON file a run into `--out` and passes over those that are
+there; a run that is stopped goes on from its last checkpoint. The second one makes
+docs/images/league.png from these files and prints their table.
+
+A run is measured by pictures of the 40-step ODE: strict accuracy, graded reward and unrecognisable
+shapes on held-out prompts, the same on the prompts of training with other seeds, how much the
+pictures of one prompt differ, and the loss of flow matching on true pictures of the world, which
+says how much of the base model was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.epoch import ROOT, machine
+from flowgrpo_jax import evaluate, logs, policies, recipe, recipe_files
+from flowgrpo_jax.models import layers
+from flowgrpo_jax.models.sd3.architecture import read
+from flowgrpo_jax.models.vae import VAE
+from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.train import train
+from flowgrpo_jax.types import Params
+from flowgrpo_jax.worlds.shapes import grammar
+from flowgrpo_jax.worlds.shapes.world import WORLD
+
+RESULTS = ROOT / "benchmarks" / "results" / "league"
+FIGURE = ROOT / "docs" / "images" / "league.png"
+REWARDS = ("shapes", "shapes_strict", "shapes_unknown")
+TRUE_PICTURES = 512
+
+
+def rows() -> dict[str, str]:
+    """{row of the league: name of its recipe}"""
+    last = {name.rpartition("/")[2]: name for name in recipe_files.names()}
+    chosen = {row: name for row, name in last.items() if name.startswith("algorithms/")}
+    return {"grpo": "shapes", **chosen}
+
+
+def settings(row: str, seed: int, images: int, evaluated: int) -> ConfigDict:
+    """The recipe of a row, for so many images of training and of evaluation."""
+    config = runpy.run_path(recipe_files.find(rows()[row]))["get_config"]()
+    config.seed = seed
+    config.epochs = -(-images // (config.sample.groups * config.sample.group_size))
+    config.eval.every = max(config.epochs // 4, 1)
+    config.eval.images, config.eval.rewards = evaluated // 4, REWARDS
+    config.checkpoint.every = max(config.epochs // 4, 1)
+    config.checkpoint.best, config.log.tensorboard = "", False
+    return config
+
+
+def run(row: str, seed: int, images: int, evaluated: int, workdir: Path) -> dict[str, Any]:
+    """Train a row, or go on with it, and measure it."""
+    config = settings(row, seed, images, evaluated)
+    train(config, workdir, resume=True)
+    history = logs.read(workdir / "metrics.jsonl")
+    drawn = config.sample.groups * config.sample.group_size
+    curve = [
+        (history_row["epoch"] * drawn, history_row["eval/shapes_strict"])
+        for history_row in history
+        if "eval/shapes_strict" in history_row
+    ]
+    return {
+        "row": row,
+        "seed": seed,
+        "images": config.epochs * drawn,
+        "minutes": sum(r.get("seconds", 0.0) for r in history) / 60,
+        "forwards": forwards(config),
+        "curve": curve,
+        "reward": [r["reward"] for r in history if "reward" in r],
+        **measure(config, evaluated, workdir),
+        "machine": machine("cpu"),
+        "config": config.to_dict(),
+    }
+
+
+def forwards(config: ConfigDict) -> float:
+    """The transformer's forward passes an image of training; a gradient counts as two more."""
+    config = config.copy_and_resolve_references()
+    built = recipe.build(config)
+    terms = built.algorithm.terms(built.setup, jax.random.key(0)).shape[0]
+    return built.setup.process.steps + terms * (3 + len(built.algorithm.reads))
+
+
+def measure(config: ConfigDict, evaluated: int, workdir: Path) -> dict[str, Any]:
+    """The figures of a run's EMA weights, or of the base model's where `workdir` is "base"."""
+    config = config.copy_and_resolve_references()
+    config.eval.images = evaluated
+    held_out = recipe.build(config, training=False)
+    policy = policies.load(workdir, held_out.model, held_out.mesh)
+    policy = held_out.put(policy)
+    result, pictures, batch = evaluate.evaluate(held_out, policy)
+    config.prompts.test, config.eval.seed = config.prompts.train, config.eval.seed + 1
+    seen, _, _ = evaluate.evaluate(recipe.build(config, training=False), policy)
+    return {
+        "evaluated": evaluated,
+        "held_out": result["metrics"],
+        "per_tag": {tag: m["shapes_strict"] for tag, m in result["per_tag"].items()},
+        "trained_prompts": seen["metrics"],
+        "difference": difference(pictures, batch.ids),
+        "colour_entropy": colour_entropy(pictures),
+        "true_loss": true_loss(held_out, policy),
+    }
+
+
+def difference(pictures: np.ndarray, ids: np.ndarray) -> float:
+    """The mean absolute difference, in levels of 255, of two pictures of the same prompt."""
+    found = []
+    for prompt in np.unique(ids):
+        own = pictures[ids == prompt].astype(np.float32)
+        found += [np.abs(a - b).mean() for i, a in enumerate(own) for b in own[:i]]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def colour_entropy(pictures: np.ndarray) -> float:
+    """The mean entropy, in bits, of a picture's colours in 4 levels a channel."""
+    levels = (pictures // 64).reshape(len(pictures), -1, 3) @ np.array([16, 4, 1])
+    shares = np.stack([np.bincount(row, minlength=64) for row in levels]) / levels.shape[1]
+    return float(-(shares * np.log2(np.maximum(shares, 1e-12))).sum(1).mean())
+
+
+def true_loss(run: Recipe, policy: Params) -> float:
+    """The loss of flow matching on true pictures of the world: mean |v - (noise - x_0)|^2."""
+    rng = np.random.default_rng(7)
+    records = rng.choice(np.array(grammar.prompts("all"), object), TRUE_PICTURES)
+    shown = np.stack([WORLD.picture(record, rng) for record in records])
+    config = read(run.model.directory).vae
+    vae, _ = layers.abstract(lambda rngs: VAE(config, rngs=rngs))
+
+    @jax.jit
+    def loss(policy, weights, pictures, cond, sigma, noise):
+        z, _ = vae(weights["vae"], pictures, method="encode")
+        x_0 = (z - (config.shift_factor or 0.0)) * config.scaling_factor
+        s = sigma[:, None, None, None]
+        v = run.model.velocity(
+            policy, weights["transformer"], (1 - s) * x_0 + s * noise, sigma, cond
+        )
+        return jnp.square(v - (noise - x_0)).mean()
+
+    shape, size, losses = run.model.latent_shape(*shown.shape[1:3]), 64, []
+    for i in range(0, TRUE_PICTURES, size):
+        cond = run.model.encode([record["prompt"] for record in records[i : i + size]])
+        sigma = (np.arange(size, dtype=np.float32) + 0.5) / size
+        noise = rng.normal(size=(size, *shape)).astype(np.float32)
+        pictures = shown[i : i + size].astype(np.float32) / 127.5 - 1
+        losses.append(loss(policy, run.weights, pictures, cond, sigma, noise))
+    return float(np.mean(losses))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A line a row of the league, best first: means over its seeds, and the spread of two."""
+    lines = [
+        "| row | seeds | images | held out, strict | prompts of training | unrecognisable |"
+        " difference | colours, bits | loss on true pictures | minutes | forwards an image |",
+        "|" + "---|" * 11,
+    ]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["row"], result["images"]), []).append(result)
+
+    def strict(runs: list[dict[str, Any]]) -> float:
+        return float(np.mean([r["held_out"]["shapes_strict"] for r in runs]))
+
+    for (row, images), runs in sorted(groups.items(), key=lambda item: -strict(item[1])):
+        seen = np.mean([r["trained_prompts"]["shapes_strict"] for r in runs])
+        unknown = np.mean([r["held_out"]["shapes_unknown"] for r in runs])
+        values = [r["held_out"]["shapes_strict"] for r in runs]
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        others = ("difference", "colour_entropy", "true_loss", "minutes", "forwards")
+        means = [np.mean([r[name] for r in runs]) for name in others]
+        lines.append(
+            f"| {row} | {len(runs)} | {images} | {strict(runs):.3f}{spread} | {seen:.3f} |"
+            f" {unknown:.3f} | {means[0]:.1f} | {means[1]:.2f} | {means[2]:.4f} |"
+            f" {means[3]:.1f} | {means[4]:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], file: Path) -> None:
+    """The curves of all rows: held-out strict accuracy against images of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for i, row in enumerate(sorted({r["row"] for r in results if r["images"]})):
+        for result in (r for r in results if r["row"] == row):
+            label = row if result["seed"] == min(r["seed"] for r in results) else None
+            axes.plot(*zip(*result["curve"]), marker=".", color=f"C{i % 10}", label=label)
+    axes.set(xlabel="images of training", ylabel="held-out prompts, strict accuracy")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", default=",".join(rows()), help="rows, separated by commas")
+    parser.add_argument("--seeds", default="0,1", help="seeds, separated by commas")
+    parser.add_argument("--images", type=int, default=14_400, help="images of training a run")
+    parser.add_argument("--evaluated", type=int, default=1_152, help="pictures that measure a run")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "league")
+    parser.add_argument("--table", action="store_true", help="draw and print what is there")
+    args = parser.parse_args()
+    if args.table:
+        results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]
+        draw(results, FIGURE)
+        print(table(results))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, args.seeds.split(",")):
+        for row in args.rows.split(","):
+            if row not in rows():
+                parser.error(f"--rows: {row!r} is not one of {', '.join(rows())}")
+            name = f"{row}-{args.images}-{seed}"
+            file = args.out / f"{name}.json"
+            if not file.exists():
+                result = run(row, seed, args.images, args.evaluated, args.runs / name)
+                file.write_text(json.dumps(logs.plain(result), indent=1) + "\n")
+            print(file, flush=True)
+
+
+if __name__ == "__main__":
+    main()
