@@ -1,0 +1,62 @@
+"""The league's figures on pictures whose values are known, and its table."""
+
+import numpy as np
+import pytest
+
+from benchmarks import league
+from flowgrpo_jax import algorithms
+
+
+def flat(*levels):
+    """Pictures of one grey level each."""
+    return np.stack([np.full((4, 4, 3), level, np.uint8) for level in levels])
+
+
+def test_the_difference_is_within_prompts_alone():
+    pictures, ids = flat(0, 10, 200, 230), np.array([5, 5, 8, 8])
+    assert league.difference(pictures, ids) == 20.0
+    assert league.difference(pictures, np.array([1, 1, 1, 2])) == (10 + 200 + 190) / 3
+    assert np.isnan(league.difference(pictures, np.arange(4)))
+
+
+def test_the_entropy_of_colours_is_that_of_their_shares():
+    assert league.colour_entropy(flat(0, 255)) == pytest.approx(0, abs=1e-6)
+    half = flat(0)
+    half[:, :2] = 255
+    assert league.colour_entropy(half) == pytest.approx(1.0)
+    half[:, :2, :2] = (255, 0, 0)  # a half, a quarter, a quarter
+    assert league.colour_entropy(half) == pytest.approx(1.5)
+
+
+def test_every_algorithm_has_a_row_and_images_of_its_own_number():
+    assert set(algorithms.TABLE) <= set(league.rows())
+    config = league.settings("nft", seed=3, images=1000, evaluated=96)
+    assert (config.algorithm.name, config.seed, config.epochs) == ("nft", 3, 4)  # of 288 images
+    assert (config.eval.every, config.eval.images) == (1, 24)
+
+
+def test_forward_passes_are_counted_by_hand():
+    """GRPO: 20 steps, 3 of them trained. NFT: 10 steps, 9 levels with its old and base policies."""
+    counted = [league.forwards(league.settings(row, 0, 288, 48)) for row in ("grpo", "nft")]
+    assert counted == [20 + 3 * 3, 10 + 9 * (3 + 2)]
+
+
+def result(row, seed, strict):
+    return {
+        "row": row,
+        "seed": seed,
+        "images": 288,
+        "curve": [(0, 0.5), (288, strict)],
+        "held_out": {"shapes_strict": strict, "shapes_unknown": 0.1},
+        "trained_prompts": {"shapes_strict": 0.7},
+        **dict.fromkeys(("difference", "colour_entropy", "true_loss", "minutes", "forwards"), 1.0),
+    }
+
+
+def test_the_table_ranks_means_and_says_their_spread(tmp_path):
+    results = [result("a", 0, 0.6), result("b", 0, 0.7), result("b", 1, 0.8)]
+    lines = league.table(results).splitlines()
+    assert lines[2].startswith("| b | 2 | 288 | 0.750 ± 0.071 | 0.700 |")
+    assert lines[3].startswith("| a | 1 | 288 | 0.600 | 0.700 |")
+    league.draw(results, tmp_path / "images" / "league.png")
+    assert (tmp_path / "images" / "league.png").stat().st_size > 5000
