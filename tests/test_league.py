@@ -15,7 +15,9 @@ def flat(*levels):
 def test_the_difference_is_within_prompts_alone():
     pictures, ids = flat(0, 10, 200, 230), np.array([5, 5, 8, 8])
     assert league.difference(pictures, ids) == 20.0
-    assert league.difference(pictures, np.array([1, 1, 1, 2])) == (10 + 200 + 190) / 3
+    assert league.difference(pictures, np.array([1, 1, 1, 2])) == pytest.approx(
+        (10 + 200 + 190) / 3
+    )
     assert np.isnan(league.difference(pictures, np.arange(4)))
 
 

@@ -100,9 +100,7 @@ def make(
         }
         return value + kl_beta * kl, figures
 
-    kinds = [
-        name for name, plain in ((step_weight, "none"), (trust_region, "clip")) if name != plain
-    ]
+    weights = "" if step_weight == "none" else f", {step_weight} weights"
     return Algorithm(
         loss,
         terms=partial(_terms, steps, step_choice),
@@ -112,9 +110,8 @@ def make(
         copies={"reference": copies.reset(reset_every)} if reset_every else {},
         worst=("ratio_gap",),
         warning=partial(_warning, jnp.inf if trust_region == "dppo" else clip_range),
-        summary=", ".join(
-            [f"{steps or 'all'} steps of the window", f"limit {limit:g}", f"KL {kl_beta:g}", *kinds]
-        ),
+        summary=f"{steps or 'all'} steps of the window{weights}, {trust_region} {limit:g},"
+        f" KL {kl_beta:g}",
     )
 
 

@@ -6,6 +6,7 @@ to x = (1 - sigma) x_0 + sigma noise and looks at the velocity there, whose targ
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -96,7 +97,7 @@ def renoise_logit_normal(setup: Setup, rollout: Rollout, term: jax.Array) -> Ren
 def share_keys(rollout: Rollout, size: int) -> Rollout:
     """Give every `size` images in a row the first one's key, and so the same noise and levels."""
     places = jnp.arange(rollout.keys.shape[0])
-    return rollout.replace(keys=rollout.keys[places // size * size])
+    return replace(rollout, keys=rollout.keys[places // size * size])
 
 
 def spread(value: jax.Array, like: jax.Array) -> jax.Array:

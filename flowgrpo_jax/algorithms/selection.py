@@ -9,7 +9,7 @@ such images are never selected. A group in which nothing can be selected has the
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -58,4 +58,4 @@ def _place(rollout: Rollout, picked: jax.Array, found: jax.Array) -> Selected:
     groups, size = picked.shape
     rows = (picked + size * jnp.arange(groups)[:, None]).reshape(-1)
     weight = jnp.repeat(found.astype(jnp.float32), size)
-    return Selected(dataclasses.replace(rollout, latents=rollout.latents[rows]), weight)
+    return Selected(replace(rollout, latents=rollout.latents[rows]), weight)
