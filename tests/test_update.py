@@ -133,7 +133,8 @@ def test_gradient_by_finite_differences_of_scipys_densities(kernel, weighting, r
             kl = kl * (-dt if weighting == "no_dt" else 1)
             return np.sum(-advantage * np.exp(log_ratio) + 0.3 * kl)
 
-        rollout = Rollout(x_next, PLACES[:2], KEY, step, jnp.stack([x, x_next]), old[None])
+        keys, between = jax.random.split(KEY, 2), jnp.stack([x, x_next])
+        rollout = Rollout(x_next, PLACES[:2], keys, step, between, old[None])
 
         def total(trained):
             velocities = {

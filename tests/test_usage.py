@@ -168,7 +168,7 @@ def test_help_lists_every_flag_and_every_knob_with_a_word_on_each(command, capsy
         command("--help")
     shown = capsys.readouterr().out
     assert caught.value.code == 0
-    assert "algorithms/nft, geneval, ocr, " in " ".join(shown.split())
+    assert "algorithms/vgrpo, geneval, ocr, " in " ".join(shown.split())
     forms = ("--config=NAME|FILE (required)", "--[no]resume", "--step=")
     assert all(form in shown for form in forms)
     said = knobs.comments()
