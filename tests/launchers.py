@@ -40,7 +40,7 @@ def wait_for(file):
 
 
 def wait_until(true):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not true():
         assert time.monotonic() < end
         time.sleep(0.02)

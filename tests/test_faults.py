@@ -70,7 +70,7 @@ def test_a_stop_while_loading_ends_both_at_once(folder):
     for child in children:
         assert any("loading" in line for line in child.stdout)
         child.send_signal(signal.SIGTERM)
-    assert [child.wait(60) for child in children] == [cli.RESTART] * 2
+    assert [child.wait(300) for child in children] == [cli.RESTART] * 2
 
 
 def test_one_process_is_told_to_stop_and_both_save(folder, undisturbed):

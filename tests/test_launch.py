@@ -74,7 +74,7 @@ def test_sigterm_reaches_the_run_and_ends_the_launcher(tmp_path):
     wait_for(tmp_path / "asked")
     process.send_signal(signal.SIGTERM)
     (tmp_path / "go").touch()
-    assert process.wait(20) == 75 and (tmp_path / "saved").exists()
+    assert process.wait(120) == 75 and (tmp_path / "saved").exists()
 
 
 # The real `Stop`, and a loop around it like train's.
@@ -99,7 +99,7 @@ def test_a_signal_to_the_whole_group_saves(tmp_path, number, status):
     (tmp_path / "train.py").write_text(STOPS)
     process = launch(tmp_path, sys.executable, "train.py", PYTHONPATH=str(LAUNCH.parent))
     os.killpg(process.pid, number)
-    assert process.wait(60) == status and (tmp_path / "saved").exists()
+    assert process.wait(120) == status and (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, 75)])
@@ -108,7 +108,7 @@ def test_a_signal_to_the_launcher_alone_is_passed_on_as_it_is(tmp_path, number, 
     command(tmp_path, "train", "trap 'exit 0' INT; trap 'exit 75' TERM; echo > up; sleep 30 & wait")
     process = launch(tmp_path, "train")
     process.send_signal(number)
-    assert process.wait(20) == status
+    assert process.wait(120) == status
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
@@ -118,7 +118,7 @@ def test_a_signal_between_two_starts_ends_the_launcher(tmp_path, number, status)
     process = launch(tmp_path, "train", PAUSE="30", stderr=subprocess.PIPE)
     assert any("ended with 134" in line for line in process.stderr)
     process.send_signal(number)
-    assert process.wait(20) == status and len(calls(tmp_path)) == 1
+    assert process.wait(120) == status and len(calls(tmp_path)) == 1
 
 
 def test_tests_hear_interrupts_in_a_background_job():
@@ -139,7 +139,7 @@ def test_sigterm_before_the_run_has_a_handler_asks_for_a_start_as_well(tmp_path)
     command(tmp_path, "train", "echo > up; exec sleep 30")
     process = launch(tmp_path, "train")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 75
+    assert process.wait(120) == 75
 
 
 SSH = """
@@ -205,7 +205,7 @@ def test_ssh_tells_every_machine_to_save(tmp_path):
 
     process = saving(tmp_path, {"stdin": inside, "preexec_fn": control})
     os.write(terminal, b"\x03")
-    assert process.wait(30) == 75
+    assert process.wait(120) == 75
     assert (tmp_path / "saved-one").exists() and (tmp_path / "saved-two").exists()
     os.close(inside)
     os.close(terminal)
@@ -214,13 +214,13 @@ def test_ssh_tells_every_machine_to_save(tmp_path):
 def test_ssh_hangs_up_on_a_machine_that_does_not_end(tmp_path):
     process = saving(tmp_path, {}, GRACE="2", DEAF="one")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) != 0 and (tmp_path / "saved-two").exists()
+    assert process.wait(120) != 0 and (tmp_path / "saved-two").exists()
 
 
 def test_ssh_ends_with_the_failure_of_a_machine_though_others_have_saved_before(tmp_path):
     process = saving(tmp_path, {}, FAILING="two")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 1 and (tmp_path / "saved-one").exists()
+    assert process.wait(120) == 1 and (tmp_path / "saved-one").exists()
 
 
 def test_slurm_puts_a_saved_run_back_into_the_queue(tmp_path):

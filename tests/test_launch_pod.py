@@ -186,7 +186,7 @@ def test_a_worker_that_was_started_anew_runs_again(cloud, number):
     wait_until(lambda: len(trained(cloud)) == 3)
     assert int((home(cloud, 1) / "train.pid").read_text()) != before
     (cloud / "ends").write_text("0")
-    assert watching.wait(60) == 0 and len(trained(cloud)) == 3
+    assert watching.wait(300) == 0 and len(trained(cloud)) == 3
 
 
 def test_a_preempted_run_that_has_saved_is_not_the_end(cloud):
@@ -200,7 +200,7 @@ def test_a_preempted_run_that_has_saved_is_not_the_end(cloud):
     (cloud / "states").write_text("PREEMPTED\nREADY\n")
     wait_until(lambda: any("queued-resources create pod" in line for line in calls(cloud)))
     (cloud / "ends").write_text("0")
-    assert watching.wait(60) == 0
+    assert watching.wait(300) == 0
 
 
 @pytest.mark.parametrize("status", [0, 1, 75])
@@ -222,7 +222,7 @@ def test_a_watch_starts_what_has_ended_before_it(cloud, status):
     (cloud / "worker-1" / "deaf").unlink()
     wait_until(lambda: len(trained(cloud)) == 4)
     (cloud / "ends").write_text("0")
-    assert watching.wait(60) == 0 and len(trained(cloud)) == 4
+    assert watching.wait(300) == 0 and len(trained(cloud)) == 4
 
 
 def test_a_watch_waits_for_a_run_that_is_still_being_stopped(cloud):
@@ -240,7 +240,7 @@ def test_a_watch_waits_for_a_run_that_is_still_being_stopped(cloud):
     (cloud / "go").touch()
     wait_until(lambda: len(trained(cloud)) == 4)
     (cloud / "ends").write_text("0")
-    assert watching.wait(60) == 0
+    assert watching.wait(300) == 0
 
 
 @pytest.mark.parametrize("status", [1, 2])
@@ -269,7 +269,7 @@ def test_a_worker_that_fails_ends_the_run_on_all(cloud, status, other):
 def test_an_installation_that_broke_off_is_repeated(cloud):
     (cloud / "worker-0" / "broken").touch()
     (cloud / "ends").write_text("0")
-    assert watch(cloud).wait(60) == 0
+    assert watch(cloud).wait(300) == 0
     assert not (cloud / "worker-0" / "broken").exists() and len(trained(cloud)) == 2
 
 
