@@ -12,7 +12,7 @@ rollout's schedule without the last one.
 
 Deviations from NVlabs/DiffusionNFT: the levels are visited in order, and not in an order of each
 image's own, which is the same because one optimiser step sums over all of them; the rollout's
-solver is Euler's; errors are f32 in place of f64.
+solver is `sample.solver`, Euler's by default; errors are f32 in place of f64.
 """
 
 from __future__ import annotations
