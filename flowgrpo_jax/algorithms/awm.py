@@ -12,8 +12,8 @@ The published recipes make one update an epoch, so that the old log-prob is the 
 ratio is 1. That is `clip_range=0`, the default, which spares the forward pass of the old policy;
 with several updates an epoch choose a clip range.
 
-Deviations from the published code: the rollout's solver is `sample.solver`, Euler's by default; errors
-are f32 in place of f64.
+Deviations from the published code: the rollout's solver is `sample.solver`, Euler's by default;
+errors are f32 in place of f64.
 """
 
 from __future__ import annotations
