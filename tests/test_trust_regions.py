@@ -178,12 +178,12 @@ def test_a_centred_score_has_the_mean_zero():
     """Over many draws of the rollout's noise, as that of a policy elsewhere has not."""
     process = Process(SIGMAS, sde.CPS, 0.8, window=7)
     old, new = weights(0, 0.5), weights(1, 0.5)
-    rollout = draw(partial(linear, old), process, count=20_000, shape=(1, 1, 3))
+    rollout = draw(partial(linear, old), process, count=2_000, shape=(1, 1, 3))
     gradients = [log_ratio_gradient(process, rollout, new, c)["b"] for c in (False, True)]
     plain, centred = (np.asarray(g, np.float64) for g in gradients)
     error = centred.std(0) / np.sqrt(len(centred))
     assert (np.abs(centred.mean(0)) < 4 * error).all()
-    assert (np.abs(plain.mean(0)) > 20 * error).any()
+    assert (np.abs(plain.mean(0)) > 6 * error).any()
 
 
 def test_guards_ratio_is_centred_already():
