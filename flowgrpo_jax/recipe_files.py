@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +25,16 @@ def find(recipe: str) -> str:
       recipe: a path or the name of one of the package's recipes, and perhaps a variant:
         "mine.py", "geneval", "geneval:fast". A file that exists wins over a name.
 
-    Raises FileNotFoundError that says which recipe may be meant where there is neither.
+    Raises FileNotFoundError that says which recipe may be meant where there is neither, and
+    ValueError for a variant of a recipe that has none.
     """
     given, colon, variant = recipe.partition(":")
     known = names()
     if Path(given).is_file():
+        _check_variant(recipe, Path(given), variant)
         return recipe
     if given in known:
+        _check_variant(recipe, FOLDER / f"{given}.py", variant)
         return f"{FOLDER / given}.py{colon}{variant}"
     name = given.rpartition("configs/")[2].removesuffix(".py")
     if name in known:
@@ -45,6 +49,19 @@ def find(recipe: str) -> str:
         f"--config={recipe}: there is no file and no recipe {given!r}; {meant} package has"
         f" {', '.join(known)}; give a recipe of your own by the path of its file"
     )
+
+
+def _check_variant(recipe: str, file: Path, variant: str) -> None:
+    """Raise ValueError for a file without `get_config`, or for a variant of one that has none."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    found = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == "get_config"]
+    imported = [n for n in body if isinstance(n, ast.ImportFrom | ast.Import | ast.Assign)]
+    if found and variant and not (found[0].args.args or found[0].args.vararg):
+        raise ValueError(
+            f"--config={recipe}: this recipe has no variants; leave {':' + variant!r} out"
+        )
+    if not found and not any("get_config" in ast.dump(n) for n in imported):
+        raise ValueError(f"--config={recipe}: the file has no function get_config()")
 
 
 def on_command_line(arguments: Sequence[str]) -> str | None:

@@ -41,15 +41,38 @@ def find(table: Mapping[str, str], name: str, kind: str) -> Any:
         ) from error
 
 
-def make(factory: Callable[..., Any], options: Mapping[str, Any], what: str) -> Any:
-    """Call a factory with options. Raises ValueError that names its options for an unknown one.
+def make(factory: Callable[..., Any], options: Mapping[str, Any], what: str, **given: Any) -> Any:
+    """Call a factory with options.
 
     Args:
-      what: the setting that the options come from, for the error: "algorithm.options".
+      what: the setting that the options come from, for the errors: "algorithm.options".
+      given: further arguments, which are not for the user to set.
+
+    Raises ValueError for an option that is unknown, and names those that there are, and for a value
+    of another type than the option's default.
     """
-    known = inspect.signature(factory).parameters
+    known = {k: p for k, p in inspect.signature(factory).parameters.items() if k not in given}
     if unknown := sorted(set(options) - set(known)):
-        takes = ", ".join(f"{p.name}={p.default!r}" for p in known.values()) or "no options"
-        names = ", ".join(unknown)
-        raise ValueError(f"{what}: {names} is unknown; {factory.__module__} takes {takes}")
-    return factory(**options)
+        takes = ", ".join(
+            name if p.default is p.empty else f"{name}={p.default!r}" for name, p in known.items()
+        )
+        raise ValueError(
+            f"{what}: {', '.join(unknown)} is unknown; {factory.__module__} takes"
+            f" {takes or 'no options'}"
+        )
+    for name, value in options.items():
+        if not _is_like(value, known[name].default):
+            raise ValueError(
+                f"{what}: {name}={value!r} must be of the type of its default,"
+                f" {known[name].default!r}"
+            )
+    return factory(**given, **options)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value has the type of a default; whole numbers are good where it is a float."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, float | int)
+    return not isinstance(default, int | str) or isinstance(value, type(default))

@@ -51,8 +51,7 @@ def load(name: str, options: Mapping[str, Any], window: Window) -> Start:
     Raises ValueError that names the rows, or the row's options, where one is unknown.
     """
     factory = tables.find(TABLE, name, "sample.window_schedule")
-    options = {"window": window, **options}
-    return tables.make(factory, options, f"sample.window_options of {name}")
+    return tables.make(factory, options, f"sample.window_options of {name}", window=window)
 
 
 def find(steps: int, size: int, span: Sequence[int]) -> Window:

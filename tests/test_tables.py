@@ -92,6 +92,45 @@ def test_a_recipe_of_rows_of_ones_own_is_sound():
         settings.check(config)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"size": 3}, r"what: size is unknown; .* takes rate=0.5, count=2, on=False, kind='a'$"),
+        ({"shared": 3}, r"what: shared is unknown"),
+        ({"count": 2.5}, r"what: count=2.5 must be of the type of its default, 2"),
+        ({"count": True}, r"what: count=True must"),
+        ({"rate": "x"}, r"what: rate='x' must"),
+        ({"on": "no"}, r"what: on='no' must"),
+        ({"kind": None}, r"what: kind=None must"),
+    ],
+)
+def test_options_are_known_and_of_the_type_of_their_defaults(options, message):
+    def factory(shared, rate=0.5, count=2, on=False, kind="a"):
+        return shared, rate, count, on, kind
+
+    with pytest.raises(ValueError, match=message):
+        tables.make(factory, options, "what", shared=1)
+    assert tables.make(factory, {"rate": 1, "on": True}, "what", shared=1) == (1, 1, 2, True, "a")
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("nft", {"old_rate": -1.0}, r"old_rate=-1.0: must be at least 0"),
+        ("awm", {"anchor_most": 2.0}, r"anchor_most=2.0: must be in \[0, 1\)"),
+        ("awm", {"kl_beta": -1.0}, r"kl_beta=-1.0: must be at least 0"),
+        ("dgpo", {"average_most": 2.0}, r"average_most=2.0: must be in"),
+        ("crd", {"drawer_rate": -1.0}, r"drawer_rate=-1.0: must be at least 0"),
+        ("nft", {"anchor": -1.0}, r"anchor=-1.0: must be at least 0"),
+    ],
+)
+def test_copies_cannot_be_made_to_diverge(name, options, message):
+    from flowgrpo_jax import algorithms
+
+    with pytest.raises(ValueError, match=message):
+        algorithms.load(name, options)
+
+
 def test_a_package_with_dots_names_a_reward_in_a_recipe():
     from flowgrpo_jax.configs import shapes
 

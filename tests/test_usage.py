@@ -163,6 +163,22 @@ def test_an_error_in_the_code_of_a_recipe_keeps_its_traceback(command, tmp_path,
     assert not user_errors.is_for_users(caught.value)
 
 
+@pytest.mark.parametrize("recipe", ["shapes:fast", "algorithms/nft:fast"])
+def test_a_variant_of_a_recipe_without_variants_is_refused(recipe):
+    with pytest.raises(ValueError, match=f"--config={recipe}: this recipe has no variants.*:fast"):
+        recipe_files.find(recipe)
+    assert recipe_files.find("geneval:fast").endswith("geneval.py:fast")
+
+
+def test_a_file_that_is_no_recipe_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("x = 1")
+    with pytest.raises(ValueError, match=r"mine\.py: the file has no function get_config\(\)"):
+        recipe_files.find(str(file))
+    file.write_text("from flowgrpo_jax.configs.shapes import get_config")
+    assert recipe_files.find(str(file)) == str(file)
+
+
 def test_help_lists_every_flag_and_every_knob_with_a_word_on_each(command, capsys):
     with pytest.raises(SystemExit) as caught:
         command("--help")

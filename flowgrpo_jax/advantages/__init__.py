@@ -55,9 +55,9 @@ def load(name: str, options: Mapping[str, Any], *, group_size: int, clip: float)
 
     Raises ValueError that names the rows, or the row's options, where one is unknown.
     """
-    shared = {"group_size": group_size, "clip": clip}
     factory = tables.find(TABLE, name, "advantage")
-    return tables.make(factory, shared | dict(options), f"advantage.options of {name}")
+    what = f"advantage.options of {name}"
+    return tables.make(factory, options, what, group_size=group_size, clip=clip)
 
 
 # ------------------------------------------------------------------------------ arithmetic

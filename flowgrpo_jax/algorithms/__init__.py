@@ -102,7 +102,27 @@ def load(name: str, options: Mapping[str, Any]) -> Algorithm:
 @lru_cache(maxsize=32)  # programs of the same algorithm are then the same as well
 def _load(name: str, options: tuple[tuple[str, Any], ...]) -> Algorithm:
     factory = tables.find(TABLE, name, "algorithm")
-    return tables.make(factory, dict(options), f"algorithm.options of {name}")
+    algorithm = tables.make(factory, dict(options), f"algorithm.options of {name}")
+    _check_ranges(dict(options))
+    return algorithm
+
+
+# The end of an option's name: the range that it has in every row, and in one of the user's own
+NOT_NEGATIVE = ("beta", "_rate", "_flat", "_after", "_scale", "anchor")
+SHARES = ("_most", "_first")
+
+
+def _check_ranges(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a weight or a rate below 0, and for a share that is not in [0, 1).
+
+    A copy that kept more than all of itself, or less than nothing, would diverge without a word.
+    """
+    for name, value in options.items():
+        number = isinstance(value, float | int)
+        if number and name.endswith(NOT_NEGATIVE) and not value >= 0:
+            raise ValueError(f"algorithm.options.{name}={value}: must be at least 0")
+        if number and name.endswith(SHARES) and not 0 <= value < 1:
+            raise ValueError(f"algorithm.options.{name}={value}: must be in [0, 1)")
 
 
 def advantage_of(advantage: jax.Array, term: jax.Array) -> jax.Array:

@@ -31,6 +31,12 @@ _SCALE = re.compile(
     rf"(?:\d+[^\S\n]*(?:-|\u2013|to)[^\S\n]*)?({NUMBER}))",
     re.IGNORECASE,
 )
+# A scale in other words or signs, which is not read: "out of ten", "/ five", "on a 10-point scale"
+_OTHER_SCALE = re.compile(
+    r"\s*(?:points?|stars?)?,?(?:\s*[/\u2044\u2215\uff0f]|[^\S\n]*(?:out\s+of\b|on\s+an?\b|vs\b"
+    r"|of\s+(?:two|three|four|five|six|seven|eight|nine|ten|a\s+hundred|hundred)\b))",
+    re.IGNORECASE,
+)
 
 
 class Unclear(ValueError):
@@ -72,6 +78,8 @@ def mark(answer: str, pattern: re.Pattern[str] | None, low: float, high: float) 
         best = 100.0 if scale[1] else number(scale[2])
         if best != high:
             raise Unclear(f"the mark in {shown!r} is on a scale to {best:g}, not to {high:g}")
+    elif _OTHER_SCALE.match(after):
+        raise Unclear(f"the scale of the mark in {shown!r} is not clear: it must end in /{high:g}")
     elif _GOES_ON.match(after) or (found[1][0].isdigit() and _GOES_BEFORE.search(before)):
         raise Unclear(f"{shown!r} does not give one mark")
     value = number(found[1])
