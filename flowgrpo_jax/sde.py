@@ -184,7 +184,7 @@ TABLE = {
 
 def load(name: str) -> Kernel:
     """Return the kernel of a row of `TABLE`, or "package.module:NAME" of the user's own."""
-    return tables.find(TABLE, name, "kernel")
+    return tables.check(tables.find(TABLE, name, "kernel"), Kernel, name)
 
 
 def log_prob(x, mean, std, *, density: str = "gaussian", reduction: str = "mean") -> jax.Array:

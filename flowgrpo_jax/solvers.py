@@ -70,4 +70,4 @@ TABLE = {"euler": "flowgrpo_jax.solvers:EULER", "dpmpp_2m": "flowgrpo_jax.solver
 
 def load(name: str) -> Solver:
     """Return the solver of a row of `TABLE`, or "package.module:NAME" of the user's own."""
-    return tables.find(TABLE, name, "solver")
+    return tables.check(tables.find(TABLE, name, "solver"), Solver, name)

@@ -51,6 +51,8 @@ def make(factory: Callable[..., Any], options: Mapping[str, Any], what: str, **g
     Raises ValueError for an option that is unknown, and names those that there are, and for a value
     of another type than the option's default.
     """
+    if not callable(factory):
+        raise ValueError(f"{what}: {factory!r} is no function that makes one")
     known = {k: p for k, p in inspect.signature(factory).parameters.items() if k not in given}
     if unknown := sorted(set(options) - set(known)):
         takes = ", ".join(
@@ -67,6 +69,20 @@ def make(factory: Callable[..., Any], options: Mapping[str, Any], what: str, **g
                 f" {known[name].default!r}"
             )
     return factory(**given, **options)
+
+
+def check(value: Any, kind: type, name: str) -> Any:
+    """Return the value. Raises ValueError where a row of the user's own is of another kind.
+
+    Args:
+      name: what the recipe calls it, for the error.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{name!r} gives a {type(value).__name__}, it must be a"
+            f" {kind.__module__}.{kind.__name__}"
+        )
+    return value
 
 
 def _is_like(value: Any, default: Any) -> bool:

@@ -113,6 +113,22 @@ def test_options_are_known_and_of_the_type_of_their_defaults(options, message):
     assert tables.make(factory, {"rate": 1, "on": True}, "what", shared=1) == (1, 1, 2, True, "a")
 
 
+def test_a_row_of_another_kind_is_named():
+    from flowgrpo_jax import advantages, algorithms, models, sde, solvers
+
+    for load in (sde.load, solvers.load):
+        with pytest.raises(ValueError, match=r"'os:getcwd' gives a builtin.*, it must be a .*\."):
+            load("os:getcwd")
+    with pytest.raises(
+        ValueError, match=r"'os:getcwd' gives a .*must be a flowgrpo_jax\.models\.F"
+    ):
+        models.find("shapes", "os:getcwd")
+    with pytest.raises(ValueError, match="'os:getcwd' gives a str, it must be a .*Algorithm"):
+        algorithms.load("os:getcwd", {})
+    with pytest.raises(ValueError, match=r"advantage.options of os:path: <module .* no function"):
+        advantages.load("os:path", {}, group_size=4, clip=5.0)
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [

@@ -57,7 +57,8 @@ def load(name: str, options: Mapping[str, Any], *, group_size: int, clip: float)
     """
     factory = tables.find(TABLE, name, "advantage")
     what = f"advantage.options of {name}"
-    return tables.make(factory, options, what, group_size=group_size, clip=clip)
+    made = tables.make(factory, options, what, group_size=group_size, clip=clip)
+    return tables.check(made, Advantage, name)
 
 
 # ------------------------------------------------------------------------------ arithmetic

@@ -104,7 +104,7 @@ def _load(name: str, options: tuple[tuple[str, Any], ...]) -> Algorithm:
     factory = tables.find(TABLE, name, "algorithm")
     algorithm = tables.make(factory, dict(options), f"algorithm.options of {name}")
     _check_ranges(dict(options))
-    return algorithm
+    return tables.check(algorithm, Algorithm, name)
 
 
 # The end of an option's name: the range that it has in every row, and in one of the user's own

@@ -166,7 +166,7 @@ def find(model: str | Path, family: str = "") -> Family:
     Raises FileNotFoundError where there is no such model, and ValueError for one of another kind.
     """
     name = family or PUBLISHED.get(str(model)) or _class_name(model)
-    return tables.find(TABLE, name, "model.family")
+    return tables.check(tables.find(TABLE, name, "model.family"), Family, name)
 
 
 def _class_name(model: str | Path) -> str:
