@@ -125,7 +125,7 @@ def test_a_row_of_another_kind_is_named():
         models.find("shapes", "os:getcwd")
     with pytest.raises(ValueError, match="'os:getcwd' gives a str, it must be a .*Algorithm"):
         algorithms.load("os:getcwd", {})
-    with pytest.raises(ValueError, match=r"advantage.options of os:path: <module .* no function"):
+    with pytest.raises(ValueError, match=r"advantage\.options of os:path: <module .* no function"):
         advantages.load("os:path", {}, group_size=4, clip=5.0)
 
 
