@@ -123,7 +123,7 @@ def test_a_row_of_another_kind_is_named():
         ValueError, match=r"'os:getcwd' gives a .*must be a flowgrpo_jax\.models\.F"
     ):
         models.find("shapes", "os:getcwd")
-    with pytest.raises(ValueError, match="'os:getcwd' gives a str, it must be a .*Algorithm"):
+    with pytest.raises(ValueError, match=r"'os:getcwd' gives a str, it must be a .*Algorithm"):
         algorithms.load("os:getcwd", {})
     with pytest.raises(ValueError, match=r"advantage\.options of os:path: <module .* no function"):
         advantages.load("os:path", {}, group_size=4, clip=5.0)
