@@ -123,7 +123,7 @@ def decay(
     stride: int = 1,
     roll_back: bool = True,
 ) -> Start:
-    """As `progressive`, with ever shorter stays: from `every` epochs at step 0 to `least` at high.
+    """Move like `progressive`, with stays that fall from `every` epochs at step 0 to `least` at high.
 
     Upstream's `least` is a quarter of `every`.
     """
@@ -146,7 +146,8 @@ def exp_decay(
     stride: int = 1,
     roll_back: bool = True,
 ) -> Start:
-    """As `progressive`, with stays of every exp(-rate max(step - flat, 0)) epochs, rounded up."""
+    """Move like `progressive`, with stays of every exp(-rate max(step - flat, 0)) epochs, rounded
+    up."""
     _check_positive("every", every)
     if not rate >= 0:
         raise ValueError(f"sample.window_options.rate={rate}: must be at least 0")

@@ -18,7 +18,7 @@ class Scores(NamedTuple):
 
     @property
     def failed(self) -> np.ndarray:
-        """Where a reward that applies has no score: bool [K, B]."""
+        """Tell where a reward that applies has no score: bool [K, B]."""
         return np.isnan(self.values) & ~np.isnan(self.weights)
 
     @property

@@ -69,7 +69,7 @@ def is_local(url: str) -> bool:
 
 
 def _route(url: str) -> str:
-    """What an error says about the proxy that a request took; "" where there was none."""
+    """Return what an error says about the proxy that a request took, "" if there was none."""
     parts = urllib.parse.urlsplit(url)
     proxies, host = urllib.request.getproxies(), parts.hostname or ""
     if is_local(url) or parts.scheme not in proxies or urllib.request.proxy_bypass(host):
