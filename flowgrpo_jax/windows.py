@@ -123,7 +123,7 @@ def decay(
     stride: int = 1,
     roll_back: bool = True,
 ) -> Start:
-    """Move like `progressive`, with stays that fall from `every` epochs at step 0 to `least` at high.
+    """Move like `progressive`, with stays that fall from `every` epochs to `least` at high.
 
     Upstream's `least` is a quarter of `every`.
     """
