@@ -63,7 +63,9 @@ def settings(row: str, seed: int, images: int, evaluated: int) -> ConfigDict:
     return config
 
 
-def run(row: str, seed: int, images: int, evaluated: int, workdir: Path) -> dict[str, Any]:
+def run(
+    row: str, seed: int, images: int, evaluated: int, workdir: Path, hardware: dict[str, Any]
+) -> dict[str, Any]:
     """Train a row, or go on with it, and measure it."""
     config = settings(row, seed, images, evaluated)
     train(config, workdir, resume=True)
@@ -83,7 +85,7 @@ def run(row: str, seed: int, images: int, evaluated: int, workdir: Path) -> dict
         "curve": curve,
         "reward": [r["reward"] for r in history if "reward" in r],
         **measure(config, evaluated, workdir),
-        "machine": machine("cpu"),
+        "machine": hardware,
         "config": config.to_dict(),
     }
 
@@ -224,6 +226,7 @@ def main() -> None:
         draw(results, FIGURE)
         print(table(results))
         return
+    hardware = machine("cpu")  # now: the commit may be another one when a run has ended
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, args.seeds.split(",")):
         for row in args.rows.split(","):
@@ -232,7 +235,7 @@ def main() -> None:
             name = f"{row}-{args.images}-{seed}"
             file = args.out / f"{name}.json"
             if not file.exists():
-                result = run(row, seed, args.images, args.evaluated, args.runs / name)
+                result = run(row, seed, args.images, args.evaluated, args.runs / name, hardware)
                 file.write_text(json.dumps(logs.plain(result), indent=1) + "\n")
             print(file, flush=True)
 
