@@ -39,7 +39,6 @@ from flowgrpo_jax import (
     sharding,
     update,
 )
-from flowgrpo_jax.evaluate import evaluate, figures_of, save_grid
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
@@ -163,34 +162,6 @@ def micro_batches(run: Recipe, batch: PromptBatch):
         yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
 
-def evaluate_into(
-    workdir: epath.Path,
-    run: Recipe,
-    state: TrainState,
-    epoch: int,
-    checkpoints: RunCheckpoints,
-    stop: cli.Stop,
-) -> dict[str, float]:
-    """Evaluate the EMA weights, leave a grid of the same prompts and seeds as always, and keep the
-    state where it is the best so far."""
-    result, images, batch = evaluate(run, state.copies["ema"], stop)
-    with logs.warn_on_error("a sample grid"):
-        file = workdir / "samples" / f"epoch-{epoch:05d}.png"
-        save_grid(file, images, batch, run.config.eval.grid)
-    report, best = figures_of(result), run.config.checkpoint.best
-    lifecycle.offer_best(
-        checkpoints,
-        epoch,
-        state,
-        report,
-        reward=best,
-        failed=result["failures"].get(best, 0.0),
-        broken=result["broken"],
-        most_failed=run.config.reward.max_failed,
-    )
-    return report
-
-
 def initial_state(run: Recipe) -> TrainState:
     """The state before the first update, on the devices."""
     key = jax.random.key(run.config.seed)
@@ -243,7 +214,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 stop.check()
                 report: dict[str, float] = {}
                 if every and epoch % every == 0:
-                    report = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
+                    report = lifecycle.evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 begun = time.perf_counter()
                 trained, figures = one_epoch(run, state, epoch, stop)
                 checkpoints.lost = lifecycle.count_lost(
@@ -258,7 +229,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                     checkpoints.save(epoch, state)
             checkpoints.finish(epoch, state)
             if every and epoch == config.epochs:
-                last = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
+                last = lifecycle.evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 metrics.write(epoch, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
