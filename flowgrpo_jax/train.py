@@ -42,6 +42,7 @@ from flowgrpo_jax import (
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
+from flowgrpo_jax.run_evaluation import evaluate_into
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
 from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, TrainState
@@ -214,7 +215,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 stop.check()
                 report: dict[str, float] = {}
                 if every and epoch % every == 0:
-                    report = lifecycle.evaluate_into(workdir, run, state, epoch, checkpoints, stop)
+                    report = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 begun = time.perf_counter()
                 trained, figures = one_epoch(run, state, epoch, stop)
                 checkpoints.lost = lifecycle.count_lost(
@@ -229,7 +230,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                     checkpoints.save(epoch, state)
             checkpoints.finish(epoch, state)
             if every and epoch == config.epochs:
-                last = lifecycle.evaluate_into(workdir, run, state, epoch, checkpoints, stop)
+                last = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 metrics.write(epoch, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]

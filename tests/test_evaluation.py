@@ -12,8 +12,8 @@ from short_runs import call, load, rows
 from flowgrpo_jax import cli, policies, recipe, run_checkpoints, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
-from flowgrpo_jax.lifecycle import evaluate_into
 from flowgrpo_jax.models.base_model import BaseModel
+from flowgrpo_jax.run_evaluation import evaluate_into
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.train import initial_state
@@ -38,8 +38,10 @@ def test_an_evaluation_whose_reward_failed_is_not_the_best(
     failures = {"jpeg_incompressibility": best, "shapes": other}
     result = {"metrics": {"shapes": 1.0}, "per_tag": {}, "failed": 1.0, "failures": failures}
     result["broken"] = broken
-    monkeypatch.setattr("flowgrpo_jax.lifecycle.evaluate", lambda *_, **__: (result, None, None))
-    monkeypatch.setattr("flowgrpo_jax.lifecycle.save_grid", lambda *_: None)
+    monkeypatch.setattr(
+        "flowgrpo_jax.run_evaluation.evaluate", lambda *_, **__: (result, None, None)
+    )
+    monkeypatch.setattr("flowgrpo_jax.run_evaluation.save_grid", lambda *_: None)
     run, state = SimpleNamespace(config=load(runs)), SimpleNamespace(copies={"ema": {}})
     epochs: list[int] = []
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
