@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,9 +26,9 @@ from flowgrpo_jax import (
     sde,
     sharding,
     solvers,
+    tails,
     text_cache,
     update,
-    windows,
 )
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
@@ -38,7 +39,7 @@ from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import scorer
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer, Source
-from flowgrpo_jax.settings import window
+from flowgrpo_jax.settings import branches, window
 from flowgrpo_jax.types import Conditioning, Metadata, PromptBatch
 
 # Knobs of `config.train` that `update.optimiser` takes by the same name.
@@ -141,8 +142,8 @@ def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:
 
 def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
     """Return how images are drawn for training."""
-    s, size = config.sample, window(config, algorithm).size
-    schedule = sigmas(model, config, s.steps)
+    s, (size, low, high) = config.sample, window(config, algorithm)
+    schedule, strides = sigmas(model, config, s.steps), tuple(s.strides)
     shift = model.shift(config.model.height, config.model.width)
     process = Process(
         sigmas=schedule,
@@ -152,7 +153,11 @@ def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
         density=s.density,
         reduction=s.reduction,
         solver=solvers.load(s.solver),
-        by_start=windows.compressed(schedule, shift, size, s.tail),
+        by_start=tails.strided(schedule, size, strides)
+        or tails.compressed(schedule, shift, size, s.tail),
+        tails=len(strides),
+        span=(low, high),
+        branches=branches(config),
     )
     return Setup(process, s.group_size)
 
@@ -180,15 +185,24 @@ def prompt_place(config: ConfigDict, split: str, record: Metadata) -> str:
 
 
 def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> PromptBatch:
-    """The prompts of an epoch: a pure function of the seed and the epoch."""
-    return prompts.sample(
+    """The prompts of an epoch, one a group: a pure function of the seed and the epoch.
+
+    Parts of the epoch with other tails, and with `sample.same_prompts` all its parts, have the same
+    ones.
+    """
+    s = config.sample
+    ways, own = len(s.strides), 1 if s.same_prompts else s.windows
+    each = s.groups // (s.windows * ways)
+    drawn = prompts.sample(
         records,
-        config.sample.groups,
+        own * each,
         seed=config.seed,
         epoch=epoch,
         tag_weights=config.prompts.tag_weights.to_dict(),
         task_weights=tasks.weights(config.prompts.tasks.to_dict()),
     )
+    groups = np.arange(own * each).reshape(own, 1, each)
+    return prompts.chosen(drawn, np.broadcast_to(groups, (s.windows, ways, each)).ravel())
 
 
 def reward_weights(

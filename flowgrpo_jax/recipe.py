@@ -77,6 +77,13 @@ class Recipe:
         """The empty prompt, which guidance moves away from."""
         return self.encode([""])
 
+    def places(self, key: jax.Array, epoch: int) -> list[tuple[jax.Array, int]]:
+        """Return where the window of each of the epoch's parts begins, and which tail follows."""
+        tails = self.setup.process.tails
+        count = self.plan.parts // tails
+        starts = [self.window_start(key, epoch, part, count) for part in range(count)]
+        return [(start, tail) for start in starts for tail in range(tails)]
+
     def encode(self, texts: list[str]) -> Conditioning:
         return parts.encode(self.config, self.model, self.mesh, texts)
 
@@ -156,7 +163,6 @@ def make_programs(
             mesh,
             setup.process,
             latent=latent,
-            same_noise=s.same_noise,
             score=score,
         ),
         accumulate=programs.accumulate(

@@ -23,6 +23,7 @@ from flowgrpo_jax import (
     windows,
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
+from flowgrpo_jax.branching import Branches
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
 
@@ -219,7 +220,8 @@ def _check_terms(config: ConfigDict, algorithm: Algorithm) -> None:
     """Let the algorithm say whether the rollout has what it trains on."""
     sigmas = tuple(np.linspace(1, 0, config.sample.steps + 1).tolist())
     size = window(config, algorithm).size
-    setup = Setup(Process(sigmas, window=size), config.sample.group_size)
+    process = Process(sigmas, window=size, branches=branches(config))
+    setup = Setup(process, config.sample.group_size)
     jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0))
 
 
@@ -274,6 +276,12 @@ def window(config: ConfigDict, algorithm: Algorithm) -> windows.Window:
     if not algorithm.window:
         return windows.Window(0, 0, 0)
     return windows.find(s.steps, s.window, s.window_range)
+
+
+def branches(config: ConfigDict) -> Branches:
+    """Return which images of a group share a part of their path."""
+    s = config.sample
+    return Branches(s.branches or s.group_size, tuple(s.splits), s.split_noise)
 
 
 def make_window(config: ConfigDict, algorithm: Algorithm) -> windows.Start:

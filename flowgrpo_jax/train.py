@@ -88,14 +88,25 @@ def draw(
 ) -> tuple[list[Rollout], Scores]:
     """Draw and score the epoch's images. Returns each micro-batch's rollout, and the scores."""
     policy = run.named_policy(state, run.algorithm.draws)
-    start = run.window_start(state.key, epoch)
+    places = run.places(state.key, epoch)  # of the windows of the epoch's parts
     prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
     with PendingScores(run.scorer, np.repeat(batch.ids, run.plan.group_size)) as pending:
-        for ids, rows, images_of in micro_batches(run, batch):
+        for m, (ids, rows, images_of) in enumerate(micro_batches(run, batch)):
             stop.check()
+            start, tail = places[run.plan.part(m)]
             rollout, pictures, scored = run.programs.sample(
-                policy, run.weights, cond, run.empty, state.key, epoch, start, ids, rows, images_of
+                policy,
+                run.weights,
+                cond,
+                run.empty,
+                state.key,
+                epoch,
+                start,
+                ids,
+                rows,
+                images_of,
+                tail,
             )
             jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
             rollouts.append(rollout)

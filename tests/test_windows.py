@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import algorithms, sde, settings, windows
+from flowgrpo_jax import algorithms, sde, settings, tails, windows
 from flowgrpo_jax.configs.algorithms import mixgrpo as mixgrpo_recipe
 from flowgrpo_jax.windows import Window
 
@@ -132,14 +132,14 @@ def mixgrpo():
 def test_forward_passes_of_mixgrpo_flash(share, passes):
     """As counted in upstream's code for the first place of its window: 4 steps and a tail of 7 for
     Flash, of 3 for Flash*, one fewer than in the paper."""
-    table = windows.compressed(mixgrpo(), 3.0, 4, share)
+    table = tails.compressed(mixgrpo(), 3.0, 4, share)
     assert len(np.trim_zeros(table[0], "b")) == passes
 
 
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.9])
 def test_a_schedule_is_whole_up_to_the_window_and_even_after_it(share):
     sigmas = mixgrpo()
-    table = windows.compressed(sigmas, 3.0, 4, share)
+    table = tails.compressed(sigmas, 3.0, 4, share)
     assert len(table) == 21 and len({len(row) for row in table}) == 1
     for start, row in enumerate(table):
         end = start + 4
@@ -153,11 +153,11 @@ def test_a_schedule_is_whole_up_to_the_window_and_even_after_it(share):
 
 
 def test_a_share_of_all_keeps_the_schedule():
-    assert windows.compressed(mixgrpo(), 3.0, 4, 1.0) == ()
+    assert tails.compressed(mixgrpo(), 3.0, 4, 1.0) == ()
 
 
 def test_on_sd3s_schedule_the_tail_has_no_tiny_step():
-    table = windows.compressed(tuple(sde.sigma_schedule(10).tolist()), 3.0, 3, 0.6)
+    table = tails.compressed(tuple(sde.sigma_schedule(10).tolist()), 3.0, 3, 0.6)
     tail = [*np.trim_zeros(table[0], "b")[3:], 0.0]
     u = np.linspace(0.66766, 0, 4)  # from 1 - 3 (1 - 0.002994) / 9, three of nine steps to 0.002994
     np.testing.assert_allclose(tail, 3 * u / (1 + 2 * u), atol=1e-5)
@@ -171,7 +171,7 @@ def test_the_recipe_of_mixgrpo_has_its_constants(variant, every, share):
     assert settings.window(c, algorithm) == Window(4, 0, c.sample.steps - 2)
     start = settings.make_window(c, algorithm)
     assert [int(start(KEY, e)) for e in (0, every - 1, every, 15 * every)] == [0, 0, 1, 0]
-    assert (c.sample.noise_level, c.sample.tail, c.sample.same_noise) == (0.7, share, True)
+    assert (c.sample.noise_level, c.sample.tail, c.sample.branches) == (0.7, share, 0)
     assert c.sample.solver == ("euler" if variant == "full" else "dpmpp_2m")
     with pytest.raises(ValueError, match="mixgrpo:fast: choose a variant from full, flash"):
         mixgrpo_recipe.get_config("fast")

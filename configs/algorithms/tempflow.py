@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
     c = shapes.get_config()
     c.name = "shapes-tempflow"
     c.algorithm.options.step_weight = "tempflow"
-    c.sample.same_noise = True
+    c.sample.branches = 0  # all of a group
     c.sample.window, c.sample.window_range = 1, (0, 10)
     return c

@@ -101,6 +101,12 @@ def _batch(records: Sequence[Metadata], rows: np.ndarray) -> PromptBatch:
     return PromptBatch([r["prompt"] for r in chosen], chosen, np.asarray(rows, np.int32))
 
 
+def chosen(batch: PromptBatch, places: np.ndarray) -> PromptBatch:
+    """Return the prompts at these places of a batch, i64 [P]."""
+    pick = [[column[i] for i in places] for column in (batch.prompts, batch.metadata)]
+    return PromptBatch(*pick, batch.ids[places])
+
+
 def sample(
     records: Sequence[Metadata],
     n: int,
