@@ -131,8 +131,8 @@ def get_config() -> ConfigDict:
     c.reward.max_failed = 0.5
 
     # How much better an image is than expected: a row of flowgrpo_jax/advantages, which are
-    # "group", "global", "none", "batch", "quasi_norm", "best_of_n", "gdpo" and "per_prompt", or
-    # "package.module:make" of your own.
+    # "group", "global", "none", "batch", "quasi_norm", "best_of_n", "gdpo", "per_prompt" and
+    # "tree", or "package.module:make" of your own.
     c.advantage = ConfigDict()
     # Name of the row.
     c.advantage.name = "group"

@@ -128,7 +128,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     weights = frozen(model, mesh)
     text = {part: weights.pop(part) for part in model.text_shapes}
     algorithm, optimiser = parts.make_algorithm(config), parts.make_optimiser(config)
-    advantage = parts.make_advantage(config)
+    advantage = settings.make_advantage(config, algorithm)
     state, gradient, figures = training_state(model, algorithm, advantage, optimiser, mesh)
 
     encoded, m = min(plan.groups, TEXTS), plan.micro_batch

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
-    advantages,
     algorithms,
     models,
     prompts,
@@ -30,7 +29,6 @@ from flowgrpo_jax import (
     text_cache,
     update,
 )
-from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.models import Family, Model
 from flowgrpo_jax.models.lora import LoRASpec
@@ -128,11 +126,6 @@ def drop_frozen(model: Model, algorithm: Algorithm) -> Model:
 
 def make_algorithm(config: ConfigDict) -> Algorithm:
     return algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
-
-
-def make_advantage(config: ConfigDict) -> Advantage:
-    c, size = config.advantage, config.sample.group_size
-    return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip)
 
 
 def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:

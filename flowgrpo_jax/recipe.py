@@ -27,7 +27,7 @@ from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, make_plan
 from flowgrpo_jax.models import Model
 from flowgrpo_jax.scoring.scorer import Scorer
-from flowgrpo_jax.settings import check, guidance, make_window, require, window
+from flowgrpo_jax.settings import check, guidance, make_advantage, make_window, require, window
 from flowgrpo_jax.types import (
     Conditioning,
     Metadata,
@@ -124,7 +124,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         plan,
         setup,
         algorithm,
-        parts.make_advantage(config),
+        make_advantage(config, algorithm),
         make_window(config, algorithm),
         optimiser,
         built,

@@ -22,6 +22,7 @@ from flowgrpo_jax import (
     solvers,
     windows,
 )
+from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.branching import Branches
 from flowgrpo_jax.prompts import tasks
@@ -90,10 +91,9 @@ def check(config: ConfigDict) -> None:
     )
     _check_numbers(config)
     _check_ranges(config)
-    a = config.advantage
-    advantages.load(a.name, a.options.to_dict(), group_size=config.sample.group_size, clip=a.clip)
     algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
     _check_sampling(config, algorithm)
+    make_advantage(config, algorithm)
     _check_terms(config, algorithm)
     _check_training(config)
     _check_evaluation(config)
@@ -282,6 +282,13 @@ def branches(config: ConfigDict) -> Branches:
     """Return which images of a group share a part of their path."""
     s = config.sample
     return Branches(s.branches or s.group_size, tuple(s.splits), s.split_noise)
+
+
+def make_advantage(config: ConfigDict, algorithm: Algorithm) -> Advantage:
+    c, paths = config.advantage, {"branches": branches(config)}
+    paths |= {"steps": window(config, algorithm).size}
+    size = config.sample.group_size
+    return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip, **paths)
 
 
 def make_window(config: ConfigDict, algorithm: Algorithm) -> windows.Start:

@@ -68,7 +68,10 @@ def one_epoch(
     total, valid = map(np.asarray, advantages.weighted(values, weights))
     failed, most = 1.0 - float(np.mean(valid)), config.reward.max_failed
     lifecycle.check_failed(epoch, failed, scores.broken, most=most)
-    advantage, memory = run.advantage.compute(state.memory, values, weights, jnp.asarray(batch.ids))
+    paths = [gathered_log_probs(rollouts)] if run.advantage.reads_log_prob else []
+    advantage, memory = run.advantage.compute(
+        state.memory, values, weights, jnp.asarray(batch.ids), *paths
+    )
     state = dataclasses.replace(state, memory=run.put(memory))
 
     # Policy updates, each on its own groups.
@@ -112,6 +115,11 @@ def draw(
             rollouts.append(rollout)
             pending.add(pictures, prepared, rows, scored)
         return rollouts, pending.collect(stop.wait)
+
+
+def gathered_log_probs(rollouts: list[Rollout]) -> jax.Array:
+    """Return the log-probs f32 [W, B] of the transitions of an epoch."""
+    return jnp.asarray(np.concatenate([sharding.to_host(r.log_prob) for r in rollouts], axis=1))
 
 
 def improve(
