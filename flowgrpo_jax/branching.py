@@ -15,13 +15,15 @@ a tree does not depend on how the batch is cut; a cut through a set only compute
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def served(branches: Branches, images: int) -> tuple[int, ...]:
 
 
 def once_a_set(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    velocity: Velocity,
     sizes: Sequence[int],
     level: jax.Array,
     x: jax.Array,
@@ -135,7 +137,7 @@ def once_a_set(
       velocity: takes M / size images, the first of every `size`.
     """
 
-    def of(size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def of(size: int) -> Velocity:
         def repeated(x: jax.Array, sigma: jax.Array) -> jax.Array:
             first = x.reshape(-1, size, *x.shape[1:])[:, 0]
             return jnp.repeat(velocity(first, sigma), size, axis=0)
@@ -143,6 +145,33 @@ def once_a_set(
         return repeated
 
     return jax.lax.switch(level, [of(size) for size in sizes], x, sigma)
+
+
+def shared(
+    velocities: Mapping[str, Velocity],
+    branches: Branches,
+    window: int,
+    shards: int,
+    step: jax.Array,
+    start: jax.Array,
+) -> Mapping[str, Velocity]:
+    """Return the velocities at the states before a step of the window, computed once a set.
+
+    Args:
+      window: the steps of the window, which begins at `start`; shards: as in `sets`.
+    """
+    if branches.leaves == 1:
+        return velocities
+    within = sum(s < window - 1 for s in branches.splits or (0,))  # splits that a state may follow
+
+    def once(velocity: Velocity) -> Velocity:
+        def computed(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            sizes = served(branches, x.shape[0] // shards)[: within + 1]
+            return once_a_set(velocity, sizes, branches.level(step, start), x, sigma)
+
+        return computed
+
+    return {name: once(velocity) for name, velocity in velocities.items()}
 
 
 def forwards(
@@ -154,6 +183,14 @@ def forwards(
       sigmas: of the rollout; after the first 0 nothing is computed.
       images: as in `served`.
     """
+    return states(branches, range(np.count_nonzero(np.asarray(sigmas)[:-1])), start, images)
+
+
+def states(branches: Branches, steps: Iterable[int], start: int, images: int) -> float:
+    """Return the number of different states before some steps, per image.
+
+    Args:
+      images: as in `served`.
+    """
     sizes = served(branches, images)
-    steps = int(np.count_nonzero(np.asarray(sigmas)[:-1]))
-    return sum(1 / sizes[int(branches.level(step, start))] for step in range(steps))
+    return sum(1 / sizes[int(branches.level(int(step), start))] for step in steps)

@@ -136,7 +136,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     tokens = laid_out(model.token_shapes(encoded), everywhere)
     cond, empty, tested = conditionings(model, text, tokens, (plan.groups, 1, micro), mesh)
 
-    setup = parts.make_setup(config, model, algorithm)
+    setup = parts.make_setup(config, model, algorithm, sharding.row_shards(mesh))
     built = recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
     latent = model.latent_shape(config.model.height, config.model.width)
     drawn = rollout(setup, m, latent, mesh)

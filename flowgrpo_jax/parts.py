@@ -133,8 +133,12 @@ def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:
     return tuple(map(float, model.sigmas(steps, config.model.height, config.model.width)))
 
 
-def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
-    """Return how images are drawn for training."""
+def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm, shards: int = 1) -> Setup:
+    """Return how images are drawn for training.
+
+    Args:
+      shards: the equal parts that the batch is cut into, sharding.row_shards.
+    """
     s, (size, low, high) = config.sample, window(config, algorithm)
     schedule, strides = sigmas(model, config, s.steps), tuple(s.strides)
     shift = model.shift(config.model.height, config.model.width)
@@ -152,7 +156,7 @@ def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
         span=(low, high),
         branches=branches(config),
     )
-    return Setup(process, s.group_size)
+    return Setup(process, s.group_size, shards)
 
 
 def make_optimiser(config: ConfigDict) -> Any:

@@ -73,7 +73,8 @@ def accumulate(
         gradient, figures, policy, others, frozen, cond, empty, rollout, advantage, terms
     ):
         def v(params: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return guided(params, frozen, x, sigma, cond, empty, rollout.prompt)
+            rows = rollout.prompt.reshape(x.shape[0], -1)[:, 0]  # as in sampling
+            return guided(params, frozen, x, sigma, cond, empty, rows)
 
         carry = gradient, figures
         return update.accumulate(

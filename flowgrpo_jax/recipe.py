@@ -113,7 +113,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     trained, tested = parts.scorers(config, mesh, train_prompts, test_prompts, training=training)
     model = parts.load_model(config, mesh)
     algorithm = parts.make_algorithm(config)
-    setup = parts.make_setup(config, model, algorithm)
+    setup = parts.make_setup(config, model, algorithm, sharding.row_shards(mesh))
     optimiser = parts.make_optimiser(config)
     score = trained.inside_program() if config.reward.host_call == "callback" else None
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)

@@ -152,7 +152,14 @@ def test_every_edge_counts_once():
     setup, rollout = Setup(process, 8), draw(process, params)
     rewards = [0.3, 1.0, -2.0, 0.1, 1.5, 0.2, 0.9, -0.4]
     out, _ = compute(rewards)
-    gradient, figures = gradient_of(GRPO, setup, params, {}, rollout, jnp.asarray(out))
+    rows = []
+
+    def counting(params, x, sigma):
+        rows.append(x.shape[0])
+        return linear(params, x, sigma)
+
+    gradient, figures = gradient_of(GRPO, setup, params, {}, rollout, jnp.asarray(out), counting)
+    assert set(rows) == {2, 4, 8}  # a state that images share is looked at once
     assert figures["ratio_gap"] < 1e-5
 
     nodes = {2: np.reshape(rewards, (4, 2)).mean(1), 1: np.array(rewards)}

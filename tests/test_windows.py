@@ -27,6 +27,28 @@ def test_the_random_window_wanders_over_its_range():
     assert windows.load("random", {}, Window(3, 0, 3))(KEY, 5) == 0
 
 
+def of_parts(name, window, epochs, count):
+    start = windows.load(name, {}, window)
+    return np.array([[int(start(KEY, e, p, count)) for p in range(count)] for e in range(epochs)])
+
+
+def test_each_part_has_a_window_of_its_own():
+    window = Window(3, 1, 7)  # four places
+    drawn = of_parts("random", window, 40, 4)
+    np.testing.assert_array_equal(drawn[:, 0], starts("random", window, 40))  # as the only part's
+    values, counts = np.unique(drawn, return_counts=True)
+    assert values.tolist() == [1, 2, 3, 4] and counts.min() > 20  # of 40 expected: 4 sigma
+    assert any(len(set(row)) < 4 for row in drawn.tolist())
+    apart = of_parts("distinct", window, 40, 3)
+    assert all(len(set(row)) == 3 for row in apart.tolist()) and {*apart.ravel()} == {1, 2, 3, 4}
+    assert of_parts("each", window, 2, 4).tolist() == [[1, 2, 3, 4]] * 2
+    assert of_parts("each", window, 4, 3).tolist() == [[1, 2, 3], [4, 1, 2], [3, 4, 1], [2, 3, 4]]
+    assert (of_parts("progressive", window, 26, 2) == [[1, 1]] * 25 + [[2, 2]]).all()
+    for name in ("distinct", "each"):
+        with pytest.raises(ValueError, match=r"sample\.windows=5: .* 4 places .*at most 4"):
+            of_parts(name, window, 1, 5)
+
+
 def test_a_frozen_window_stays():
     np.testing.assert_array_equal(starts("frozen", Window(4, 2, 6), 50), np.full(50, 2))
 

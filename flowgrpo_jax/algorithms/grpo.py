@@ -31,6 +31,7 @@ from flowgrpo_jax.algorithms import (
     step_weights,
     trust_regions,
 )
+from flowgrpo_jax.branching import shared
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.types import Rollout
 
@@ -82,6 +83,7 @@ def make(
         process = setup.process
         sigmas = jnp.asarray(process.sigmas, jnp.float32)
         step, x, x_next = rollout.start + term, rollout.x[term], rollout.x[term + 1]
+        v = shared(v, process.branches, process.window, setup.shards, step, rollout.start)
         velocity = v["policy"](x, sigmas[step])
         new = process.transition(x, velocity, step, x_next=x_next)
         move = trust_regions.measure(process, rollout, term, new, centering)
