@@ -285,9 +285,8 @@ def branches(config: ConfigDict) -> Branches:
 
 
 def make_advantage(config: ConfigDict, algorithm: Algorithm) -> Advantage:
-    c, paths = config.advantage, {"branches": branches(config)}
-    paths |= {"steps": window(config, algorithm).size}
-    size = config.sample.group_size
+    c, size, steps = config.advantage, config.sample.group_size, window(config, algorithm).size
+    paths: dict[str, Any] = {"branches": branches(config), "steps": steps}
     return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip, **paths)
 
 

@@ -77,7 +77,7 @@ def tree(
             by_level.append(jnp.repeat(_compared(worth, known, clip), sizes[level], axis=1))
             if level and len(splits):
                 edges = None
-                if fusion == "softmax":
+                if fusion == "softmax" and log_prob is not None:
                     edges = alpha * log_prob[splits[level - 1]].reshape(-1, leaves)
                     edges = edges[:, :: sizes[level]]
                 worth, known = fused(worth, known, branches.factor, edges)

@@ -103,8 +103,8 @@ def _batch(records: Sequence[Metadata], rows: np.ndarray) -> PromptBatch:
 
 def chosen(batch: PromptBatch, places: np.ndarray) -> PromptBatch:
     """Return the prompts at these places of a batch, i64 [P]."""
-    pick = [[column[i] for i in places] for column in (batch.prompts, batch.metadata)]
-    return PromptBatch(*pick, batch.ids[places])
+    texts = [batch.prompts[i] for i in places]
+    return PromptBatch(texts, [batch.metadata[i] for i in places], batch.ids[places])
 
 
 def sample(
