@@ -190,7 +190,7 @@ def test_a_run_goes_on_bit_for_bit(runs, tmp_path, change):
     "recipe, parts_of, branches",
     [
         (tempflow, {"full": 10, "capped": 3}, Branches(6)),
-        (flash_grpo, {None: 24}, Branches(1)),
+        (flash_grpo, {None: 18}, Branches(1)),
         (g2rpo, {None: 3}, Branches(12)),
         (branch_grpo, {"full": 1, "pruned": 1}, Branches(16, (0, 3, 6, 9), 4.0)),
     ],

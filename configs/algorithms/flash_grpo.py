@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     c.name = "shapes-flash-grpo"
     c.sample.kernel, c.sample.noise_level = "flash", 1.0
     c.sample.window, c.sample.window_range = 1, (0, 10)
+    c.sample.groups, c.sample.group_size, c.sample.micro_batch = 18, 16, 16
     c.sample.windows = c.sample.groups
-    c.sample.micro_batch = c.sample.group_size
     c.algorithm.options.step_weight = "flash"
     return c
