@@ -269,6 +269,7 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used
     cli.define_flags(config=True)
     flags.DEFINE_list(
         "programs", None, "Which programs to compile, such as sample,accumulate; all without it."
