@@ -173,6 +173,7 @@ def run_code(code, **env):
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # for tests side by side
             "PYTHONPATH": str(ROOT),
             **env,
         },
