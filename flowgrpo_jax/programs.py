@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from flowgrpo_jax import sampler, sharding, solvers, update
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.types import NamedScores, Params, Pictures, Rollout, TrainState
 
 HostScore = Callable[[jax.Array, jax.Array], NamedScores]
@@ -61,20 +62,32 @@ def sample(
 
 @cached
 def accumulate(
-    guided: Guided, algorithm: Algorithm, setup: Setup, *, images: int
+    guided: Guided,
+    algorithm: Algorithm,
+    setup: Setup,
+    *,
+    images: int,
+    judge: Judge | None = None,
 ) -> Callable[..., update.Carry]:
-    """Add a micro-batch's share to the gradient of an update over `images` images."""
+    """Add a micro-batch's share to the gradient of an update over `images` images.
+
+    Args:
+      judge: the differentiable rewards, for an algorithm that takes their gradient.
+    """
 
     @partial(jax.jit, donate_argnums=0)
     def add_gradient(
-        gradient, figures, policy, others, frozen, cond, empty, rollout, advantage, terms
+        gradient, figures, policy, others, frozen, cond, empty, rollout, advantage, terms, judged=()
     ):
+        """judged: the judge's inputs."""
+
         def v(params: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
             return guided(params, frozen, x, sigma, cond, empty, rollout.prompt)
 
+        score = judge and (lambda latents: judge(judged, latents, rollout.prompt))
         carry = gradient, figures
         return update.accumulate(
-            algorithm, setup, v, policy, others, rollout, advantage, terms, images, carry
+            algorithm, setup, v, policy, others, rollout, advantage, terms, images, carry, score
         )
 
     return add_gradient

@@ -17,8 +17,9 @@ IMAGES, SHAPE = 8, (2, 2, 3)
 
 
 def setup_of(algorithm, sigmas=SIGMAS, kernel=sde.CPS, noise_level=0.8, group_size=4):
-    window = len(sigmas) - 2 if algorithm.window else 0
-    return Setup(Process(sigmas, kernel, noise_level, window=window), group_size)
+    window = len(sigmas) - 2 if algorithm.records == "window" else 0
+    path = algorithm.records == "path"
+    return Setup(Process(sigmas, kernel, noise_level, window=window, path=path), group_size)
 
 
 def linear(params, x, sigma):
