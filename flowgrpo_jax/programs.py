@@ -6,6 +6,7 @@ program holds functions and settings, never weights, which training may give up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -35,6 +36,7 @@ def sample(
     *,
     latent: tuple[int, int, int],
     same_noise: bool,
+    neighbor_noise: float = 0.0,
     score: HostScore | None,
 ) -> Callable[..., tuple[Rollout, Pictures, NamedScores]]:
     """Rollout, decoding and, with `score`, the host rewards of a micro-batch."""
@@ -52,6 +54,9 @@ def sample(
         keys = sampler.image_keys(key, epoch, ids, image)
         first = sampler.image_keys(key, epoch, ids, jnp.zeros_like(image)) if same_noise else keys
         x = sharding.constrain_rows(mesh, sampler.normal(first, sampler.ODE_KEY, latent))
+        if neighbor_noise:
+            own = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.OWN_KEY, latent))
+            x = math.sqrt(1 - neighbor_noise**2) * x + neighbor_noise * own
         rollout = sampler.rollout(v, process, x, keys, start, prompt)
         pixels, finite = decode(weights["vae"], rollout.latents)
         pictures = Pictures(sharding.constrain_rows(mesh, pixels), finite)
@@ -81,8 +86,9 @@ def accumulate(
     ):
         """judged: the judge's inputs."""
 
-        def v(params: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return guided(params, frozen, x, sigma, cond, empty, rollout.prompt)
+        def v(params: Params, x: jax.Array, sigma: jax.Array, rows: Any = None) -> jax.Array:
+            prompt = rollout.prompt if rows is None else rollout.prompt[rows]
+            return guided(params, frozen, x, sigma, cond, empty, prompt)
 
         score = judge and (lambda latents: judge(judged, latents, rollout.prompt))
         carry = gradient, figures

@@ -170,6 +170,7 @@ def make_programs(
             setup.process,
             latent=latent,
             same_noise=s.same_noise,
+            neighbor_noise=s.neighbor_noise,
             score=score,
         ),
         accumulate=programs.accumulate(

@@ -22,9 +22,10 @@ from flowgrpo_jax import sde, solvers
 from flowgrpo_jax.types import Rollout
 
 # What keys are folded with. An image's key: for its first noise, for the noise of step t
-# (SDE_KEY + t), and, where a finished image is noised again, for the noise and the level.
+# (SDE_KEY + t), where a finished image is noised again, for the noise and the level, for its own
+# part of a first noise that its group shares, and for the anchors of the group that it begins.
 ODE_KEY, SDE_KEY = 0, 1
-RENOISE_KEY, LEVEL_KEY = 2**30, 2**30 + 1
+RENOISE_KEY, LEVEL_KEY, OWN_KEY, ANCHOR_KEY = (2**30 + i for i in range(4))
 # An epoch's key: for the window's place, and for the terms that are trained.
 WINDOW_KEY, TERMS_KEY = 2**31 - 1, 2**31 - 2
 

@@ -201,6 +201,11 @@ def _check_sampling(config: ConfigDict, algorithm: Algorithm) -> None:
         f"sample.tail={s.tail}: the share of the steps after the window, must be above 0 and at"
         " most 1; MixGRPO-Flash's is 0.4",
     )
+    require(
+        0 <= s.neighbor_noise < 1 and (s.same_noise or not s.neighbor_noise),
+        f"sample.neighbor_noise={s.neighbor_noise}: an image's own share of the noise that its"
+        " group shares, must be in [0, 1), and needs sample.same_noise=True above 0",
+    )
     if algorithm.records != "window":  # the ODE, which has no noise
         require(
             s.tail == 1,

@@ -22,7 +22,7 @@ def setup_of(algorithm, sigmas=SIGMAS, kernel=sde.CPS, noise_level=0.8, group_si
     return Setup(Process(sigmas, kernel, noise_level, window=window, path=path), group_size)
 
 
-def linear(params, x, sigma):
+def linear(params, x, sigma, rows=None):
     """A velocity with a 3 x 3 matrix and a bias; sigma is one number or one an image."""
     return x @ params["w"] + jnp.reshape(sigma, (-1, 1, 1, 1)) * params["b"]
 

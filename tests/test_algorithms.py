@@ -46,7 +46,11 @@ ROWS = {  # case: row, options that suit a rollout of eight steps
     "rwr": ("rwr", {}),
     "rwr_softmax": ("rwr", {"weighting": "softmax"}),
     "orw": ("orw", {}),
+    "neighbor": ("neighbor", {"anchors": 3}),
+    "neighbor_clipped": ("neighbor", {"anchors": 3, "clip_range": 0.2}),
 }
+# Rows that take the gradient of the reward, and read no advantage: tests/test_reward_gradients.py
+REWARD_GRADIENTS = {"refl", "draft", "draft_lv", "flowbp", "srpo"}
 # Regressions: equal rewards still train the images that were drawn, and nothing is pushed away.
 REGRESSIONS = {"rwr", "rwr_softmax", "orw"}
 PULL_ONLY = REGRESSIONS | {"sft"}
@@ -61,7 +65,7 @@ def load(case):
 
 
 def test_every_row_has_options_here():
-    assert {name for name, _ in ROWS.values()} == set(algorithms.TABLE)
+    assert {name for name, _ in ROWS.values()} | REWARD_GRADIENTS == set(algorithms.TABLE)
 
 
 @pytest.mark.parametrize("name", sorted(set(ROWS) - REGRESSIONS))
@@ -164,7 +168,7 @@ def test_it_finds_a_known_optimum(case):
     setup = setup_of(algorithm, sigmas, kernel, noise_level=0.5, group_size=16)
     tx = update.optimiser(0.03)
 
-    def velocity(params, x, sigma):
+    def velocity(params, x, sigma, rows=None):
         return jnp.broadcast_to(params["v"], x.shape)
 
     def epoch(state, number):
@@ -202,7 +206,11 @@ def test_copies_move_at_the_end_of_an_epoch():
 @pytest.mark.parametrize(
     "name, options, problem",
     [
-        ("ppo", {}, r"algorithm 'ppo' is unknown: choose from awm, crd, dgpo, dpo, grpo, nft"),
+        (
+            "ppo",
+            {},
+            r"algorithm 'ppo' is unknown: choose from awm, crd, dgpo, dpo, draft, draft_lv",
+        ),
         ("nft", {"clip_range": 1}, r"clip_range is unknown; .*nft takes beta=1.0"),
         ("grpo", {"clip_range": 0.0}, r"clip_range=0.0: must be above 0"),
         ("grpo", {"kl_beta": -0.1}, r"kl_beta=-0.1: must be at least 0"),

@@ -22,8 +22,9 @@ import jax
 from flowgrpo_jax import tables
 from flowgrpo_jax.sampler import Process
 
-# v(x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C]: the guided velocity of one policy
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+# v(x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C]: the guided velocity of one policy. A
+# third argument, i32 [N], says which N of the micro-batch's images x and the velocity are of.
+Velocity = Callable[..., jax.Array]
 Velocities = Mapping[str, Velocity]  # by the name of the policy
 Figures = dict[str, jax.Array]
 
@@ -102,6 +103,8 @@ TABLE = {
     "draft": "flowgrpo_jax.algorithms.draft:make",
     "draft_lv": "flowgrpo_jax.algorithms.draft_lv:make",
     "flowbp": "flowgrpo_jax.algorithms.flowbp:make",
+    "srpo": "flowgrpo_jax.algorithms.srpo:make",
+    "neighbor": "flowgrpo_jax.algorithms.neighbor:make",
 }
 
 
