@@ -11,6 +11,7 @@ from linear_policy import (
     KEY,
     SIGMAS,
     close,
+    cut,
     draw,
     everywhere,
     finished,
@@ -102,16 +103,8 @@ def test_the_cut_into_micro_batches_does_not_matter(name):
     rollout = draw(partial(linear, weights(0)), setup.process)
     whole, figures = gradient_of(algorithm, setup, params, others, rollout, ADVANTAGE)
     parts = []
-    for i in range(0, IMAGES, size):
-        part = slice(i, i + size)
-        piece = rollout.replace(
-            latents=rollout.latents[part],
-            prompt=rollout.prompt[part],
-            keys=rollout.keys[part],
-            x=rollout.x[:, part],
-            log_prob=rollout.log_prob[:, part],
-        )
-        args = (params, others, piece, ADVANTAGE[part])
+    for i, piece in enumerate(cut(rollout, size)):
+        args = (params, others, piece, ADVANTAGE[i * size : (i + 1) * size])
         parts.append(gradient_of(algorithm, setup, *args, images=IMAGES))
     total = jax.tree.map(lambda *gs: sum(gs), *[gradient for gradient, _ in parts])
     close(total, whole, rtol=1e-4, atol=1e-5)
@@ -209,7 +202,7 @@ def test_copies_move_at_the_end_of_an_epoch():
         (
             "ppo",
             {},
-            r"algorithm 'ppo' is unknown: choose from awm, crd, dgpo, dpo, draft, draft_lv",
+            r"'ppo' is unknown: choose from awm, crd, dgpo, dpo, draft, draft_lv",
         ),
         ("nft", {"clip_range": 1}, r"clip_range is unknown; .*nft takes beta=1.0"),
         ("grpo", {"clip_range": 0.0}, r"clip_range=0.0: must be above 0"),
