@@ -100,6 +100,8 @@ def get_config() -> ConfigDict:
     c.sample.tail = 1.0
     # Start all images of a group from the same noise.
     c.sample.same_noise = False
+    # How far from it, s: the noise is sqrt(1 - s^2) of the group's and s of the image's own.
+    c.sample.neighbor_noise = 0.0
     # Form of the log-prob: gaussian, or squared_error (upstream's for cps)
     c.sample.density = "gaussian"
     # Reduction of log-prob and KL over latent dimensions: mean or sum.
