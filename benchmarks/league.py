@@ -112,7 +112,7 @@ def forwards(config: ConfigDict) -> float:
         for start, tail in built.places(key, epoch):
             sets = (int(start), together)
             drawn = branching.forwards(process.branches, process.schedule(start, tail), *sets)
-            steps = np.asarray(start + terms) if built.algorithm.window else terms
+            steps = np.asarray(start + terms) if built.algorithm.records == "window" else terms
             trained = branching.states(process.branches, steps, *sets)
             counted.append(drawn + trained * (3 + len(built.algorithm.reads)))
     return float(np.mean(counted))

@@ -32,8 +32,9 @@ def get_config() -> ConfigDict:
     c.model.options = ConfigDict({"t5": True, "t5_length": 0})
     # Directory that keeps encoded prompts (1.7 MB each); empty: none.
     c.model.text_cache = ""
-    # Kernel of the transformer's attention: xla, or cudnn (NVIDIA's GPUs, bfloat16)
-    c.model.attention = "xla"
+    # Kernel of the transformer's attention: auto, or one of xla (plain), cudnn (NVIDIA's GPUs in
+    # bfloat16) and flash (TPUs)
+    c.model.attention = "auto"
     # Recompute activations in the backward pass, block by block.
     c.model.remat = True
 
@@ -110,6 +111,9 @@ def get_config() -> ConfigDict:
     c.sample.splits = ()
     # Factor of the noise at a split; the log-prob does not have it.
     c.sample.split_noise = 1.0
+    # How far an image's first noise lies from one that its group shares, s: it is sqrt(1 - s^2) of
+    # that one and s of its own; 0: its own.
+    c.sample.neighbor_noise = 0.0
     # Form of the log-prob: gaussian, or squared_error (upstream's for cps)
     c.sample.density = "gaussian"
     # Reduction of log-prob and KL over latent dimensions: mean or sum.

@@ -9,7 +9,8 @@ import jax
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import algorithms, branching, tails
-from flowgrpo_jax.settings import branches, make_window, require, window
+from flowgrpo_jax.rollout_settings import branches, make_window, window
+from flowgrpo_jax.settings import require
 
 AT_ONCE = (
     4 * 512 * 512
@@ -92,7 +93,7 @@ def _check_parts(config: ConfigDict) -> None:
     tails.check(s.strides, s.tail)
     size, low, high = window(config, algorithm)
     branching.check(branches(config), s.group_size, low, high, size)
-    if algorithm.window:
+    if algorithm.records == "window":
         make_window(config, algorithm)(jax.random.key(0), 0, s.windows - 1, s.windows)
         return
     for knob, plain in (("windows", 1), ("strides", (1,)), ("branches", 1)):

@@ -6,7 +6,7 @@ else that they call takes plain arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,15 +30,16 @@ from flowgrpo_jax import (
     update,
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
-from flowgrpo_jax.models import Family, Model
+from flowgrpo_jax.models import Family, Model, attention
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
+from flowgrpo_jax.rollout_settings import branches, window
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import scorer
+from flowgrpo_jax.scoring.differentiable import Judge, judge
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer, Source
-from flowgrpo_jax.settings import branches, window
-from flowgrpo_jax.types import Conditioning, Metadata, PromptBatch
+from flowgrpo_jax.types import Conditioning, GraphReward, Metadata, PromptBatch
 
 # Knobs of `config.train` that `update.optimiser` takes by the same name.
 ADAMW = ("b1", "b2", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps")
@@ -101,7 +102,7 @@ def model_settings(config: ConfigDict, family: Family, mesh: Mesh) -> dict[str, 
         "lora_spec": LoRASpec(config.lora.rank, config.lora.alpha, targets),
         "dtype": jnp.dtype(c.dtype),
         "remat": c.remat,
-        "attention": c.attention,
+        "attention": attention.load(c.attention, mesh, c.dtype),
         "gather": sharding.gather_weights(mesh, family.rules),
         **models.settings_of(family, c.options.to_dict(), "config.model.options"),
     }
@@ -147,6 +148,7 @@ def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm, shards: i
         kernel=sde.load(s.kernel),
         noise_level=s.noise_level,
         window=size,
+        path=algorithm.records == "path",
         density=s.density,
         reduction=s.reduction,
         solver=solvers.load(s.solver),
@@ -157,6 +159,13 @@ def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm, shards: i
         branches=branches(config),
     )
     return Setup(process, s.group_size, shards)
+
+
+def make_judge(
+    model: Model, algorithm: Algorithm, trained: Mapping[str, GraphReward]
+) -> Judge | None:
+    """Return the rewards as a function to be differentiated, for an algorithm that needs it."""
+    return judge(model.levels, trained) if algorithm.reward_gradient else None
 
 
 def make_optimiser(config: ConfigDict) -> Any:

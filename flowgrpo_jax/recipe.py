@@ -26,8 +26,11 @@ from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, make_plan
 from flowgrpo_jax.models import Model
+from flowgrpo_jax.rollout_settings import make_advantage, make_window, window
+from flowgrpo_jax.scoring import differentiable
+from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.scoring.scorer import Scorer
-from flowgrpo_jax.settings import check, guidance, make_advantage, make_window, require, window
+from flowgrpo_jax.settings import check, guidance, require
 from flowgrpo_jax.types import (
     Conditioning,
     Metadata,
@@ -87,6 +90,13 @@ class Recipe:
     def encode(self, texts: list[str]) -> Conditioning:
         return parts.encode(self.config, self.model, self.mesh, texts)
 
+    def judged(self, ids: np.ndarray) -> dict[str, Any]:
+        """Return the judge's inputs for an epoch's prompts, i32 [P]; nothing without a judge."""
+        if not self.algorithm.reward_gradient:
+            return {}
+        vae = self.model.params["vae"]
+        return differentiable.inputs(self.scorer, vae, ids, self.algorithm.texts)
+
     def put(self, state: Any) -> Any:
         """Put a training state, or a part of it, onto the devices."""
         return sharding.put_state(self.mesh, state, self.model.rules)
@@ -111,12 +121,15 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     parts.check_size(config, parts.describe_model(config, mesh))
     train_prompts, test_prompts = parts.load_prompts(config, training)
     trained, tested = parts.scorers(config, mesh, train_prompts, test_prompts, training=training)
-    model = parts.load_model(config, mesh)
     algorithm = parts.make_algorithm(config)
+    if algorithm.reward_gradient:
+        differentiable.check(trained, config.algorithm.name)
+    model = parts.load_model(config, mesh)
     setup = parts.make_setup(config, model, algorithm, sharding.row_shards(mesh))
     optimiser = parts.make_optimiser(config)
     score = trained.inside_program() if config.reward.host_call == "callback" else None
-    built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)
+    judge = parts.make_judge(model, algorithm, trained.trained)
+    built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score, judge)
     return Recipe(
         config,
         model,
@@ -144,6 +157,7 @@ def make_programs(
     algorithm: Algorithm,
     optimiser: Any,
     score: programs.HostScore | None = None,
+    judge: Judge | None = None,
 ) -> Programs:
     """The programs; `model` may be one that is only described."""
     s, t, tensor = config.sample, config.train, sharding.head_shards(mesh)
@@ -163,10 +177,11 @@ def make_programs(
             mesh,
             setup.process,
             latent=latent,
+            neighbor_noise=s.neighbor_noise,
             score=score,
         ),
         accumulate=programs.accumulate(
-            guided, algorithm, setup, images=plan.images // plan.updates
+            guided, algorithm, setup, images=plan.images // plan.updates, judge=judge
         ),
         apply=programs.apply(optimiser, t.ema_decay),
         end_epoch=programs.end_epoch(algorithm),

@@ -13,19 +13,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
-    advantages,
     algorithms,
     files,
     rewards,
     sde,
     seeds,
     solvers,
-    windows,
 )
-from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
-from flowgrpo_jax.branching import Branches
+from flowgrpo_jax.models import attention
 from flowgrpo_jax.prompts import tasks
+from flowgrpo_jax.rollout_settings import branches, make_advantage, make_window, window
 from flowgrpo_jax.sampler import Process
 
 
@@ -79,11 +77,7 @@ def check(config: ConfigDict) -> None:
         " overflows; use 'bfloat16', or 'float32'",
     )
     choice(config, "model", "dtype", ("float32", "bfloat16"))
-    choice(config, "model", "attention", ("xla", "cudnn"))
-    require(
-        config.model.attention == "xla" or config.model.dtype == "bfloat16",
-        f"model.attention={config.model.attention!r} needs model.dtype='bfloat16'; use 'xla'",
-    )
+    choice(config, "model", "attention", attention.CHOICES)
     require(
         not files.in_bucket(config.model.text_cache),
         f"model.text_cache={config.model.text_cache!r}: must be a directory on this machine or of a"
@@ -121,7 +115,12 @@ LEAST = {  # setting: the least that it may be
     "checkpoint.every": 1,
     "checkpoint.keep": 0,
 }
-UNLIMITED = ("train.max_grad_norm", "advantage.clip", "algorithm.options.clip_range")  # may be inf
+UNLIMITED = (  # may be inf
+    "train.max_grad_norm",
+    "advantage.clip",
+    "algorithm.options.clip_range",
+    "algorithm.options.threshold",
+)
 POSITIVE = ("train.max_grad_norm", "advantage.clip", "train.eps")
 DECAYS = ("train.b1", "train.b2", "train.ema_decay")
 
@@ -197,7 +196,12 @@ def _check_sampling(config: ConfigDict, algorithm: Algorithm) -> None:
         f"sample.tail={s.tail}: the share of the steps after the window, must be above 0 and at"
         " most 1; MixGRPO-Flash's is 0.4",
     )
-    if not algorithm.window:  # the ODE, which has no noise
+    require(
+        0 <= s.neighbor_noise < 1 and (s.branches == 1 or not s.neighbor_noise),
+        f"sample.neighbor_noise={s.neighbor_noise}: an image's own share of the noise that its"
+        " group shares, must be in [0, 1), and above 0 needs sample.branches=1",
+    )
+    if algorithm.records != "window":  # the ODE, which has no noise
         require(
             s.tail == 1,
             f"sample.tail={s.tail}: {config.algorithm.name} draws without a window, so that there"
@@ -220,7 +224,8 @@ def _check_terms(config: ConfigDict, algorithm: Algorithm) -> None:
     """Let the algorithm say whether the rollout has what it trains on."""
     sigmas = tuple(np.linspace(1, 0, config.sample.steps + 1).tolist())
     size = window(config, algorithm).size
-    process = Process(sigmas, window=size, branches=branches(config))
+    solver = solvers.load(config.sample.solver)
+    process = Process(sigmas, window=size, solver=solver, branches=branches(config))
     setup = Setup(process, config.sample.group_size)
     jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0))
 
@@ -267,32 +272,3 @@ def _check_prompts(config: ConfigDict) -> None:
     shares |= {f"prompts.tasks.{name}.weight": w for name, w in tasks.weights(chosen).items()}
     for path, share in shares.items():
         require(share >= 0, f"{path}={share}: a relative frequency, must be at least 0")
-
-
-def window(config: ConfigDict, algorithm: Algorithm) -> windows.Window:
-    """Return the window: all steps but the last unless the config says fewer, and none for an
-    algorithm that draws by the ODE alone."""
-    s = config.sample
-    if not algorithm.window:
-        return windows.Window(0, 0, 0)
-    return windows.find(s.steps, s.window, s.window_range)
-
-
-def branches(config: ConfigDict) -> Branches:
-    """Return which images of a group share a part of their path."""
-    s = config.sample
-    return Branches(s.branches or s.group_size, tuple(s.splits), s.split_noise)
-
-
-def make_advantage(config: ConfigDict, algorithm: Algorithm) -> Advantage:
-    c, size, steps = config.advantage, config.sample.group_size, window(config, algorithm).size
-    paths: dict[str, Any] = {"branches": branches(config), "steps": steps}
-    return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip, **paths)
-
-
-def make_window(config: ConfigDict, algorithm: Algorithm) -> windows.Start:
-    """Return the first step of an epoch's window, as a function of the run's key and the epoch."""
-    s, chosen = config.sample, window(config, algorithm)
-    if not chosen.size:
-        return windows.frozen(chosen)
-    return windows.load(s.window_schedule, s.window_options.to_dict(), chosen)

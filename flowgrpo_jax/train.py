@@ -19,6 +19,7 @@ import json
 import logging
 import signal
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,8 @@ def one_epoch(
     state = dataclasses.replace(state, memory=run.put(memory))
 
     # Policy updates, each on its own groups.
-    state, figures = improve(run, state, cond, rollouts, advantage, epoch, stop)
+    judged = run.judged(batch.ids)
+    state, figures = improve(run, state, cond, rollouts, advantage, judged, epoch, stop)
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
     return state, figures | {"window_start": int(rollouts[0].start), "broken": scores.broken}
@@ -128,6 +130,7 @@ def improve(
     cond: Conditioning,
     rollouts: list[Rollout],
     advantage: jax.Array,
+    judged: dict[str, Any],
     epoch: int,
     stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
@@ -135,6 +138,7 @@ def improve(
 
     Args:
       rollouts: of each micro-batch; advantage: f32 [B] or, for each transition, [W, B].
+      judged: what an algorithm that differentiates the rewards takes them from.
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
@@ -159,6 +163,7 @@ def improve(
                 rollouts[m],
                 sharding.split_rows(run.mesh, per_micro[m], axis=-1),
                 terms,
+                judged,
             )
             jax.block_until_ready(before)  # two at a time, as in sampling
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}

@@ -101,6 +101,7 @@ def test_imports_have_a_direction():
         {"worlds"},
         {"rewards"},
         {"prompts"},
+        {"rollout_settings"},
         {"programs", "settings", "lifecycle"},
         {"batch_plan"},
         {"parts"},
@@ -157,7 +158,9 @@ def test_recipes_import_recipes_alone():
 
 def test_configs_stop_at_the_entry_points():
     users = {module for module in FILES if libraries(module) & {"ml_collections", "absl"}}
-    assert users <= ENTRY_POINTS | {"recipe", "parts", "batch_plan", "settings", "cli", "usage"}
+    assert users <= ENTRY_POINTS | {
+        *("recipe", "parts", "batch_plan", "settings", "rollout_settings", "cli", "usage")
+    }
 
 
 def test_only_sharding_names_a_mesh_axis():
