@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+Velocity = Callable[..., jax.Array]
 
 
 @dataclass(frozen=True)
