@@ -8,11 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
+    cost,
     excess_noise,
     parts,
     programs,
@@ -86,6 +88,18 @@ class Recipe:
         count = self.plan.parts // tails
         starts = [self.window_start(key, epoch, part, count) for part in range(count)]
         return [(start, tail) for start in starts for tail in range(tails)]
+
+    @cached_property
+    def forward_flop(self) -> float:
+        """Multiplications and additions of one pass of the transformer for one image."""
+        c, model = self.config, self.model
+        text = jax.eval_shape(model.encode_text, model.text_shapes, model.token_shapes(1))
+        latent = model.latent_shape(c.model.height, c.model.width)
+        x, sigma = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, *latent), (1,)))
+        given = (sigma,) if model.guidance == "input" else ()
+        shapes = (model.trained_shapes, model.base, x, sigma, text, *given)
+        branches = 2 if model.guidance == "branch" and c.sample.guidance_scale > 1 else 1
+        return branches * cost.flops(jax.make_jaxpr(model.velocity)(*shapes))
 
     def encode(self, texts: list[str]) -> Conditioning:
         return parts.encode(self.config, self.model, self.mesh, texts)
@@ -194,6 +208,21 @@ def make_programs(
             solver=solvers.load(config.eval.solver),
         ),
     )
+
+
+def initial_state(run: Recipe) -> TrainState:
+    """The state before the first update, on the devices."""
+    key = jax.random.key(run.config.seed)
+    memory = run.advantage.initial(len(run.train_prompts))
+    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
+    state = update.init(
+        run.put(run.model.init_trained(key)),
+        run.algorithm.copies,
+        memory,
+        run.optimiser,
+        key,
+    )
+    return run.put(state)
 
 
 def summary(recipe: Recipe) -> str:

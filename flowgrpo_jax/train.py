@@ -35,13 +35,14 @@ from flowgrpo_jax import (
     logs,
     parts,
     recipe,
+    run_costs,
     sampler,
     settings,
     sharding,
     update,
 )
 from flowgrpo_jax.models import base_model
-from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.recipe import Recipe, initial_state
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.run_evaluation import evaluate_into
 from flowgrpo_jax.scoring.pending import PendingScores
@@ -55,14 +56,15 @@ def one_epoch(
     run: Recipe, state: TrainState, epoch: int, stop: cli.Stop
 ) -> tuple[TrainState, dict[str, float]]:
     """Train for one epoch and return the new state and figures. A signal raises cli.Stopped."""
-    config, plan = run.config, run.plan
+    config, plan, stages = run.config, run.plan, lifecycle.Stages()
 
     # Prompts, encoded once each.
-    batch = parts.draw_prompts(config, run.train_prompts, epoch)
-    cond = run.encode(batch.prompts)
+    with stages("encode"):
+        batch = parts.draw_prompts(config, run.train_prompts, epoch)
+        cond = run.encode(batch.prompts)
 
     # Rollouts, micro-batch by micro-batch; each is scored while the next one is drawn.
-    rollouts, scores = draw(run, state, cond, batch, epoch, stop)
+    rollouts, scores = draw(run, state, cond, batch, epoch, stop, stages)
 
     # Rewards and advantages.
     values, weights = jnp.asarray(scores.values), jnp.asarray(scores.weights)
@@ -76,11 +78,13 @@ def one_epoch(
     state = dataclasses.replace(state, memory=run.put(memory))
 
     # Policy updates, each on its own groups.
-    judged = run.judged(batch.ids)
-    state, figures = improve(run, state, cond, rollouts, advantage, judged, epoch, stop)
+    with stages("update"):
+        judged = run.judged(batch.ids)
+        state, figures = improve(run, state, cond, rollouts, advantage, judged, epoch, stop)
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
-    return state, figures | {"window_start": int(rollouts[0].start), "broken": scores.broken}
+    figures |= {"window_start": int(rollouts[0].start), "broken": scores.broken}
+    return state, figures | stages.figures()
 
 
 def draw(
@@ -90,6 +94,7 @@ def draw(
     batch: PromptBatch,
     epoch: int,
     stop: cli.Stop,
+    stages: lifecycle.Stages,
 ) -> tuple[list[Rollout], Scores]:
     """Draw and score the epoch's images. Returns each micro-batch's rollout, and the scores."""
     policy = run.named_policy(state, run.algorithm.draws)
@@ -97,26 +102,22 @@ def draw(
     prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
     with PendingScores(run.scorer, np.repeat(batch.ids, run.plan.group_size)) as pending:
-        for m, (ids, rows, images_of) in enumerate(micro_batches(run, batch)):
+        for m, images in enumerate(micro_batches(run, batch)):
             stop.check()
             start, tail = places[run.plan.part(m)]
-            rollout, pictures, scored = run.programs.sample(
-                policy,
-                run.weights,
-                cond,
-                run.empty,
-                state.key,
-                epoch,
-                start,
-                ids,
-                rows,
-                images_of,
-                tail,
-            )
-            jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
+            with stages("sample"):
+                rollout, pictures, scored = run.programs.sample(
+                    policy, run.weights, cond, run.empty, state.key, epoch, start, *images, tail
+                )
+                jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
             rollouts.append(rollout)
-            pending.add(pictures, prepared, rows, scored)
-        return rollouts, pending.collect(stop.wait)
+            pending.add(pictures, prepared, rollout.prompt, scored)
+        with stages("sample"):
+            jax.block_until_ready(rollouts[-1])
+        with stages("wait"):
+            scores = pending.collect(stop.wait)
+        stages.seconds["rewards"] = sum(pending.busy)
+        return rollouts, scores
 
 
 def gathered_log_probs(rollouts: list[Rollout]) -> jax.Array:
@@ -187,23 +188,13 @@ def micro_batches(run: Recipe, batch: PromptBatch):
         yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
 
-def initial_state(run: Recipe) -> TrainState:
-    """The state before the first update, on the devices."""
-    key = jax.random.key(run.config.seed)
-    memory = run.advantage.initial(len(run.train_prompts))
-    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
-    state = update.init(
-        run.put(run.model.init_trained(key)),
-        run.algorithm.copies,
-        memory,
-        run.optimiser,
-        key,
-    )
-    return run.put(state)
-
-
-def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) -> TrainState:
+def train(
+    config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False, profile: int | None = None
+) -> TrainState:
     """Train until `config.epochs`, and return the last state.
+
+    Args:
+      profile: an epoch of which a trace is written to `profile/` in the work directory.
 
     Raises SystemExit after Ctrl-C and SIGTERM, once the last whole epoch has been saved. Its code
     is 0 after Ctrl-C, and after SIGTERM `cli.RESTART`, on which the launchers start again.
@@ -212,7 +203,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     cli.prepare(workdir, resume)
     run = recipe.build(config)
     if first_process := jax.process_index() == 0:
-        print(recipe.summary(run))
+        print(recipe.summary(run), run_costs.line(run), sep="\n")
     state = initial_state(run)
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
     checkpoints = RunCheckpoints(
@@ -241,13 +232,14 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 if every and epoch % every == 0:
                     report = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 begun = time.perf_counter()
-                trained, figures = one_epoch(run, state, epoch, stop)
+                with lifecycle.traced(workdir / "profile", epoch == profile):
+                    trained, figures = one_epoch(run, state, epoch, stop)
                 checkpoints.lost = lifecycle.count_lost(
                     checkpoints.lost, figures["skipped"], config.train.max_skipped
                 )
                 state, epoch = trained, epoch + 1
                 figures["seconds"] = time.perf_counter() - begun
-                figures["images_per_second"] = run.plan.images / figures["seconds"]
+                figures |= run_costs.speed(run, epoch - 1, figures["seconds"])
                 metrics.write(epoch - 1, figures | report)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
@@ -283,7 +275,7 @@ def main(_: list[str]) -> None:
         settings.split_cpu(config)
         workdir = flags.FLAGS.workdir or f"runs/{config.name}"
         with cli.compiling(workdir):
-            train(config, workdir, resume=flags.FLAGS.resume)
+            train(config, workdir, resume=flags.FLAGS.resume, profile=flags.FLAGS.profile)
 
 
 if __name__ == "__main__":
@@ -293,4 +285,8 @@ if __name__ == "__main__":
         "workdir", None, "The directory or bucket to write the run to; runs/NAME without it."
     )
     flags.DEFINE_bool("resume", False, "Go on from the last checkpoint in the work directory.")
+    note = (
+        "An epoch to write a trace of, for TensorBoard or Perfetto, to profile/ in the directory."
+    )
+    flags.DEFINE_integer("profile", None, note, lower_bound=0)
     cli.run(main)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -71,8 +72,8 @@ def rows(workdir):
 
 def timeless(row, prefix=""):
     """A row of metrics without what depends on the clock (and without evaluations)."""
-    clock = ("seconds", "images_per_second")
-    return {k: v for k, v in row.items() if k not in clock and not k.startswith(prefix or "\n")}
+    clock = re.compile(r"seconds|\w+_per_second|share_of_peak|peak_memory_gb|hidden_rewards")
+    return {k: v for k, v in row.items() if not clock.match(k) and not k.startswith(prefix or "\n")}
 
 
 def same(ours, theirs):

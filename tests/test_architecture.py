@@ -107,6 +107,7 @@ def test_imports_have_a_direction():
         {"batch_plan"},
         {"parts"},
         {"recipe"},
+        {"run_costs"},
         ENTRY_POINTS | {"run_evaluation"},
     ]
     height = {name: i for i, layer in enumerate(layers) for name in layer} | {"": 0}
