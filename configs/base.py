@@ -129,6 +129,25 @@ def get_config() -> ConfigDict:
     c.advantage.options = ConfigDict()
     # Advantages are cut to [-clip, clip].
     c.advantage.clip = 5.0
+    # What becomes of an advantage A: none, or exp for -exp(-A), DDRL's.
+    c.advantage.transform = "none"
+    # Multiply the advantage of good images by how unlike the others of their prompt they are, as in
+    # GARDO, by these features: latents, pixels, or a function of your own from pixels to features,
+    # package.module:function; empty: no.
+    c.advantage.diversity = ""
+
+    # By how much each image's KL counts, beside the algorithm's own beta: a row of
+    # flowgrpo_jax/kl_control.py, constant, adaptive or uncertain, or one of your own.
+    c.kl = ConfigDict()
+    # Name of the row; empty: none, every image's KL counts alike.
+    c.kl.name = ""
+    # Keyword arguments of the row, such as {"target": 1e-3} for "adaptive".
+    c.kl.options = ConfigDict()
+    # With a row: the policy becomes its own reference after an epoch whose KL is above this; 0:
+    # never.
+    c.kl.reset_above = 0.0
+    # With a row: and after so many epochs with the same reference; 0: never.
+    c.kl.reset_every = 0
 
     # How images and advantages become a gradient: a row of flowgrpo_jax/algorithms, or
     # "package.module:make" of your own. The options are the row's keyword arguments; its file says

@@ -45,7 +45,7 @@ from flowgrpo_jax.batch_plan import Plan
 from flowgrpo_jax.models import TEXTS, Model
 from flowgrpo_jax.program_costs import Program, advice, chip_bytes, inspect, table, topology
 from flowgrpo_jax.scoring import graph
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 # ----------------------------------------------------------------------------------- shapes
 
@@ -77,7 +77,7 @@ def training_state(
 ) -> tuple[Any, Any, Any]:
     """Return the state, and the gradient and figures of an update."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    memory = jax.eval_shape(lambda: advantage.initial(1))
+    memory = jax.eval_shape(lambda: advantage.initial(1))  # a control's is a few numbers more
     state = jax.eval_shape(
         lambda trained, memory, key: update.init(trained, algorithm.copies, memory, optimiser, key),
         model.trained_shapes,
@@ -161,7 +161,8 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     terms = laid_out(
         jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0)), everywhere
     )
-    replay = (drawn, array(rows, m, dtype=jnp.float32), terms)
+    given: Any = array(rows, m, dtype=jnp.float32)
+    replay = (drawn, Credit(given, given) if config.kl.name else given, terms)
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
     listed = [

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     advantages,
     algorithms,
+    diversity,
+    kl_control,
     models,
     prompts,
     rewards,
@@ -126,12 +128,28 @@ def drop_frozen(model: Model, algorithm: Algorithm) -> Model:
 
 
 def make_algorithm(config: ConfigDict) -> Algorithm:
-    return algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    moves = config.kl.reset_above or config.kl.reset_every
+    return algorithms.keep_reference(algorithm) if config.kl.name and moves else algorithm
 
 
 def make_advantage(config: ConfigDict) -> Advantage:
     c, size = config.advantage, config.sample.group_size
-    return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip)
+    row = advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip)
+    return advantages.TRANSFORMS[c.transform](row, c.clip)
+
+
+def make_features(config: ConfigDict) -> diversity.Features | None:
+    return diversity.load(config.advantage.diversity) if config.advantage.diversity else None
+
+
+def make_control(config: ConfigDict) -> kl_control.Control | None:
+    c = config.kl
+    if not c.name:
+        return None
+    names = reward_weights(config)[0].names
+    resets = {"reset_above": c.reset_above, "reset_every": c.reset_every}
+    return kl_control.load(c.name, c.options.to_dict(), names, **resets)
 
 
 def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:

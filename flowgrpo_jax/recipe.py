@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
+    diversity,
     excess_noise,
     parts,
     programs,
@@ -25,6 +26,7 @@ from flowgrpo_jax import (
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, make_plan
+from flowgrpo_jax.kl_control import Control
 from flowgrpo_jax.models import Model
 from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.settings import check, guidance, make_window, require, window
@@ -59,6 +61,8 @@ class Recipe:
     setup: Setup
     algorithm: Algorithm
     advantage: Advantage
+    features: diversity.Features | None
+    control: Control | None
     window_start: windows.Start
     optimiser: Any
     programs: Programs
@@ -71,6 +75,11 @@ class Recipe:
     def weights(self) -> dict[str, Params]:
         """Frozen weights that sampling takes."""
         return {"transformer": self.model.base, "vae": self.model.params["vae"]}
+
+    @property
+    def keep_pixels(self) -> bool:
+        """Whether an epoch's pictures are looked at once more after they were scored."""
+        return diversity.needs_pixels(self.config.advantage.diversity)
 
     @cached_property
     def empty(self) -> Conditioning:
@@ -118,6 +127,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         setup,
         algorithm,
         parts.make_advantage(config),
+        parts.make_features(config),
+        parts.make_control(config),
         make_window(config, algorithm),
         optimiser,
         built,

@@ -16,6 +16,7 @@ from flowgrpo_jax import (
     advantages,
     algorithms,
     files,
+    kl_control,
     rewards,
     sde,
     seeds,
@@ -92,6 +93,9 @@ def check(config: ConfigDict) -> None:
     a = config.advantage
     advantages.load(a.name, a.options.to_dict(), group_size=config.sample.group_size, clip=a.clip)
     algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    choice(config, "advantage", "transform", advantages.TRANSFORMS)
+    resets_itself = "reference" in algorithm.copies
+    kl_control.check(**config.kl, weighs_kl=algorithm.weighs_kl, resets_itself=resets_itself)
     _check_sampling(config, algorithm)
     _check_terms(config, algorithm)
     _check_training(config)

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     advantages,
     cli,
+    credit,
     lifecycle,
     logs,
     parts,
@@ -45,7 +46,7 @@ from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.run_evaluation import evaluate_into
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
-from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, TrainState
+from flowgrpo_jax.types import Conditioning, Credit, PromptBatch, Rollout, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +62,19 @@ def one_epoch(
     cond = run.encode(batch.prompts)
 
     # Rollouts, micro-batch by micro-batch; each is scored while the next one is drawn.
-    rollouts, scores = draw(run, state, cond, batch, epoch, stop)
+    rollouts, scores, pixels = draw(run, state, cond, batch, epoch, stop)
 
     # Rewards and advantages.
-    values, weights = jnp.asarray(scores.values), jnp.asarray(scores.weights)
-    total, valid = map(np.asarray, advantages.weighted(values, weights))
+    values, weights = scores.values, scores.weights
+    total, valid = map(np.asarray, advantages.weighted(jnp.asarray(values), jnp.asarray(weights)))
     failed, most = 1.0 - float(np.mean(valid)), config.reward.max_failed
     lifecycle.check_failed(epoch, failed, scores.broken, most=most)
-    advantage, memory = run.advantage.compute(state.memory, values, weights, jnp.asarray(batch.ids))
-    state = dataclasses.replace(state, memory=run.put(memory))
+    state, given = credit.assign(run, state, values, weights, batch.ids, rollouts, pixels)
 
     # Policy updates, each on its own groups.
-    state, figures = improve(run, state, cond, rollouts, advantage, epoch, stop)
+    state, figures = improve(run, state, cond, rollouts, given, epoch, stop)
+    state, held = credit.settle(run, state, figures)
+    figures |= held
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
     return state, figures | {"window_start": int(rollouts[0].start), "broken": scores.broken}
@@ -85,13 +87,17 @@ def draw(
     batch: PromptBatch,
     epoch: int,
     stop: cli.Stop,
-) -> tuple[list[Rollout], Scores]:
-    """Draw and score the epoch's images. Returns each micro-batch's rollout, and the scores."""
+) -> tuple[list[Rollout], Scores, np.ndarray]:
+    """Draw and score the epoch's images.
+
+    Returns each micro-batch's rollout, the scores, and the pixels where the recipe looks at them.
+    """
     policy = run.named_policy(state, run.algorithm.draws)
     start = run.window_start(state.key, epoch)
     prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
-    with PendingScores(run.scorer, np.repeat(batch.ids, run.plan.group_size)) as pending:
+    each, keep = np.repeat(batch.ids, run.plan.group_size), run.keep_pixels
+    with PendingScores(run.scorer, each, keep_pixels=keep) as pending:
         for ids, rows, images_of in micro_batches(run, batch):
             stop.check()
             rollout, pictures, scored = run.programs.sample(
@@ -100,7 +106,7 @@ def draw(
             jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
             rollouts.append(rollout)
             pending.add(pictures, prepared, rows, scored)
-        return rollouts, pending.collect(stop.wait)
+        return rollouts, pending.collect(stop.wait), pending.pictures.pixels
 
 
 def improve(
@@ -108,18 +114,19 @@ def improve(
     state: TrainState,
     cond: Conditioning,
     rollouts: list[Rollout],
-    advantage: jax.Array,
+    given: jax.Array | Credit,
     epoch: int,
     stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
     """Take the epoch's policy updates, each on its own groups.
 
     Args:
-      rollouts: of each micro-batch; advantage: f32 [B] or, for each transition, [W, B].
+      rollouts: of each micro-batch; given: advantages f32 [B] or, for each transition, [W, B], or
+        a Credit of them.
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
-    per_micro = np.split(np.asarray(advantage), plan.updates * plan.micro_batches, axis=-1)
+    per_micro = sharding.cut(given, plan.updates * plan.micro_batches)
     figures: dict[str, float] = {}
     begun = state.step
     for u in range(plan.updates):
@@ -166,7 +173,7 @@ def micro_batches(run: Recipe, batch: PromptBatch):
 def initial_state(run: Recipe) -> TrainState:
     """The state before the first update, on the devices."""
     key = jax.random.key(run.config.seed)
-    memory = run.advantage.initial(len(run.train_prompts))
+    memory = credit.initial(run)
     # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
     state = update.init(
         run.put(run.model.init_trained(key)),

@@ -82,7 +82,8 @@ def test_imports_have_a_direction():
         {"types", "cost", "files", "tables", "pictures", "seeds", "huge_pages", "outputs"},
         {"configs", "recipe_files"},
         {"program_costs", "knobs", "user_errors", "compilation_cache", "compilation_report"},
-        {"sde", "advantages", "sharding", "logs", "models", "detection", "transport"},
+        {"sde", "advantages", "sharding", "logs", "models", "detection", "transport", "kl_control"},
+        {"diversity"},
         {"solvers", "sampler", "windows", "excess_noise", "text_cache", "scoring", "cli", "usage"},
         {"run_record", "checkpoint", "policies"},
         {"run_checkpoints"},
@@ -95,7 +96,7 @@ def test_imports_have_a_direction():
         {"batch_plan"},
         {"parts"},
         {"recipe"},
-        ENTRY_POINTS | {"run_evaluation"},
+        ENTRY_POINTS | {"run_evaluation", "credit"},
     ]
     height = {name: i for i, layer in enumerate(layers) for name in layer} | {"": 0}
     for module in FILES:

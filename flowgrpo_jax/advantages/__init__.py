@@ -8,7 +8,7 @@ user's own is named in the recipe as "package.module:make".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -59,6 +59,29 @@ def load(name: str, options: Mapping[str, Any], *, group_size: int, clip: float)
     what = f"advantage.options of {name}"
     made = tables.make(factory, options, what, group_size=group_size, clip=clip)
     return tables.check(made, Advantage, name)
+
+
+def exponential(row: Advantage, clip: float) -> Advantage:
+    """Return a row with -exp(-A) in place of A: DDRL's transform (arXiv 2512.04332), by cosmos-rl.
+
+    It keeps the order of the images and pushes all away, the worst most, so that a loss on data has
+    to hold the policy. Equal rewards push too. Images without a valid score keep advantage 0.
+    """
+
+    def compute(
+        memory: Memory, scores: jax.Array, weights: jax.Array, ids: jax.Array
+    ) -> tuple[jax.Array, Memory]:
+        advantage, memory = row.compute(memory, scores, weights, ids)
+        pushed = jnp.clip(-jnp.exp(-advantage), -clip, clip)
+        return jnp.where(weighted(scores, weights)[1], pushed, 0.0), memory
+
+    return replace(row, compute=compute)
+
+
+TRANSFORMS: dict[str, Callable[[Advantage, float], Advantage]] = {
+    "none": lambda row, clip: row,
+    "exp": exponential,
+}
 
 
 # ------------------------------------------------------------------------------ arithmetic
