@@ -79,12 +79,14 @@ def check(
     reset_above: float,
     reset_every: int,
     *,
+    names: Sequence[str],
     weighs_kl: bool,
     resets_itself: bool,
 ) -> None:
-    """Raise ValueError for settings of a control that would not be followed.
+    """Raise ValueError for settings of a control that are wrong or would not be followed.
 
     Args:
+      names: of the training rewards.
       weighs_kl: whether the algorithm has a KL that can be weighed; resets_itself: whether it
         resets its reference by an option of its own.
     """
@@ -104,6 +106,8 @@ def check(
             "kl.reset_above and kl.reset_every beside algorithm.options.reset_every: set one kind"
             " of reset, and the other to 0"
         )
+    if name:
+        load(name, options, names, reset_above=reset_above, reset_every=reset_every)
 
 
 # ----------------------------------------------------------------------------------- the rows

@@ -94,8 +94,12 @@ def check(config: ConfigDict) -> None:
     advantages.load(a.name, a.options.to_dict(), group_size=config.sample.group_size, clip=a.clip)
     algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
     choice(config, "advantage", "transform", advantages.TRANSFORMS)
-    resets_itself = "reference" in algorithm.copies
-    kl_control.check(**config.kl, weighs_kl=algorithm.weighs_kl, resets_itself=resets_itself)
+    kl_control.check(
+        **config.kl.to_dict(),
+        names=tuple(config.reward.weights),
+        weighs_kl=algorithm.weighs_kl,
+        resets_itself="reference" in algorithm.copies,
+    )
     _check_sampling(config, algorithm)
     _check_terms(config, algorithm)
     _check_training(config)

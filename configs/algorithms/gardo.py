@@ -8,8 +8,7 @@ epochs. Good images count more the less they resemble the others of their prompt
 divided by a standard deviation, as in the published code.
 
 In the box the watched rewards are the share of shapes that are none, and the size of the picture as
-a JPEG; on SD3.5 take aesthetic and imagereward as in the paper, and kl_beta 0.04 to 0.07. The
-threshold of the KL is 3e-4 there; the box moves more in an epoch, and so has a larger one.
+a JPEG; on SD3.5 take aesthetic and imagereward as in the paper, and kl_beta 0.04 to 0.07.
 """
 
 from ml_collections import ConfigDict
@@ -36,5 +35,5 @@ def get_config() -> ConfigDict:
             "rate": 0.1,
         }
     )
-    c.kl.reset_above, c.kl.reset_every = 1e-2, 15
+    c.kl.reset_above, c.kl.reset_every = 3e-4, 15
     return c
