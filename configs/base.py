@@ -180,6 +180,21 @@ def get_config() -> ConfigDict:
     # Optimiser steps after which the policy becomes its own reference; 0: never.
     c.algorithm.options.reset_every = 0
 
+    # A loss on data beside the algorithm's, that of pretraining: DDRL's, Pinterest's.
+    c.data = ConfigDict()
+    # Its pictures: base (the base model's own samples for the epoch's prompts), shapes, signs (what
+    # these models were pretrained on), or a folder with NAME.png and NAME.txt or metadata.jsonl;
+    # empty: none.
+    c.data.source = ""
+    # Weight beside the algorithm's loss; 0: none.
+    c.data.weight = 0.01
+    # Pictures an update.
+    c.data.images = 24
+    # Epochs from one with this loss to the next.
+    c.data.every = 1
+    # Take an optimiser step of its own after the epoch's updates, and not a part in each of them.
+    c.data.own_step = False
+
     c.train = ConfigDict()
     # Optimiser steps an epoch, each on its own groups.
     c.train.updates_per_epoch = 2

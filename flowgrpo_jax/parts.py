@@ -28,11 +28,13 @@ from flowgrpo_jax import (
     sharding,
     solvers,
     text_cache,
+    training_data,
     update,
     windows,
 )
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
+from flowgrpo_jax.batch_plan import Plan, derived_micro_batch
 from flowgrpo_jax.models import Family, Model
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
@@ -150,6 +152,31 @@ def make_control(config: ConfigDict) -> kl_control.Control | None:
     names = reward_weights(config)[0].names
     resets = {"reset_above": c.reset_above, "reset_every": c.reset_every}
     return kl_control.load(c.name, c.options.to_dict(), names, **resets)
+
+
+def make_data(config: ConfigDict, plan: Plan, devices: int) -> training_data.Data | None:
+    """Return the loss on data, or None without one. Raises what `training_data.load` does.
+
+    Args:
+      devices: the equal parts that the batch is cut into.
+    """
+    c = config.data
+    if not (c.source and c.weight):
+        return None
+    if c.images % devices:
+        raise ValueError(
+            f"data.images={c.images} cannot be cut into the {devices} equal parts of mesh.data x"
+            f" mesh.fsdp: choose a multiple of {devices}"
+        )
+    if c.source == training_data.BASE and not config.lora.rank:
+        raise ValueError(
+            "data.source='base' with lora.rank=0: in full fine-tuning the base is given up; draw"
+            " its pictures before (python -m flowgrpo_jax.generate) and name their folder"
+        )
+    source = training_data.load(c.source, config.model.height, config.model.width)
+    sizes = [m for m in range(devices, c.images + 1, devices) if c.images % m == 0]
+    size = derived_micro_batch(sizes, plan.micro_batch)
+    return training_data.Data(source, c.weight, c.images, size, c.every, c.own_step)
 
 
 def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:

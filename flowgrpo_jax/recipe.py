@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,7 @@ from flowgrpo_jax.kl_control import Control
 from flowgrpo_jax.models import Model
 from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.settings import check, guidance, make_window, require, window
+from flowgrpo_jax.training_data import Data
 from flowgrpo_jax.types import (
     Conditioning,
     Metadata,
@@ -41,6 +42,10 @@ from flowgrpo_jax.types import (
 )
 
 
+def absent(*_: Any) -> Any:
+    raise ValueError("this run has no loss on data: set data.source")
+
+
 @dataclass(frozen=True)
 class Programs:
     """The jitted programs of a run; `programs.py` has their arguments."""
@@ -50,6 +55,10 @@ class Programs:
     apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     end_epoch: Callable[[TrainState, jax.Array], TrainState]
     generate: Callable[..., Pictures]
+    # Of a loss on data alone
+    to_latents: Callable[[Params, jax.Array], jax.Array] = absent
+    draw_base: Callable[..., jax.Array] = absent
+    add_data: Callable[..., tuple[Params, jax.Array]] = absent
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Recipe:
     advantage: Advantage
     features: diversity.Features | None
     control: Control | None
+    data: Data | None
     window_start: windows.Start
     optimiser: Any
     programs: Programs
@@ -119,6 +129,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     optimiser = parts.make_optimiser(config)
     score = trained.inside_program() if config.reward.host_call == "callback" else None
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)
+    if data := parts.make_data(config, plan, sharding.row_shards(mesh)):
+        built = with_data(built, config, model, mesh, setup, data)
     return Recipe(
         config,
         model,
@@ -129,6 +141,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         parts.make_advantage(config),
         parts.make_features(config),
         parts.make_control(config),
+        data,
         make_window(config, algorithm),
         optimiser,
         built,
@@ -182,6 +195,26 @@ def make_programs(
             latent=latent,
             sigmas=parts.sigmas(model, config, config.eval.steps),
             solver=solvers.load(config.eval.solver),
+        ),
+    )
+
+
+def with_data(
+    built: Programs, config: ConfigDict, model: Model, mesh: Mesh, setup: Setup, data: Data
+) -> Programs:
+    """Return the programs with those of the loss on data. Guidance is none, or else an input."""
+    s = config.sample
+    scale = s.guidance_scale if model.guidance == "input" else 1.0
+    plain = sampler.guided(model.velocity, scale, model.guidance)
+    latent = model.latent_shape(config.model.height, config.model.width)
+    solver = setup.process.solver
+    draw = {"latent": latent, "sigmas": setup.process.sigmas, "solver": solver}
+    return replace(
+        built,
+        to_latents=programs.to_latents(model.to_latents) if data.source else absent,
+        draw_base=programs.draw_base(plain, mesh, **draw),
+        add_data=programs.add_data(
+            plain, images=data.images, weight=data.weight, same_noise=s.same_noise
         ),
     )
 

@@ -25,6 +25,8 @@ from flowgrpo_jax.types import Rollout
 # (SDE_KEY + t), and, where a finished image is noised again, for the noise and the level.
 ODE_KEY, SDE_KEY = 0, 1
 RENOISE_KEY, LEVEL_KEY = 2**30, 2**30 + 1
+# For the base's own samples an image's key, and for the levels of a loss on data an epoch's.
+DATA_KEY = 2**30 + 2
 # An epoch's key: for the window's place, and for the terms that are trained.
 WINDOW_KEY, TERMS_KEY = 2**31 - 1, 2**31 - 2
 

@@ -21,6 +21,7 @@ from flowgrpo_jax import (
     sde,
     seeds,
     solvers,
+    training_data,
     windows,
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
@@ -100,6 +101,10 @@ def check(config: ConfigDict) -> None:
         weighs_kl=algorithm.weighs_kl,
         resets_itself="reference" in algorithm.copies,
     )
+    s, d = config.sample, config.data
+    if d.source:
+        update = s.groups * s.group_size // max(config.train.updates_per_epoch, 1)
+        training_data.check(d.weight, d.images, d.every, update=update)
     _check_sampling(config, algorithm)
     _check_terms(config, algorithm)
     _check_training(config)

@@ -31,6 +31,7 @@ from flowgrpo_jax import (
     advantages,
     cli,
     credit,
+    data_loss,
     lifecycle,
     logs,
     parts,
@@ -40,6 +41,7 @@ from flowgrpo_jax import (
     sharding,
     update,
 )
+from flowgrpo_jax.data_loss import EpochData
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
@@ -72,7 +74,8 @@ def one_epoch(
     state, given = credit.assign(run, state, values, weights, batch.ids, rollouts, pixels)
 
     # Policy updates, each on its own groups.
-    state, figures = improve(run, state, cond, rollouts, given, epoch, stop)
+    data = data_loss.of_epoch(run, state, cond, batch, rollouts, epoch)
+    state, figures = improve(run, state, cond, rollouts, given, data, epoch, stop)
     state, held = credit.settle(run, state, figures)
     figures |= held
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
@@ -115,6 +118,7 @@ def improve(
     cond: Conditioning,
     rollouts: list[Rollout],
     given: jax.Array | Credit,
+    data: EpochData,
     epoch: int,
     stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
@@ -154,10 +158,12 @@ def improve(
             figures |= worst
             if problem := algorithm.warning(worst | {k: float(v) for k, v in sums.items()}):
                 log.warning("epoch %d: %s", epoch, problem)
+        gradient, on_data = data_loss.add(run, data, u, state, epoch, gradient)
         state, applied = run.programs.apply(state, gradient)
-        for name, value in (sums | applied).items():
+        for name, value in (sums | applied | on_data).items():
             figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
-    return run.programs.end_epoch(state, begun), figures
+    state, alone = data_loss.step(run, data, state, epoch)
+    return run.programs.end_epoch(state, begun), figures | alone
 
 
 def micro_batches(run: Recipe, batch: PromptBatch):

@@ -92,11 +92,12 @@ def test_imports_have_a_direction():
         {"worlds"},
         {"rewards"},
         {"prompts"},
+        {"training_data"},
         {"programs", "settings", "lifecycle"},
         {"batch_plan"},
         {"parts"},
         {"recipe"},
-        ENTRY_POINTS | {"run_evaluation", "credit"},
+        ENTRY_POINTS | {"run_evaluation", "credit", "data_loss"},
     ]
     height = {name: i for i, layer in enumerate(layers) for name in layer} | {"": 0}
     for module in FILES:

@@ -60,11 +60,8 @@ def parse(path: Path, number: int, line: str) -> Metadata:
     Raises ValueError that names the file, the line and the key.
     """
     place = f"{path}: line {number}"
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from error
-    if not isinstance(record, dict) or "prompt" not in record:
+    record = json_object(path, number, line)
+    if "prompt" not in record:
         raise ValueError(f'{place} is no object with a "prompt"')
     record = {"prompt": record["prompt"], **present(record)}
     for key in ("prompt", "tag"):
@@ -73,6 +70,18 @@ def parse(path: Path, number: int, line: str) -> Metadata:
             value.encode()
         except (AttributeError, UnicodeEncodeError) as error:  # no text, or half a surrogate pair
             raise ValueError(f'{place}: "{key}" is no text: it is {value!r}') from error
+    return record
+
+
+def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Read the JSON object of one line. Raises ValueError that names the file and the line."""
+    place = f"{path}: line {number}"
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} is no object, but {line.strip()}")
     return record
 
 
