@@ -68,6 +68,8 @@ def get_config() -> ConfigDict:
     # Several sources at once, in place of train and test: {task: {"train": source, "test": source,
     # "weight": frequency, "rewards": names or all}}.
     c.prompts.tasks = ConfigDict()
+    # Give each epoch the prompts of one task, in turn by their names, in place of a mixture.
+    c.prompts.alternate = False
 
     c.sample = ConfigDict()
     # Prompts an epoch (P)
@@ -198,6 +200,9 @@ def get_config() -> ConfigDict:
     c.train = ConfigDict()
     # Optimiser steps an epoch, each on its own groups.
     c.train.updates_per_epoch = 2
+    # Take an optimiser step after each term that an algorithm trains (GRPO: each step of the
+    # window), and not after all of them.
+    c.train.step_each_term = False
     # Learning rate of AdamW.
     c.train.learning_rate = 3e-4
     # Optimiser steps of linear warm-up.

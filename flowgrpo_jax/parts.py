@@ -226,13 +226,14 @@ def prompt_place(config: ConfigDict, split: str, record: Metadata) -> str:
 
 def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> PromptBatch:
     """The prompts of an epoch: a pure function of the seed and the epoch."""
+    weights = tasks.weights(config.prompts.tasks.to_dict())
     return prompts.sample(
         records,
         config.sample.groups,
         seed=config.seed,
         epoch=epoch,
         tag_weights=config.prompts.tag_weights.to_dict(),
-        task_weights=tasks.weights(config.prompts.tasks.to_dict()),
+        task_weights=tasks.turn(weights, epoch) if config.prompts.alternate else weights,
     )
 
 

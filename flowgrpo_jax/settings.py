@@ -273,7 +273,8 @@ def _check_prompts(config: ConfigDict) -> None:
         not (chosen and (p.train or p.test)),
         "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",
     )
-    tasks.check(chosen, config.reward.weights.to_dict(), config.eval.rewards)
+    weights = config.reward.weights.to_dict()
+    tasks.check(chosen, weights, config.eval.rewards, alternate=p.alternate)
     shares = {f"prompts.tag_weights.{tag}": share for tag, share in p.tag_weights.items()}
     shares |= {f"prompts.tasks.{name}.weight": w for name, w in tasks.weights(chosen).items()}
     for path, share in shares.items():

@@ -133,7 +133,9 @@ def improve(
     per_micro = sharding.cut(given, plan.updates * plan.micro_batches)
     figures: dict[str, float] = {}
     begun = state.step
-    for u in range(plan.updates):
+    parts = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
+    steps = [(u, part) for u in range(plan.updates) for part in parts]
+    for i, (u, part) in enumerate(steps):
         others = {name: run.named_policy(state, name) for name in algorithm.reads}
         # Where the program leaves them, or it would be compiled once more for the second call.
         gradient, sums = run.put(update.empty(algorithm, state.policy))
@@ -150,18 +152,18 @@ def improve(
                 run.empty,
                 rollouts[m],
                 sharding.split_rows(run.mesh, per_micro[m], axis=-1),
-                terms,
+                part,
             )
             jax.block_until_ready(before)  # two at a time, as in sampling
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
-        if u == 0:  # only before the first update is the policy the one that drew the images
+        if i == 0:  # only before the first update is the policy the one that drew the images
             figures |= worst
             if problem := algorithm.warning(worst | {k: float(v) for k, v in sums.items()}):
                 log.warning("epoch %d: %s", epoch, problem)
         gradient, on_data = data_loss.add(run, data, u, state, epoch, gradient)
         state, applied = run.programs.apply(state, gradient)
         for name, value in (sums | applied | on_data).items():
-            figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
+            figures[name] = figures.get(name, 0.0) + float(value) / len(steps)
     state, alone = data_loss.step(run, data, state, epoch)
     return run.programs.end_epoch(state, begun), figures | alone
 
