@@ -10,8 +10,9 @@ name, others by the configs in their directory. Prints for each program the memo
 against what it has, the arithmetic, what goes over the links, and the least time that these take.
 
 With `config.model.text_cache` the cache is taken to be full, and no text encoder to be there.
-Left out: rewards on the host, and the host's other work. Times are lower bounds: products at the
-chip's peak, or the links at theirs, whichever takes longer; memory traffic is not counted.
+Left out: rewards on the host, the host's other work, and a loss on data. Times are lower bounds:
+products at the chip's peak, or the links at theirs, whichever takes longer; memory traffic is not
+counted.
 """
 
 from __future__ import annotations
