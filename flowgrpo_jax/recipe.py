@@ -129,7 +129,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     optimiser = parts.make_optimiser(config)
     score = trained.inside_program() if config.reward.host_call == "callback" else None
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)
-    if data := parts.make_data(config, plan, sharding.row_shards(mesh)):
+    data = parts.make_data(config, plan, sharding.row_shards(mesh)) if training else None
+    if data:
         built = with_data(built, config, model, mesh, setup, data)
     return Recipe(
         config,

@@ -153,7 +153,7 @@ def _listed(listing: Path) -> Iterator[tuple[Path, str]]:
     for number, line in enumerate(prompt_file.text(listing).split("\n"), 1):
         if not line.strip():
             continue
-        record = prompt_file.json_object(listing, number, line)
+        record = prompt_file.json_object(listing, number, line, "file_name")
         file, text = (record.get(key) for key in ("file_name", "text"))
         if not isinstance(file, str) or not isinstance(text, str):
             raise ValueError(f'{listing}: line {number} needs texts "file_name" and "text"')

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.optimize import approx_fprime
 from short_runs import call, load, rows, same, timeless
 
-from flowgrpo_jax import sampler, settings, training_data, update
+from flowgrpo_jax import programs, sampler, settings, training_data, update
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.train import train
 from flowgrpo_jax.worlds.pretraining import data
@@ -127,6 +127,11 @@ def test_what_is_no_source(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
         training_data.load(str(tmp_path), 8, 8)
+
+
+def test_a_kind_of_model_that_reads_no_pictures():
+    with pytest.raises(ValueError, match=r"this kind of model reads no pictures; choose 'base'"):
+        programs.to_latents(None)
 
 
 def test_latents_of_pictures_are_scaled():

@@ -60,9 +60,7 @@ def parse(path: Path, number: int, line: str) -> Metadata:
     Raises ValueError that names the file, the line and the key.
     """
     place = f"{path}: line {number}"
-    record = json_object(path, number, line)
-    if "prompt" not in record:
-        raise ValueError(f'{place} is no object with a "prompt"')
+    record = json_object(path, number, line, "prompt")
     record = {"prompt": record["prompt"], **present(record)}
     for key in ("prompt", "tag"):
         value = record.get(key, "")
@@ -73,15 +71,18 @@ def parse(path: Path, number: int, line: str) -> Metadata:
     return record
 
 
-def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
-    """Read the JSON object of one line. Raises ValueError that names the file and the line."""
+def json_object(path: Path, number: int, line: str, key: str) -> dict[str, Any]:
+    """Read the JSON object of one line, which has to have a key.
+
+    Raises ValueError that names the file and the line.
+    """
     place = f"{path}: line {number}"
     try:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{place} is no JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{place} is no object, but {line.strip()}")
+    if not isinstance(record, dict) or key not in record:
+        raise ValueError(f'{place} is no object with a "{key}"')
     return record
 
 
