@@ -32,8 +32,9 @@ def get_config() -> ConfigDict:
     c.model.options = ConfigDict({"t5": True, "t5_length": 0})
     # Directory that keeps encoded prompts (1.7 MB each); empty: none.
     c.model.text_cache = ""
-    # Kernel of the transformer's attention: xla, or cudnn (NVIDIA's GPUs, bfloat16)
-    c.model.attention = "xla"
+    # Kernel of the transformer's attention: auto, or one of xla (plain), cudnn (NVIDIA's GPUs in
+    # bfloat16) and flash (TPUs)
+    c.model.attention = "auto"
     # Recompute activations in the backward pass, block by block.
     c.model.remat = True
 
@@ -101,6 +102,8 @@ def get_config() -> ConfigDict:
     c.sample.tail = 1.0
     # Start all images of a group from the same noise.
     c.sample.same_noise = False
+    # How far from it, s: the noise is sqrt(1 - s^2) of the group's and s of the image's own.
+    c.sample.neighbor_noise = 0.0
     # Form of the log-prob: gaussian, or squared_error (upstream's for cps)
     c.sample.density = "gaussian"
     # Reduction of log-prob and KL over latent dimensions: mean or sum.

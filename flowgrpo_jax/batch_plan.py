@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import algorithms
+from flowgrpo_jax import algorithms, training_data
 from flowgrpo_jax.settings import require
 
 AT_ONCE = (
@@ -62,6 +62,8 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
     )
     images = s.groups * s.group_size // updates
     require(images % devices == 0, _uneven(config, images, devices))
+    if (data := config.data).source:
+        training_data.check(data.weight, data.images, data.every, update=images, devices=devices)
     require(
         config.eval.micro_batch % devices == 0,
         f"eval.micro_batch={config.eval.micro_batch} cannot be cut into {devices} equal parts, one"

@@ -5,14 +5,14 @@ r"""Compile a recipe for a TPU pod without the pod, and say whether it fits and 
 
 The programs of an epoch are compiled ahead of time for real chips, on any machine, by the compiler
 that the pod would use (`pip install -e '.[tpu]'`): `score` is the training rewards in the graph,
-`judge` those of the evaluation. Needs no weights: published models are known by
-name, others by the configs in their directory. Prints for each program the memory of a chip
-against what it has, the arithmetic, what goes over the links, and the least time that these take.
+`judge` those of the evaluation. Needs no weights: published models are known by name, others by the
+configs in their directory. Prints for each program the memory of a chip against what it has, the
+arithmetic, what it moves over HBM and the links, the least time that these take, the share of the
+chip's peak in that time, and the operations that take longest.
 
-With `config.model.text_cache` the cache is taken to be full, and no text encoder to be there.
-Left out: rewards on the host, the host's other work, and a loss on data. Times are lower bounds:
-products at the chip's peak, or the links at theirs, whichever takes longer; memory traffic is not
-counted.
+With `config.model.text_cache` the cache is taken to be full, and no text encoder to be there. Left
+out: rewards on the host, its other work, and a loss on data. Times are lower bounds: `program_time`
+says what they count. Over the links goes what takes longer than all else, or nothing.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from flowgrpo_jax.batch_plan import Plan
 from flowgrpo_jax.models import TEXTS, Model
 from flowgrpo_jax.program_costs import Program, advice, chip_bytes, inspect, table, topology
 from flowgrpo_jax.scoring import graph
+from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.types import Credit, Rollout
 
 # ----------------------------------------------------------------------------------- shapes
@@ -78,7 +79,7 @@ def training_state(
 ) -> tuple[Any, Any, Any]:
     """Return the state, and the gradient and figures of an update."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    memory = jax.eval_shape(lambda: advantage.initial(1))  # a control's is a few numbers more
+    memory = jax.eval_shape(lambda: advantage.initial(1))
     state = jax.eval_shape(
         lambda trained, memory, key: update.init(trained, algorithm.copies, memory, optimiser, key),
         model.trained_shapes,
@@ -94,7 +95,7 @@ def training_state(
 
 def rollout(setup: Setup, micro_batch: int, latent: tuple[int, ...], mesh: Mesh) -> Rollout:
     """Return the shapes of a micro-batch's rollout."""
-    rows, window = NamedSharding(mesh, sharding.ROWS), setup.process.window
+    rows, process = NamedSharding(mesh, sharding.ROWS), setup.process
     rows_second = NamedSharding(mesh, PartitionSpec(None, *sharding.ROWS))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro_batch))
     return Rollout(
@@ -102,8 +103,8 @@ def rollout(setup: Setup, micro_batch: int, latent: tuple[int, ...], mesh: Mesh)
         prompt=array(rows, micro_batch),
         keys=laid_out(keys, rows),
         start=array(sharding.replicated(mesh)),
-        x=array(rows_second, window + 1, micro_batch, *latent, dtype=jnp.float32),
-        log_prob=array(rows_second, window, micro_batch, dtype=jnp.float32),
+        x=array(rows_second, process.recorded + 1, micro_batch, *latent, dtype=jnp.float32),
+        log_prob=array(rows_second, process.window, micro_batch, dtype=jnp.float32),
     )
 
 
@@ -138,7 +139,6 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     cond, empty, tested = conditionings(model, text, tokens, (plan.groups, 1, micro), mesh)
 
     setup = parts.make_setup(config, model, algorithm)
-    built = recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
     latent = model.latent_shape(config.model.height, config.model.width)
     drawn = rollout(setup, m, latent, mesh)
     one_each, scalar = array(rows, m), array(everywhere)
@@ -151,19 +151,21 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
         for n in (m, micro)
     ]
     scoring, judging = score(config, mesh, (plan.groups, *pictures[0]), (micro, *pictures[1]))
+    judge, judged = differentiated(config, model, algorithm, plan.groups, weights["vae"], scoring)
+    given = (config, model, mesh, plan, setup, algorithm, optimiser)
+    built = recipe.make_programs(*given, judge=judge)
     towers = {id(x): x for program in (*scoring, *judging) for x in jax.tree.leaves(program[1][0])}
 
-    sampling = (state.policy, weights, cond, empty)
     evaluating = (state.policy, weights, tested, empty, array(rows, micro), keys)
-    sample = (*sampling, state.key, 0, scalar, one_each, one_each, one_each)
+    sample = (state.policy, weights, cond, empty, state.key, 0, scalar, *[one_each] * 3)
     reference = state.policy if config.lora.rank else {}
     others = {name: state.copies.get(name, reference) for name in algorithm.reads}
     policy = (state.policy, others, weights["transformer"], cond, empty)
     terms = laid_out(
         jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0)), everywhere
     )
-    given: Any = array(rows, m, dtype=jnp.float32)
-    replay = (drawn, Credit(given, given) if config.kl.name else given, terms)
+    a: Any = array(rows, m, dtype=jnp.float32)
+    replay = (drawn, Credit(a, a) if config.kl.name else a, terms, judged)
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
     listed = [
@@ -221,6 +223,21 @@ def score(
     return training, testing
 
 
+def differentiated(
+    config: ConfigDict, model: Model, algorithm: Algorithm, prompts: int, vae: Any, scoring: Scoring
+) -> tuple[Judge | None, Any]:
+    """Return the rewards that an update differentiates, and the shapes of their inputs."""
+    if not algorithm.reward_gradient:
+        return None, ()
+    names, ((_, (weights, _, prepared, _)),) = parts.reward_weights(config)[0].trained, scoring
+    found = rewards.describe(names, config.reward.options.to_dict())
+    number = array(jax.tree.leaves(vae)[0].sharding, prompts, dtype=jnp.float32)
+    text, towers = ({name: x[name] for name in found} for x in (prepared, weights))
+    inputs = {"vae": vae, "rewards": towers, "weights": dict.fromkeys(found, number)}
+    inputs["texts"] = [text for _ in algorithm.texts]
+    return parts.make_judge(model, algorithm, {n: x.reward for n, x in found.items()}), inputs
+
+
 def undescribed(config: ConfigDict) -> list[str]:
     """The rewards of training and evaluation that no program here is for."""
     names = {name for weights in parts.reward_weights(config) for name in weights.names}
@@ -253,7 +270,7 @@ def main(_: list[str]) -> None:
         reports, resident, chip, fsdp=sharding.weight_shards(mesh), remat=config.model.remat
     )
     part = f" (of {', '.join(wanted)} alone)" if len(reports) < len(listed) else ""
-    print(table(reports, resident, chip), verdict + part, sep="\n")
+    print(table(reports, resident, chip, plan.images), verdict + part, sep="\n")
     if uncounted := undescribed(config):
         print(f"not counted: {', '.join(uncounted)} (on the host, or not in its file's DESCRIBED)")
     if flags.FLAGS.out:
@@ -271,6 +288,7 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used
     cli.define_flags(config=True)
     flags.DEFINE_list(
         "programs", None, "Which programs to compile, such as sample,accumulate; all without it."

@@ -94,7 +94,7 @@ def _levels(run: Recipe, state: TrainState, epoch: int, start: int) -> np.ndarra
     process = run.setup.process
     key = sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY)
     steps = np.asarray(run.algorithm.terms(run.setup, key)) + start
-    if not run.algorithm.window:
+    if run.algorithm.records != "window":
         key = sampler.epoch_key(state.key, epoch, sampler.DATA_KEY)
         steps = np.asarray(jax.random.permutation(key, process.steps))[: len(steps)]
     return np.asarray(process.schedule(jnp.int32(start)))[steps]

@@ -74,14 +74,14 @@ def load(
 
 
 def check(
+    names: Sequence[str],
+    weighs_kl: bool,
+    resets_itself: bool,
+    *,
     name: str,
     options: Mapping[str, Any],
     reset_above: float,
     reset_every: int,
-    *,
-    names: Sequence[str],
-    weighs_kl: bool,
-    resets_itself: bool,
 ) -> None:
     """Raise ValueError for settings of a control that are wrong or would not be followed.
 

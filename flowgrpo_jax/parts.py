@@ -6,7 +6,7 @@ else that they call takes plain arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,15 +35,16 @@ from flowgrpo_jax import (
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, derived_micro_batch
-from flowgrpo_jax.models import Family, Model
+from flowgrpo_jax.models import Family, Model, attention
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import scorer
+from flowgrpo_jax.scoring.differentiable import Judge, judge
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer, Source
 from flowgrpo_jax.settings import window
-from flowgrpo_jax.types import Conditioning, Metadata, PromptBatch
+from flowgrpo_jax.types import Conditioning, GraphReward, Metadata, PromptBatch
 
 # Knobs of `config.train` that `update.optimiser` takes by the same name.
 ADAMW = ("b1", "b2", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps")
@@ -106,7 +107,7 @@ def model_settings(config: ConfigDict, family: Family, mesh: Mesh) -> dict[str, 
         "lora_spec": LoRASpec(config.lora.rank, config.lora.alpha, targets),
         "dtype": jnp.dtype(c.dtype),
         "remat": c.remat,
-        "attention": c.attention,
+        "attention": attention.load(c.attention, mesh, c.dtype),
         "gather": sharding.gather_weights(mesh, family.rules),
         **models.settings_of(family, c.options.to_dict(), "config.model.options"),
     }
@@ -163,11 +164,6 @@ def make_data(config: ConfigDict, plan: Plan, devices: int) -> training_data.Dat
     c = config.data
     if not (c.source and c.weight):
         return None
-    if c.images % devices:
-        raise ValueError(
-            f"data.images={c.images} cannot be cut into the {devices} equal parts of mesh.data x"
-            f" mesh.fsdp: choose a multiple of {devices}"
-        )
     if c.source == training_data.BASE and not config.lora.rank:
         raise ValueError(
             "data.source='base' with lora.rank=0: in full fine-tuning the base is given up; draw"
@@ -194,12 +190,20 @@ def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
         kernel=sde.load(s.kernel),
         noise_level=s.noise_level,
         window=size,
+        path=algorithm.records == "path",
         density=s.density,
         reduction=s.reduction,
         solver=solvers.load(s.solver),
         by_start=windows.compressed(schedule, shift, size, s.tail),
     )
     return Setup(process, s.group_size)
+
+
+def make_judge(
+    model: Model, algorithm: Algorithm, trained: Mapping[str, GraphReward]
+) -> Judge | None:
+    """Return the rewards as a function to be differentiated, for an algorithm that needs it."""
+    return judge(model.levels, trained) if algorithm.reward_gradient else None
 
 
 def make_optimiser(config: ConfigDict) -> Any:

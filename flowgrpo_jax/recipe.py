@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,8 @@ from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, make_plan
 from flowgrpo_jax.kl_control import Control
 from flowgrpo_jax.models import Model
+from flowgrpo_jax.scoring import differentiable
+from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.settings import check, guidance, make_window, require, window
 from flowgrpo_jax.training_data import Data
@@ -37,6 +39,7 @@ from flowgrpo_jax.types import (
     NamedScores,
     Params,
     Pictures,
+    PromptBatch,
     Rollout,
     TrainState,
 )
@@ -99,9 +102,26 @@ class Recipe:
     def encode(self, texts: list[str]) -> Conditioning:
         return parts.encode(self.config, self.model, self.mesh, texts)
 
+    def judged(self, ids: np.ndarray) -> dict[str, Any]:
+        """Return the judge's inputs for an epoch's prompts, i32 [P]; nothing without a judge."""
+        if not self.algorithm.reward_gradient:
+            return {}
+        vae = self.model.params["vae"]
+        return differentiable.inputs(self.scorer, vae, ids, self.algorithm.texts)
+
     def put(self, state: Any) -> Any:
         """Put a training state, or a part of it, onto the devices."""
         return sharding.put_state(self.mesh, state, self.model.rules)
+
+    def micro_batches(self, batch: PromptBatch) -> Iterator[tuple[jax.Array, ...]]:
+        """Yield each micro-batch's prompt ids, rows of the conditioning and places in the group,
+        i32 [M]."""
+        plan = self.plan
+        rows = np.repeat(np.arange(plan.groups, dtype=np.int32), plan.group_size)
+        places = np.tile(np.arange(plan.group_size, dtype=np.int32), plan.groups)
+        for i in range(0, plan.images, plan.micro_batch):
+            part = slice(i, i + plan.micro_batch)
+            yield sharding.split_rows(self.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
     def named_policy(self, state: TrainState, name: str) -> Params:
         """Return the parameters of "policy", of "reference" or of a copy."""
@@ -123,12 +143,15 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     parts.check_size(config, parts.describe_model(config, mesh))
     train_prompts, test_prompts = parts.load_prompts(config, training)
     trained, tested = parts.scorers(config, mesh, train_prompts, test_prompts, training=training)
-    model = parts.load_model(config, mesh)
     algorithm = parts.make_algorithm(config)
+    if algorithm.reward_gradient:
+        differentiable.check(trained, config.algorithm.name)
+    model = parts.load_model(config, mesh)
     setup = parts.make_setup(config, model, algorithm)
     optimiser = parts.make_optimiser(config)
     score = trained.inside_program() if config.reward.host_call == "callback" else None
-    built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)
+    judge = parts.make_judge(model, algorithm, trained.trained)
+    built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score, judge)
     data = parts.make_data(config, plan, sharding.row_shards(mesh)) if training else None
     if data:
         built = with_data(built, config, model, mesh, setup, data)
@@ -162,6 +185,7 @@ def make_programs(
     algorithm: Algorithm,
     optimiser: Any,
     score: programs.HostScore | None = None,
+    judge: Judge | None = None,
 ) -> Programs:
     """The programs; `model` may be one that is only described."""
     s, t, tensor = config.sample, config.train, sharding.head_shards(mesh)
@@ -182,10 +206,11 @@ def make_programs(
             setup.process,
             latent=latent,
             same_noise=s.same_noise,
+            neighbor_noise=s.neighbor_noise,
             score=score,
         ),
         accumulate=programs.accumulate(
-            guided, algorithm, setup, images=plan.images // plan.updates
+            guided, algorithm, setup, images=plan.images // plan.updates, judge=judge
         ),
         apply=programs.apply(optimiser, t.ema_decay),
         end_epoch=programs.end_epoch(algorithm),

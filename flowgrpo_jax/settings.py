@@ -21,10 +21,10 @@ from flowgrpo_jax import (
     sde,
     seeds,
     solvers,
-    training_data,
     windows,
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
+from flowgrpo_jax.models import attention
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
 
@@ -79,11 +79,7 @@ def check(config: ConfigDict) -> None:
         " overflows; use 'bfloat16', or 'float32'",
     )
     choice(config, "model", "dtype", ("float32", "bfloat16"))
-    choice(config, "model", "attention", ("xla", "cudnn"))
-    require(
-        config.model.attention == "xla" or config.model.dtype == "bfloat16",
-        f"model.attention={config.model.attention!r} needs model.dtype='bfloat16'; use 'xla'",
-    )
+    choice(config, "model", "attention", attention.CHOICES)
     require(
         not files.in_bucket(config.model.text_cache),
         f"model.text_cache={config.model.text_cache!r}: must be a directory on this machine or of a"
@@ -95,16 +91,10 @@ def check(config: ConfigDict) -> None:
     advantages.load(a.name, a.options.to_dict(), group_size=config.sample.group_size, clip=a.clip)
     algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
     choice(config, "advantage", "transform", advantages.TRANSFORMS)
+    resets = "reference" in algorithm.copies
     kl_control.check(
-        **config.kl.to_dict(),
-        names=tuple(config.reward.weights),
-        weighs_kl=algorithm.weighs_kl,
-        resets_itself="reference" in algorithm.copies,
+        tuple(config.reward.weights), algorithm.weighs_kl, resets, **config.kl.to_dict()
     )
-    s, d = config.sample, config.data
-    if d.source:
-        update = s.groups * s.group_size // max(config.train.updates_per_epoch, 1)
-        training_data.check(d.weight, d.images, d.every, update=update)
     _check_sampling(config, algorithm)
     _check_terms(config, algorithm)
     _check_training(config)
@@ -133,7 +123,12 @@ LEAST = {  # setting: the least that it may be
     "checkpoint.every": 1,
     "checkpoint.keep": 0,
 }
-UNLIMITED = ("train.max_grad_norm", "advantage.clip", "algorithm.options.clip_range")  # may be inf
+UNLIMITED = (  # may be inf
+    "train.max_grad_norm",
+    "advantage.clip",
+    "algorithm.options.clip_range",
+    "algorithm.options.threshold",
+)
 POSITIVE = ("train.max_grad_norm", "advantage.clip", "train.eps")
 DECAYS = ("train.b1", "train.b2", "train.ema_decay")
 
@@ -209,7 +204,12 @@ def _check_sampling(config: ConfigDict, algorithm: Algorithm) -> None:
         f"sample.tail={s.tail}: the share of the steps after the window, must be above 0 and at"
         " most 1; MixGRPO-Flash's is 0.4",
     )
-    if not algorithm.window:  # the ODE, which has no noise
+    require(
+        0 <= s.neighbor_noise < 1 and (s.same_noise or not s.neighbor_noise),
+        f"sample.neighbor_noise={s.neighbor_noise}: an image's own share of the noise that its"
+        " group shares, must be in [0, 1), and needs sample.same_noise=True above 0",
+    )
+    if algorithm.records != "window":  # the ODE, which has no noise
         require(
             s.tail == 1,
             f"sample.tail={s.tail}: {config.algorithm.name} draws without a window, so that there"
@@ -232,7 +232,8 @@ def _check_terms(config: ConfigDict, algorithm: Algorithm) -> None:
     """Let the algorithm say whether the rollout has what it trains on."""
     sigmas = tuple(np.linspace(1, 0, config.sample.steps + 1).tolist())
     size = window(config, algorithm).size
-    setup = Setup(Process(sigmas, window=size), config.sample.group_size)
+    solver = solvers.load(config.sample.solver)
+    setup = Setup(Process(sigmas, window=size, solver=solver), config.sample.group_size)
     jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0))
 
 
@@ -285,7 +286,7 @@ def window(config: ConfigDict, algorithm: Algorithm) -> windows.Window:
     """Return the window: all steps but the last unless the config says fewer, and none for an
     algorithm that draws by the ODE alone."""
     s = config.sample
-    if not algorithm.window:
+    if algorithm.records != "window":
         return windows.Window(0, 0, 0)
     return windows.find(s.steps, s.window, s.window_range)
 

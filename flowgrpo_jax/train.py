@@ -19,6 +19,7 @@ import json
 import logging
 import signal
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,8 @@ def one_epoch(
 
     # Policy updates, each on its own groups.
     data = data_loss.of_epoch(run, state, cond, batch, rollouts, epoch)
-    state, figures = improve(run, state, cond, rollouts, given, data, epoch, stop)
+    judged = run.judged(batch.ids)
+    state, figures = improve(run, state, cond, rollouts, given, judged, data, epoch, stop)
     state, held = credit.settle(run, state, figures)
     figures |= held
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
@@ -101,7 +103,7 @@ def draw(
     rollouts: list[Rollout] = []
     each, keep = np.repeat(batch.ids, run.plan.group_size), run.keep_pixels
     with PendingScores(run.scorer, each, keep_pixels=keep) as pending:
-        for ids, rows, images_of in micro_batches(run, batch):
+        for ids, rows, images_of in run.micro_batches(batch):
             stop.check()
             rollout, pictures, scored = run.programs.sample(
                 policy, run.weights, cond, run.empty, state.key, epoch, start, ids, rows, images_of
@@ -118,6 +120,7 @@ def improve(
     cond: Conditioning,
     rollouts: list[Rollout],
     given: jax.Array | Credit,
+    judged: dict[str, Any],
     data: EpochData,
     epoch: int,
     stop: cli.Stop,
@@ -127,6 +130,7 @@ def improve(
     Args:
       rollouts: of each micro-batch; given: advantages f32 [B] or, for each transition, [W, B], or
         a Credit of them.
+      judged: what an algorithm that differentiates the rewards takes them from.
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
@@ -153,6 +157,7 @@ def improve(
                 rollouts[m],
                 sharding.split_rows(run.mesh, per_micro[m], axis=-1),
                 part,
+                judged,
             )
             jax.block_until_ready(before)  # two at a time, as in sampling
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
@@ -166,16 +171,6 @@ def improve(
             figures[name] = figures.get(name, 0.0) + float(value) / len(steps)
     state, alone = data_loss.step(run, data, state, epoch)
     return run.programs.end_epoch(state, begun), figures | alone
-
-
-def micro_batches(run: Recipe, batch: PromptBatch):
-    """(prompt ids, rows of the conditioning, places in the group) of each micro-batch, i32 [M]."""
-    plan = run.plan
-    rows = np.repeat(np.arange(plan.groups, dtype=np.int32), plan.group_size)
-    places = np.tile(np.arange(plan.group_size, dtype=np.int32), plan.groups)
-    for i in range(0, plan.images, plan.micro_batch):
-        part = slice(i, i + plan.micro_batch)
-        yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
 
 def initial_state(run: Recipe) -> TrainState:

@@ -58,11 +58,11 @@ class Data:
         return (epoch + 1) % self.every == 0
 
 
-def check(weight: float, images: int, every: int, *, update: int) -> None:
+def check(weight: float, images: int, every: int, *, update: int, devices: int) -> None:
     """Raise ValueError for numbers of a loss on data that are out of range.
 
     Args:
-      update: images of an update.
+      update: images of an update; devices: the equal parts that the batch is cut into.
     """
     if not weight >= 0:
         raise ValueError(f"data.weight={weight}: must be at least 0, which means no loss on data")
@@ -70,6 +70,11 @@ def check(weight: float, images: int, every: int, *, update: int) -> None:
         raise ValueError(
             f"data.images={images}: each takes the first noise of another image of the update, so"
             f" choose from 1 to the {update} images of an update"
+        )
+    if images % devices:
+        raise ValueError(
+            f"data.images={images} cannot be cut into the {devices} equal parts of mesh.data x"
+            f" mesh.fsdp: choose a multiple of {devices}"
         )
     if every < 1:
         raise ValueError(f"data.every={every}: epochs from one to the next, must be at least 1")

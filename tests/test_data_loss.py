@@ -17,9 +17,9 @@ from scipy.optimize import approx_fprime
 from short_runs import load, rows, same, timeless
 
 from flowgrpo_jax import (
+    batch_plan,
     programs,
     sampler,
-    settings,
     sharding,
     solvers,
     training_data,
@@ -235,6 +235,7 @@ def test_a_weight_of_zero_is_plain_grpo(runs, tmp_path, monkeypatch):
     [
         ({"data.weight": -1.0}, r"data\.weight=-1\.0: must be at least 0"),
         ({"data.images": 9}, r"data\.images=9: .* choose from 1 to the 8 images of an update"),
+        ({"data.images": 3}, r"data\.images=3 cannot be cut into the 2 equal parts"),
         ({"data.every": 0}, r"data\.every=0: .* must be at least 1"),
     ],
 )
@@ -242,4 +243,4 @@ def test_numbers_that_are_wrong(runs, changes, message):
     config = with_data(runs, 1)
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
-        settings.check(config)
+        batch_plan.make_plan(config, 2)

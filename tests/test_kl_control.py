@@ -164,7 +164,7 @@ def test_the_kl_of_an_image_counts_by_its_weight(name):
     """The gradient is linear in the weights: that of 1 is the plain one, and the gradients of
     weights w and 1 - w make that of 1 and of 0."""
     algorithm = algorithms.load(name, HELD[name])
-    setup, rollout = setup_of(algorithm), drawn(algorithm.window)
+    setup, rollout = setup_of(algorithm), drawn(algorithm.records == "window")
     views = {key: partial(linear, weights(1)) for key in algorithm.reads}
     advantage, w = jnp.asarray([-2.0, 1.0, 0.25, 0.75]), jnp.linspace(0.1, 0.9, 4)
 

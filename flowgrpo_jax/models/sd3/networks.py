@@ -13,13 +13,14 @@ from flax import nnx
 
 from flowgrpo_jax import sde, sharding
 from flowgrpo_jax.models import Model, layers, lora
+from flowgrpo_jax.models.attention import Kernel, plain
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.sd3.architecture import Architecture
 from flowgrpo_jax.models.sd3.mmdit import MMDiT
 from flowgrpo_jax.models.sd3.tokenizers import CLIP_LENGTH
 from flowgrpo_jax.models.text import CLIPText, T5Encoder
-from flowgrpo_jax.models.vae import VAE, to_pictures
+from flowgrpo_jax.models.vae import VAE, to_levels, to_pictures
 from flowgrpo_jax.types import Conditioning
 
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
@@ -53,7 +54,7 @@ def describe(
     dtype: Any = jnp.float32,
     t5_length: int = 256,
     remat: bool = False,
-    attention: str = "xla",
+    attention: Kernel = plain,
     gather: layers.Gather | None = None,
 ) -> Model:
     """The functions of a model, and the shapes of what they take; nothing is allocated.
@@ -63,7 +64,7 @@ def describe(
       dtype: compute and storage dtype of transformer and text encoders; the VAE stays f32.
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
-      attention: the implementation of the transformer's, see layers.attention.
+      attention: the transformer's, a kernel of models.attention.
       gather: applied to the parameters of the transformer before their use, by
         sharding.gather_weights.
     """
@@ -87,6 +88,7 @@ def describe(
         velocity=velocity,
         decode=lambda params, z: to_pictures(vae(params, z, method="decode")),
         to_latents=to_latents,
+        levels=lambda params, z: to_levels(vae(params, z, method="decode")),
         encode_text=encode_text,
         token_shapes=lambda n: tuple(jax.ShapeDtypeStruct((n, k), jnp.int32) for k in lengths),
         sigmas=sigmas,
@@ -117,7 +119,7 @@ def _transformer(
     spec: LoRASpec,
     dtype: Any,
     remat: bool,
-    attention: str,
+    attention: Kernel,
     gather: layers.Gather | None,
 ) -> tuple[Callable[..., jax.Array], Params, Params]:
     """The velocity, and the shapes of the frozen and of the trained weights."""
