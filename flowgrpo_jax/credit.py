@@ -53,6 +53,13 @@ def assign(
     return state, Credit(advantage, jnp.asarray(kl))
 
 
+def cut(given: jax.Array | Credit, parts: int) -> list[Any]:
+    """Cut a credit of B images into equal parts, on the host of every process."""
+    leaves, shape = jax.tree.flatten(given)
+    cuts = [np.split(np.asarray(x), parts, axis=-1) for x in leaves]
+    return [jax.tree.unflatten(shape, part) for part in zip(*cuts)]
+
+
 def settle(
     run: Recipe, state: TrainState, figures: Mapping[str, float]
 ) -> tuple[TrainState, dict[str, float]]:

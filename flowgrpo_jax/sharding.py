@@ -208,14 +208,6 @@ def split_rows(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(put, tree)
 
 
-def cut(tree: Any, parts: int) -> list[Any]:
-    """Cut arrays [..., B] that every process has in full into equal parts of the last axis, on the
-    host."""
-    leaves, shape = jax.tree.flatten(tree)
-    cuts = [np.split(np.asarray(x), parts, axis=-1) for x in leaves]
-    return [jax.tree.unflatten(shape, part) for part in zip(*cuts)]
-
-
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     """Call device_put, also from a process-local array onto a mesh of several processes."""
     local = isinstance(x, jax.Array) and x.is_fully_addressable

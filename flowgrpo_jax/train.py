@@ -134,7 +134,7 @@ def improve(
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
-    per_micro = sharding.cut(given, plan.updates * plan.micro_batches)
+    per_micro = credit.cut(given, plan.updates * plan.micro_batches)
     figures: dict[str, float] = {}
     begun = state.step
     parts = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
