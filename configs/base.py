@@ -194,7 +194,7 @@ def get_config() -> ConfigDict:
     # Weight beside the algorithm's loss; 0: none.
     c.data.weight = 0.01
     # Pictures an update.
-    c.data.images = 24
+    c.data.images = 64
     # Epochs from one with this loss to the next.
     c.data.every = 1
     # Take an optimiser step of its own after the epoch's updates, and not a part in each of them.

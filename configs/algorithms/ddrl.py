@@ -18,5 +18,5 @@ def get_config():
     c.name = "shapes-ddrl"
     c.data.source = "base"
     c.data.weight = 0.01
-    c.data.images = 72
+    c.data.images = 96
     return c

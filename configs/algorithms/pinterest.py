@@ -44,6 +44,6 @@ def get_config() -> ConfigDict:
     c.train.learning_rate = 5e-4
     c.advantage.name, c.advantage.clip = "batch", 10.0
 
-    c.data.source, c.data.weight, c.data.images = "shapes", 1.0, 72
+    c.data.source, c.data.weight, c.data.images = "shapes", 1.0, 96
     c.data.own_step, c.data.every = True, 2
     return c
