@@ -137,13 +137,16 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
 
 
 def make_advantage(config: ConfigDict) -> Advantage:
-    c, size = config.advantage, config.sample.group_size
-    row = advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip)
-    return advantages.TRANSFORMS[c.transform](row, c.clip)
+    """Return the advantage; a section that a recipe has replaced may lack the newer knobs."""
+    c, how = config.advantage, config.advantage.get("transform", "none")
+    size = config.sample.group_size
+    options = c.options.to_dict()
+    return advantages.load(c.name, options, group_size=size, clip=c.clip, transform=how)
 
 
 def make_features(config: ConfigDict) -> diversity.Features | None:
-    return diversity.load(config.advantage.diversity) if config.advantage.diversity else None
+    name = config.advantage.get("diversity", "")
+    return diversity.load(name) if name else None
 
 
 def make_control(config: ConfigDict) -> kl_control.Control | None:

@@ -92,7 +92,7 @@ class Recipe:
     @property
     def keep_pixels(self) -> bool:
         """Whether an epoch's pictures are looked at once more after they were scored."""
-        return diversity.needs_pixels(self.config.advantage.diversity)
+        return diversity.needs_pixels(self.config.advantage.get("diversity", ""))
 
     @cached_property
     def empty(self) -> Conditioning:

@@ -88,9 +88,9 @@ def check(config: ConfigDict) -> None:
     _check_numbers(config)
     _check_ranges(config)
     a = config.advantage
-    advantages.load(a.name, a.options.to_dict(), group_size=config.sample.group_size, clip=a.clip)
+    size, how = config.sample.group_size, a.get("transform", "none")
+    advantages.load(a.name, a.options.to_dict(), group_size=size, clip=a.clip, transform=how)
     algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
-    choice(config, "advantage", "transform", advantages.TRANSFORMS)
     resets = "reference" in algorithm.copies
     kl_control.check(
         tuple(config.reward.weights), algorithm.weighs_kl, resets, **config.kl.to_dict()

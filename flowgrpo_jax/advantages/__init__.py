@@ -47,18 +47,29 @@ TABLE = {
 }
 
 
-def load(name: str, options: Mapping[str, Any], *, group_size: int, clip: float) -> Advantage:
+def load(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    group_size: int,
+    clip: float,
+    transform: str = "none",
+) -> Advantage:
     """Return the advantage of a row.
 
     Args:
       clip: advantages are cut to [-clip, clip].
+      transform: what becomes of them, a key of `TRANSFORMS`.
 
     Raises ValueError that names the rows, or the row's options, where one is unknown.
     """
+    if transform not in TRANSFORMS:
+        choices = ", ".join(map(repr, TRANSFORMS))
+        raise ValueError(f"advantage.transform={transform!r}: choose from {choices}")
     factory = tables.find(TABLE, name, "advantage")
     what = f"advantage.options of {name}"
     made = tables.make(factory, options, what, group_size=group_size, clip=clip)
-    return tables.check(made, Advantage, name)
+    return TRANSFORMS[transform](tables.check(made, Advantage, name), clip)
 
 
 def exponential(row: Advantage, clip: float) -> Advantage:
