@@ -92,7 +92,8 @@ def get_config() -> ConfigDict:
     c.sample.window = 0
     # Steps among which the window lies, the second not included; (0, 0): fixed at 0.
     c.sample.window_range = (0, 0)
-    # Where in the range an epoch's window lies: random, frozen, progressive, decay, exp_decay.
+    # Where in the range an epoch's window lies: random, frozen, progressive, decay, exp_decay, or
+    # where several do, which see, each and distinct too.
     c.sample.window_schedule = "random"
     # Keyword arguments of the schedule, such as {"every": 25} for "progressive".
     c.sample.window_options = ConfigDict()
@@ -100,9 +101,20 @@ def get_config() -> ConfigDict:
     c.sample.solver = "euler"
     # Share of the steps after the window that are taken, evenly spaced; 1: all of them.
     c.sample.tail = 1.0
-    # Start all images of a group from the same noise.
-    c.sample.same_noise = False
-    # How far from it, s: the noise is sqrt(1 - s^2) of the group's and s of the image's own.
+    # Windows an epoch, each of an equal part of the groups.
+    c.sample.windows = 1
+    # Give these parts the same prompts, and not prompts of their own.
+    c.sample.same_prompts = False
+    # Take every n-th step after the window: for each n, a part of the groups with the same prompts.
+    c.sample.strides = (1,)
+    # Images of a group that start from the same noise, and share all up to the first split; 0: all.
+    c.sample.branches = 1
+    # Steps at which those that share their path part, two of one; (): all do at the window's start.
+    c.sample.splits = ()
+    # Factor of the noise at a split; the log-prob does not have it.
+    c.sample.split_noise = 1.0
+    # How far an image's first noise lies from one that its group shares, s: it is sqrt(1 - s^2) of
+    # that one and s of its own; 0: its own.
     c.sample.neighbor_noise = 0.0
     # Form of the log-prob: gaussian, or squared_error (upstream's for cps)
     c.sample.density = "gaussian"
@@ -125,8 +137,8 @@ def get_config() -> ConfigDict:
     c.reward.max_failed = 0.5
 
     # How much better an image is than expected: a row of flowgrpo_jax/advantages, which are
-    # "group", "global", "none", "batch", "quasi_norm", "best_of_n", "gdpo" and "per_prompt", or
-    # "package.module:make" of your own.
+    # "group", "global", "none", "batch", "quasi_norm", "best_of_n", "gdpo", "per_prompt" and
+    # "tree", or "package.module:make" of your own.
     c.advantage = ConfigDict()
     # Name of the row.
     c.advantage.name = "group"

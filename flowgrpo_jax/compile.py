@@ -36,6 +36,7 @@ from flowgrpo_jax import (
     parts,
     recipe,
     rewards,
+    rollout_settings,
     settings,
     sharding,
     update,
@@ -130,15 +131,14 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     weights = frozen(model, mesh)
     text = {part: weights.pop(part) for part in model.text_shapes}
     algorithm, optimiser = parts.make_algorithm(config), parts.make_optimiser(config)
-    advantage = parts.make_advantage(config)
+    advantage = rollout_settings.make_advantage(config, algorithm)
     state, gradient, figures = training_state(model, algorithm, advantage, optimiser, mesh)
 
     encoded, m = min(plan.groups, TEXTS), plan.micro_batch
     micro = config.eval.micro_batch or m
     tokens = laid_out(model.token_shapes(encoded), everywhere)
     cond, empty, tested = conditionings(model, text, tokens, (plan.groups, 1, micro), mesh)
-
-    setup = parts.make_setup(config, model, algorithm)
+    setup = parts.make_setup(config, model, algorithm, sharding.row_shards(mesh))
     latent = model.latent_shape(config.model.height, config.model.width)
     drawn = rollout(setup, m, latent, mesh)
     one_each, scalar = array(rows, m), array(everywhere)

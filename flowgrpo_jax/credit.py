@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgrpo_jax import diversity, kl_control
+from flowgrpo_jax import diversity, kl_control, sharding
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.types import Credit, Rollout, TrainState
 
@@ -39,9 +39,9 @@ def assign(
       rollouts: of each micro-batch; pixels: uint8 [B, H, W, 3], where the features read them.
     """
     own = {name: part for name, part in state.memory.items() if name != KL}
-    advantage, memory = run.advantage.compute(
-        own, jnp.asarray(values), jnp.asarray(weights), jnp.asarray(ids)
-    )
+    paths = [_log_probs(rollouts)] if run.advantage.reads_log_prob else []
+    scores = map(jnp.asarray, (values, weights, ids))
+    advantage, memory = run.advantage.compute(own, *scores, *paths)
     if run.features:
         features = run.features(rollouts, pixels)
         clip = run.config.advantage.clip
@@ -74,6 +74,11 @@ def settle(
         state, copies=copies, memory=run.put({**state.memory, KL: _arrays(memory)})
     )
     return state, run.control.figures(memory)
+
+
+def _log_probs(rollouts: Sequence[Rollout]) -> jax.Array:
+    """Return the log-probs f32 [W, B] of the transitions of an epoch."""
+    return jnp.asarray(np.concatenate([sharding.to_host(r.log_prob) for r in rollouts], axis=1))
 
 
 def _host(state: TrainState) -> kl_control.Memory:

@@ -5,8 +5,9 @@ in place of a KL, on real pictures or on the base model's own samples; Pinterest
 (arXiv 2401.12244), whose pretraining loss has an optimiser step of its own.
 
 As in DDRL the noise levels are those of the rollout's steps that the epoch trains, and the noise is
-the initial noise of images of the update: those that lie evenly in it. An algorithm without a
-window trains no steps; then as many levels as it has terms are drawn from all steps.
+the initial noise of images of the update: those that lie evenly in it. Of several windows of an
+epoch the first one counts. An algorithm without a window trains no steps; then as many levels as it
+has terms are drawn from all steps.
 
 The velocity is the policy's without guidance, as in pretraining; the base's own samples are drawn
 without it too, so that at the start their gradient is 0 but for noise. Pictures become latents by

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
-    advantages,
     algorithms,
     diversity,
     kl_control,
@@ -27,23 +27,22 @@ from flowgrpo_jax import (
     sde,
     sharding,
     solvers,
+    tails,
     text_cache,
     training_data,
     update,
-    windows,
 )
-from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, derived_micro_batch
 from flowgrpo_jax.models import Family, Model, attention
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
+from flowgrpo_jax.rollout_settings import branches, window
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import scorer
 from flowgrpo_jax.scoring.differentiable import Judge, judge
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer, Source
-from flowgrpo_jax.settings import window
 from flowgrpo_jax.types import Conditioning, GraphReward, Metadata, PromptBatch
 
 # Knobs of `config.train` that `update.optimiser` takes by the same name.
@@ -136,14 +135,6 @@ def make_algorithm(config: ConfigDict) -> Algorithm:
     return algorithms.keep_reference(algorithm) if config.kl.name and moves else algorithm
 
 
-def make_advantage(config: ConfigDict) -> Advantage:
-    """Return the advantage; a section that a recipe has replaced may lack the newer knobs."""
-    c, how = config.advantage, config.advantage.get("transform", "none")
-    size = config.sample.group_size
-    options = c.options.to_dict()
-    return advantages.load(c.name, options, group_size=size, clip=c.clip, transform=how)
-
-
 def make_features(config: ConfigDict) -> diversity.Features | None:
     name = config.advantage.get("diversity", "")
     return diversity.load(name) if name else None
@@ -183,10 +174,14 @@ def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:
     return tuple(map(float, model.sigmas(steps, config.model.height, config.model.width)))
 
 
-def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
-    """Return how images are drawn for training."""
-    s, size = config.sample, window(config, algorithm).size
-    schedule = sigmas(model, config, s.steps)
+def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm, shards: int = 1) -> Setup:
+    """Return how images are drawn for training.
+
+    Args:
+      shards: the equal parts that the batch is cut into, sharding.row_shards.
+    """
+    s, (size, low, high) = config.sample, window(config, algorithm)
+    schedule, strides = sigmas(model, config, s.steps), tuple(s.strides)
     shift = model.shift(config.model.height, config.model.width)
     process = Process(
         sigmas=schedule,
@@ -197,9 +192,13 @@ def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
         density=s.density,
         reduction=s.reduction,
         solver=solvers.load(s.solver),
-        by_start=windows.compressed(schedule, shift, size, s.tail),
+        by_start=tails.strided(schedule, size, strides)
+        or tails.compressed(schedule, shift, size, s.tail),
+        tails=len(strides),
+        span=(low, high),
+        branches=branches(config),
     )
-    return Setup(process, s.group_size)
+    return Setup(process, s.group_size, shards)
 
 
 def make_judge(
@@ -232,16 +231,24 @@ def prompt_place(config: ConfigDict, split: str, record: Metadata) -> str:
 
 
 def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> PromptBatch:
-    """The prompts of an epoch: a pure function of the seed and the epoch."""
-    weights = tasks.weights(config.prompts.tasks.to_dict())
-    return prompts.sample(
+    """The prompts of an epoch, one a group: a pure function of the seed and the epoch.
+
+    Parts of the epoch with other tails, and with `sample.same_prompts` all its parts, have the same
+    ones.
+    """
+    s, weights = config.sample, tasks.weights(config.prompts.tasks.to_dict())
+    ways, own = len(s.strides), 1 if s.same_prompts else s.windows
+    each = s.groups // (s.windows * ways)
+    drawn = prompts.sample(
         records,
-        config.sample.groups,
+        own * each,
         seed=config.seed,
         epoch=epoch,
         tag_weights=config.prompts.tag_weights.to_dict(),
         task_weights=tasks.turn(weights, epoch) if config.prompts.alternate else weights,
     )
+    groups = np.arange(own * each).reshape(own, 1, each)
+    return prompts.chosen(drawn, np.broadcast_to(groups, (s.windows, ways, each)).ravel())
 
 
 def reward_weights(

@@ -28,10 +28,11 @@ from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, make_plan
 from flowgrpo_jax.kl_control import Control
 from flowgrpo_jax.models import Model
+from flowgrpo_jax.rollout_settings import make_advantage, make_window, window
 from flowgrpo_jax.scoring import differentiable
 from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.scoring.scorer import Scorer
-from flowgrpo_jax.settings import check, guidance, make_window, require, window
+from flowgrpo_jax.settings import check, guidance, require
 from flowgrpo_jax.training_data import Data
 from flowgrpo_jax.types import (
     Conditioning,
@@ -99,6 +100,13 @@ class Recipe:
         """The empty prompt, which guidance moves away from."""
         return self.encode([""])
 
+    def places(self, key: jax.Array, epoch: int) -> list[tuple[jax.Array, int]]:
+        """Return where the window of each of the epoch's parts begins, and which tail follows."""
+        tails = self.setup.process.tails
+        count = self.plan.parts // tails
+        starts = [self.window_start(key, epoch, part, count) for part in range(count)]
+        return [(start, tail) for start in starts for tail in range(tails)]
+
     def encode(self, texts: list[str]) -> Conditioning:
         return parts.encode(self.config, self.model, self.mesh, texts)
 
@@ -147,7 +155,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     if algorithm.reward_gradient:
         differentiable.check(trained, config.algorithm.name)
     model = parts.load_model(config, mesh)
-    setup = parts.make_setup(config, model, algorithm)
+    setup = parts.make_setup(config, model, algorithm, sharding.row_shards(mesh))
     optimiser = parts.make_optimiser(config)
     score = trained.inside_program() if config.reward.host_call == "callback" else None
     judge = parts.make_judge(model, algorithm, trained.trained)
@@ -162,7 +170,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         plan,
         setup,
         algorithm,
-        parts.make_advantage(config),
+        make_advantage(config, algorithm),
         parts.make_features(config),
         parts.make_control(config),
         data,
@@ -205,7 +213,6 @@ def make_programs(
             mesh,
             setup.process,
             latent=latent,
-            same_noise=s.same_noise,
             neighbor_noise=s.neighbor_noise,
             score=score,
         ),

@@ -98,15 +98,26 @@ def draw(
     Returns each micro-batch's rollout, the scores, and the pixels where the recipe looks at them.
     """
     policy = run.named_policy(state, run.algorithm.draws)
-    start = run.window_start(state.key, epoch)
+    places = run.places(state.key, epoch)  # of the windows of the epoch's parts
     prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
     each, keep = np.repeat(batch.ids, run.plan.group_size), run.keep_pixels
     with PendingScores(run.scorer, each, keep_pixels=keep) as pending:
-        for ids, rows, images_of in run.micro_batches(batch):
+        for m, (ids, rows, images_of) in enumerate(run.micro_batches(batch)):
             stop.check()
+            start, tail = places[run.plan.part(m)]
             rollout, pictures, scored = run.programs.sample(
-                policy, run.weights, cond, run.empty, state.key, epoch, start, ids, rows, images_of
+                policy,
+                run.weights,
+                cond,
+                run.empty,
+                state.key,
+                epoch,
+                start,
+                ids,
+                rows,
+                images_of,
+                tail,
             )
             jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
             rollouts.append(rollout)

@@ -7,6 +7,7 @@ user's own is named in the recipe as "package.module:make".
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,10 +30,12 @@ class Advantage:
         images are group-contiguous; a score is NaN where its reward failed or does not apply; the
         weights are those of `weighted`. Images without a valid score get advantage 0.
       initial: (number of training prompts) -> the memory before the first epoch.
+      reads_log_prob: whether `compute` takes the transitions' log-probs f32 [W, B] as well.
     """
 
-    compute: Callable[[Memory, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Memory]]
+    compute: Callable[..., tuple[jax.Array, Memory]]
     initial: Callable[[int], Memory] = lambda prompts: {}
+    reads_log_prob: bool = False
 
 
 TABLE = {
@@ -44,6 +47,7 @@ TABLE = {
     "best_of_n": "flowgrpo_jax.advantages.best_of_n:best_of_n",
     "gdpo": "flowgrpo_jax.advantages.gdpo:gdpo",
     "per_prompt": "flowgrpo_jax.advantages.per_prompt:per_prompt",
+    "tree": "flowgrpo_jax.advantages.tree:tree",
 }
 
 
@@ -54,12 +58,15 @@ def load(
     group_size: int,
     clip: float,
     transform: str = "none",
+    **paths: Any,
 ) -> Advantage:
     """Return the advantage of a row.
 
     Args:
       clip: advantages are cut to [-clip, clip].
       transform: what becomes of them, a key of `TRANSFORMS`.
+      paths: how the images were drawn, for the rows that take it: `branches` (a
+        branching.Branches) and `steps`, W.
 
     Raises ValueError that names the rows, or the row's options, where one is unknown.
     """
@@ -68,7 +75,10 @@ def load(
         raise ValueError(f"advantage.transform={transform!r}: choose from {choices}")
     factory = tables.find(TABLE, name, "advantage")
     what = f"advantage.options of {name}"
-    made = tables.make(factory, options, what, group_size=group_size, clip=clip)
+    takes = inspect.signature(factory).parameters if callable(factory) else {}
+    given = {"group_size": group_size, "clip": clip}
+    given |= {key: value for key, value in paths.items() if key in takes}
+    made = tables.make(factory, options, what, **given)
     return TRANSFORMS[transform](tables.check(made, Advantage, name), clip)
 
 
@@ -80,9 +90,9 @@ def exponential(row: Advantage, clip: float) -> Advantage:
     """
 
     def compute(
-        memory: Memory, scores: jax.Array, weights: jax.Array, ids: jax.Array
+        memory: Memory, scores: jax.Array, weights: jax.Array, ids: jax.Array, *paths: jax.Array
     ) -> tuple[jax.Array, Memory]:
-        advantage, memory = row.compute(memory, scores, weights, ids)
+        advantage, memory = row.compute(memory, scores, weights, ids, *paths)
         pushed = jnp.clip(-jnp.exp(-advantage), -clip, clip)
         return jnp.where(weighted(scores, weights)[1], pushed, 0.0), memory
 

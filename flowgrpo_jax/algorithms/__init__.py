@@ -36,6 +36,7 @@ class Setup:
 
     process: Process
     group_size: int
+    shards: int = 1  # equal parts that a micro-batch is cut into, each on devices of its own
 
 
 # loss(setup, velocities, rollout, term i32, advantage) -> loss [M], {figure: [M]}

@@ -102,6 +102,12 @@ def _batch(records: Sequence[Metadata], rows: np.ndarray) -> PromptBatch:
     return PromptBatch([r["prompt"] for r in chosen], chosen, np.asarray(rows, np.int32))
 
 
+def chosen(batch: PromptBatch, places: np.ndarray) -> PromptBatch:
+    """Return the prompts at these places of a batch, i64 [P]."""
+    texts = [batch.prompts[i] for i in places]
+    return PromptBatch(texts, [batch.metadata[i] for i in places], batch.ids[places])
+
+
 def sample(
     records: Sequence[Metadata],
     n: int,
