@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -222,3 +224,14 @@ def show_epoch(
             rate += f", {figures['share_of_peak']:.0%} of peak"
         bar.set_postfix_str(f"{reward}, {rate}", refresh=False)
         bar.update()
+
+
+def show_end(bar: EpochBar, epoch: int, last: dict[str, float]) -> None:
+    """Close the bar and print the last evaluation, and how to go on after an early end."""
+    bar.close()
+    if bar.disable:
+        return
+    if last:
+        print(json.dumps({k: round(v, 4) for k, v in last.items() if math.isfinite(v)}))
+    if epoch < bar.total:
+        print(f"stopped after epoch {epoch}; go on with --resume")

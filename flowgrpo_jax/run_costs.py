@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flowgrpo_jax import branching, hardware, sampler, sharding
+from flowgrpo_jax import branching, cost, hardware, sampler, sharding
 from flowgrpo_jax.recipe import Recipe
 
 
@@ -27,31 +26,43 @@ def forwards(run: Recipe, epoch: int) -> float:
     return float(np.mean(counted))
 
 
-def line(run: Recipe) -> str:
-    """Return the line about this that a run prints before it begins."""
-    passes = forwards(run, 0)
-    work = passes * run.plan.images * run.forward_flop
-    frozen = jax.tree.leaves((run.model.base, run.model.params["vae"]))
-    held = sum(x.addressable_shards[0].data.nbytes for x in frozen)
-    return (
-        f"cost        {passes:.0f} forward passes an image, {work / 1e12:,.3g} TFLOP an epoch"
-        f" without decoding and rewards, {held / 1e9:.2g} GB of frozen weights on a device"
-    )
+def forward_flop(run: Recipe) -> float:
+    """Return the multiplications and additions of one pass for one image."""
+    c, model = run.config, run.model
+    text = jax.eval_shape(model.encode_text, model.text_shapes, model.token_shapes(1))
+    latent = model.latent_shape(c.model.height, c.model.width)
+    x, sigma = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, *latent), (1,)))
+    given = (sigma,) if model.guidance == "input" else ()
+    shapes = (model.trained_shapes, model.base, x, sigma, text, *given)
+    branches = 2 if model.guidance == "branch" and c.sample.guidance_scale > 1 else 1
+    return branches * cost.flops(jax.make_jaxpr(model.velocity)(*shapes))
 
 
-def speed(run: Recipe, epoch: int, seconds: float) -> dict[str, float]:
-    """Return the figures of an epoch's speed: images and forward passes a second, the share of the
-    devices' peak where it is known, and the most memory of a device in use so far in GB."""
-    devices = run.mesh.devices.flat
-    passes = forwards(run, epoch) * run.plan.images / seconds
-    figures = {"images_per_second": run.plan.images / seconds, "forwards_per_second": passes}
-    if peak := hardware.peak(devices[0]):
-        figures["share_of_peak"] = passes * run.forward_flop / (peak * run.mesh.size)
-    if used := hardware.peak_memory(_own(devices)):
-        figures["peak_memory_gb"] = used / 1e9
-    return figures
+class RunCosts:
+    """The costs of a run, for what it prints and logs about its speed."""
 
+    def __init__(self, run: Recipe):
+        self.run, self.flop = run, forward_flop(run)
 
-def _own(devices: Any) -> Any:
-    """Return a device of this process."""
-    return next(d for d in devices if d.process_index == jax.process_index())
+    def line(self) -> str:
+        """Return the line about them that a run prints before it begins."""
+        run, passes = self.run, forwards(self.run, 0)
+        work = passes * run.plan.images * self.flop
+        frozen = jax.tree.leaves((run.model.base, run.model.params["vae"]))
+        held = sum(x.addressable_shards[0].data.nbytes for x in frozen)
+        return (
+            f"cost        {passes:.0f} forward passes an image, {work / 1e12:,.3g} TFLOP an epoch"
+            f" without decoding and rewards, {held / 1e9:.2g} GB of frozen weights on a device"
+        )
+
+    def speed(self, epoch: int, seconds: float) -> dict[str, float]:
+        """Return the figures of an epoch's speed: images and forward passes a second, the share of
+        the devices' peak where it is known, and the most GB of a device's memory so far."""
+        run = self.run
+        passes = forwards(run, epoch) * run.plan.images / seconds
+        figures = {"images_per_second": run.plan.images / seconds, "forwards_per_second": passes}
+        if peak := hardware.peak(run.mesh.devices.flat[0]):
+            figures["share_of_peak"] = passes * self.flop / (peak * run.mesh.size)
+        if used := hardware.peak_memory(run.mesh.local_devices[0]):
+            figures["peak_memory_gb"] = used / 1e9
+        return figures

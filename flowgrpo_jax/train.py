@@ -15,7 +15,6 @@ if __name__ == "__main__":
     huge_pages.restart()  # before the imports below, which take seconds
 
 import dataclasses
-import json
 import logging
 import signal
 import time
@@ -31,6 +30,8 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     advantages,
     cli,
+    credit,
+    data_loss,
     lifecycle,
     logs,
     parts,
@@ -41,13 +42,14 @@ from flowgrpo_jax import (
     sharding,
     update,
 )
+from flowgrpo_jax.data_loss import EpochData
 from flowgrpo_jax.models import base_model
-from flowgrpo_jax.recipe import Recipe, initial_state
+from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.run_evaluation import evaluate_into
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
-from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, TrainState
+from flowgrpo_jax.types import Conditioning, Credit, PromptBatch, Rollout, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -64,23 +66,22 @@ def one_epoch(
         cond = run.encode(batch.prompts)
 
     # Rollouts, micro-batch by micro-batch; each is scored while the next one is drawn.
-    rollouts, scores = draw(run, state, cond, batch, epoch, stop, stages)
+    rollouts, scores, pixels = draw(run, state, cond, batch, epoch, stop, stages)
 
     # Rewards and advantages.
-    values, weights = jnp.asarray(scores.values), jnp.asarray(scores.weights)
-    total, valid = map(np.asarray, advantages.weighted(values, weights))
+    values, weights = scores.values, scores.weights
+    total, valid = map(np.asarray, advantages.weighted(jnp.asarray(values), jnp.asarray(weights)))
     failed, most = 1.0 - float(np.mean(valid)), config.reward.max_failed
     lifecycle.check_failed(epoch, failed, scores.broken, most=most)
-    paths = [gathered_log_probs(rollouts)] if run.advantage.reads_log_prob else []
-    advantage, memory = run.advantage.compute(
-        state.memory, values, weights, jnp.asarray(batch.ids), *paths
-    )
-    state = dataclasses.replace(state, memory=run.put(memory))
+    state, given = credit.assign(run, state, values, weights, batch.ids, rollouts, pixels)
 
     # Policy updates, each on its own groups.
+    data = data_loss.of_epoch(run, state, cond, batch, rollouts, epoch)
     with stages("update"):
         judged = run.judged(batch.ids)
-        state, figures = improve(run, state, cond, rollouts, advantage, judged, epoch, stop)
+        state, figures = improve(run, state, cond, rollouts, given, judged, data, epoch, stop)
+    state, held = credit.settle(run, state, figures)
+    figures |= held
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
     figures |= {"window_start": int(rollouts[0].start), "broken": scores.broken}
@@ -95,14 +96,18 @@ def draw(
     epoch: int,
     stop: cli.Stop,
     stages: lifecycle.Stages,
-) -> tuple[list[Rollout], Scores]:
-    """Draw and score the epoch's images. Returns each micro-batch's rollout, and the scores."""
+) -> tuple[list[Rollout], Scores, np.ndarray]:
+    """Draw and score the epoch's images.
+
+    Returns each micro-batch's rollout, the scores, and the pixels where the recipe looks at them.
+    """
     policy = run.named_policy(state, run.algorithm.draws)
     places = run.places(state.key, epoch)  # of the windows of the epoch's parts
     prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
-    with PendingScores(run.scorer, np.repeat(batch.ids, run.plan.group_size)) as pending:
-        for m, images in enumerate(micro_batches(run, batch)):
+    each, keep = np.repeat(batch.ids, run.plan.group_size), run.keep_pixels
+    with PendingScores(run.scorer, each, keep_pixels=keep) as pending:
+        for m, images in enumerate(run.micro_batches(batch)):
             stop.check()
             start, tail = places[run.plan.part(m)]
             with stages("sample"):
@@ -117,12 +122,7 @@ def draw(
         with stages("wait"):
             scores = pending.collect(stop.wait)
         stages.seconds["rewards"] = sum(pending.busy)
-        return rollouts, scores
-
-
-def gathered_log_probs(rollouts: list[Rollout]) -> jax.Array:
-    """Return the log-probs f32 [W, B] of the transitions of an epoch."""
-    return jnp.asarray(np.concatenate([sharding.to_host(r.log_prob) for r in rollouts], axis=1))
+        return rollouts, scores, pending.pictures.pixels
 
 
 def improve(
@@ -130,23 +130,27 @@ def improve(
     state: TrainState,
     cond: Conditioning,
     rollouts: list[Rollout],
-    advantage: jax.Array,
+    given: jax.Array | Credit,
     judged: dict[str, Any],
+    data: EpochData,
     epoch: int,
     stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
     """Take the epoch's policy updates, each on its own groups.
 
     Args:
-      rollouts: of each micro-batch; advantage: f32 [B] or, for each transition, [W, B].
+      rollouts: of each micro-batch; given: advantages f32 [B] or, for each transition, [W, B], or
+        a Credit of them.
       judged: what an algorithm that differentiates the rewards takes them from.
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
-    per_micro = np.split(np.asarray(advantage), plan.updates * plan.micro_batches, axis=-1)
+    per_micro = credit.cut(given, plan.updates * plan.micro_batches)
     figures: dict[str, float] = {}
     begun = state.step
-    for u in range(plan.updates):
+    parts = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
+    steps = [(u, part) for u in range(plan.updates) for part in parts]
+    for i, (u, part) in enumerate(steps):
         others = {name: run.named_policy(state, name) for name in algorithm.reads}
         # Where the program leaves them, or it would be compiled once more for the second call.
         gradient, sums = run.put(update.empty(algorithm, state.policy))
@@ -163,29 +167,36 @@ def improve(
                 run.empty,
                 rollouts[m],
                 sharding.split_rows(run.mesh, per_micro[m], axis=-1),
-                terms,
+                part,
                 judged,
             )
             jax.block_until_ready(before)  # two at a time, as in sampling
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
-        if u == 0:  # only before the first update is the policy the one that drew the images
+        if i == 0:  # only before the first update is the policy the one that drew the images
             figures |= worst
             if problem := algorithm.warning(worst | {k: float(v) for k, v in sums.items()}):
                 log.warning("epoch %d: %s", epoch, problem)
+        gradient, on_data = data_loss.add(run, data, u, state, epoch, gradient)
         state, applied = run.programs.apply(state, gradient)
-        for name, value in (sums | applied).items():
-            figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
-    return run.programs.end_epoch(state, begun), figures
+        for name, value in (sums | applied | on_data).items():
+            figures[name] = figures.get(name, 0.0) + float(value) / len(steps)
+    state, alone = data_loss.step(run, data, state, epoch)
+    return run.programs.end_epoch(state, begun), figures | alone
 
 
-def micro_batches(run: Recipe, batch: PromptBatch):
-    """(prompt ids, rows of the conditioning, places in the group) of each micro-batch, i32 [M]."""
-    plan = run.plan
-    rows = np.repeat(np.arange(plan.groups, dtype=np.int32), plan.group_size)
-    places = np.tile(np.arange(plan.group_size, dtype=np.int32), plan.groups)
-    for i in range(0, plan.images, plan.micro_batch):
-        part = slice(i, i + plan.micro_batch)
-        yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
+def initial_state(run: Recipe) -> TrainState:
+    """The state before the first update, on the devices."""
+    key = jax.random.key(run.config.seed)
+    memory = credit.initial(run)
+    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
+    state = update.init(
+        run.put(run.model.init_trained(key)),
+        run.algorithm.copies,
+        memory,
+        run.optimiser,
+        key,
+    )
+    return run.put(state)
 
 
 def train(
@@ -202,8 +213,9 @@ def train(
     workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
     cli.prepare(workdir, resume)
     run = recipe.build(config)
+    costs = run_costs.RunCosts(run)
     if first_process := jax.process_index() == 0:
-        print(recipe.summary(run), run_costs.line(run), sep="\n")
+        print(recipe.summary(run), costs.line(), sep="\n")
     state = initial_state(run)
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
     checkpoints = RunCheckpoints(
@@ -239,7 +251,7 @@ def train(
                 )
                 state, epoch = trained, epoch + 1
                 figures["seconds"] = time.perf_counter() - begun
-                figures |= run_costs.speed(run, epoch - 1, figures["seconds"])
+                figures |= costs.speed(epoch - 1, figures["seconds"])
                 metrics.write(epoch - 1, figures | report)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
@@ -256,13 +268,9 @@ def train(
             lifecycle.save_at_error(error, checkpoints, epoch, state, began=first)
             metrics.close(failed=True)
             raise
-        bar.close()
+        lifecycle.show_end(bar, epoch, last)
         checkpoints.close()
         metrics.close()
-        if last and first_process:
-            print(json.dumps({k: round(v, 4) for k, v in last.items() if np.isfinite(v)}))
-        if epoch < config.epochs and first_process:
-            print(f"stopped after epoch {epoch}; go on with --resume")
         if asked:  # still within `stop`, where the signal's echo does not interrupt
             raise SystemExit(cli.RESTART if asked == signal.SIGTERM else 0)
     return state
