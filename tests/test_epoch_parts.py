@@ -157,7 +157,7 @@ def parted(c):
 
 def tree(c):
     c.sample.window, c.sample.window_range = 3, (0, 0)
-    c.sample.branches, c.sample.splits, c.sample.split_noise = 4, (0, 1), 2.0
+    c.sample.branches, c.sample.splits, c.sample.split_noise = 2, (1,), 2.0
     options = {"fusion": "softmax", "prune": 1, "prune_every": 1}
     c.advantage = ConfigDict({"name": "tree", "clip": 5.0, "options": options})
 
