@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import algorithms, branching, tails
+from flowgrpo_jax import algorithms, branching, tails, training_data
 from flowgrpo_jax.rollout_settings import branches, make_window, window
 from flowgrpo_jax.settings import require
 
@@ -76,6 +76,8 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
     )
     images = s.groups * s.group_size // updates
     require(images % devices == 0, _uneven(config, images, devices))
+    if (data := config.data).source:
+        training_data.check(data.weight, data.images, data.every, update=images, devices=devices)
     require(
         config.eval.micro_batch % devices == 0,
         f"eval.micro_batch={config.eval.micro_batch} cannot be cut into {devices} equal parts, one"

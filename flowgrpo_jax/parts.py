@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
     algorithms,
+    diversity,
+    kl_control,
     models,
     prompts,
     rewards,
@@ -27,9 +29,11 @@ from flowgrpo_jax import (
     solvers,
     tails,
     text_cache,
+    training_data,
     update,
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
+from flowgrpo_jax.batch_plan import Plan, derived_micro_batch
 from flowgrpo_jax.models import Family, Model, attention
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
@@ -126,7 +130,43 @@ def drop_frozen(model: Model, algorithm: Algorithm) -> Model:
 
 
 def make_algorithm(config: ConfigDict) -> Algorithm:
-    return algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    moves = config.kl.reset_above or config.kl.reset_every
+    return algorithms.keep_reference(algorithm) if config.kl.name and moves else algorithm
+
+
+def make_features(config: ConfigDict) -> diversity.Features | None:
+    name = config.advantage.get("diversity", "")
+    return diversity.load(name) if name else None
+
+
+def make_control(config: ConfigDict) -> kl_control.Control | None:
+    c = config.kl
+    if not c.name:
+        return None
+    names = reward_weights(config)[0].names
+    resets = {"reset_above": c.reset_above, "reset_every": c.reset_every}
+    return kl_control.load(c.name, c.options.to_dict(), names, **resets)
+
+
+def make_data(config: ConfigDict, plan: Plan, devices: int) -> training_data.Data | None:
+    """Return the loss on data, or None without one. Raises what `training_data.load` does.
+
+    Args:
+      devices: the equal parts that the batch is cut into.
+    """
+    c = config.data
+    if not (c.source and c.weight):
+        return None
+    if c.source == training_data.BASE and not config.lora.rank:
+        raise ValueError(
+            "data.source='base' with lora.rank=0: in full fine-tuning the base is given up; draw"
+            " its pictures before (python -m flowgrpo_jax.generate) and name their folder"
+        )
+    source = training_data.load(c.source, config.model.height, config.model.width)
+    sizes = [m for m in range(devices, c.images + 1, devices) if c.images % m == 0]
+    size = derived_micro_batch(sizes, plan.micro_batch)
+    return training_data.Data(source, c.weight, c.images, size, c.every, c.own_step)
 
 
 def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:
@@ -196,7 +236,7 @@ def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> Pro
     Parts of the epoch with other tails, and with `sample.same_prompts` all its parts, have the same
     ones.
     """
-    s = config.sample
+    s, weights = config.sample, tasks.weights(config.prompts.tasks.to_dict())
     ways, own = len(s.strides), 1 if s.same_prompts else s.windows
     each = s.groups // (s.windows * ways)
     drawn = prompts.sample(
@@ -205,7 +245,7 @@ def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> Pro
         seed=config.seed,
         epoch=epoch,
         tag_weights=config.prompts.tag_weights.to_dict(),
-        task_weights=tasks.weights(config.prompts.tasks.to_dict()),
+        task_weights=tasks.turn(weights, epoch) if config.prompts.alternate else weights,
     )
     groups = np.arange(own * each).reshape(own, 1, each)
     return prompts.chosen(drawn, np.broadcast_to(groups, (s.windows, ways, each)).ravel())

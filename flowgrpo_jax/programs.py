@@ -155,3 +155,62 @@ def generate(
         return decode(weights["vae"], sampler.ode(v, sigmas, x, solver))
 
     return draw_images
+
+
+@cached
+def to_latents(
+    encode: Callable[[Params, jax.Array], jax.Array] | None,
+) -> Callable[[Params, jax.Array], jax.Array]:
+    """Latents of pictures, uint8 [M, H, W, 3] -> f32 [M, H, W, C]."""
+    if encode is None:
+        raise ValueError("data.source: this kind of model reads no pictures; choose 'base'")
+    return jax.jit(encode)
+
+
+@cached
+def draw_base(
+    guided: Guided,
+    mesh: Mesh,
+    *,
+    latent: tuple[int, int, int],
+    sigmas: tuple[float, ...],
+    solver: solvers.Solver,
+) -> Callable[..., jax.Array]:
+    """The base model's own latents, by the ODE from noise that no rollout has."""
+
+    @jax.jit
+    def draw_latents(policy, frozen, cond, empty, key, epoch, ids, places, rows):
+        def v(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return guided(policy, frozen, x, sigma, cond, empty, rows)
+
+        keys = sampler.image_keys(key, epoch, ids, places)
+        x = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.DATA_KEY, latent))
+        return sampler.ode(v, sigmas, x, solver)
+
+    return draw_latents
+
+
+@cached
+def add_data(
+    guided: Guided, *, images: int, weight: float, same_noise: bool
+) -> Callable[..., tuple[Params, jax.Array]]:
+    """Add weight x the flow-matching loss of M of `images` pictures to a gradient."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def add_data_gradient(
+        gradient, total, policy, frozen, cond, empty, key, epoch, levels, x_0, ids, places, rows
+    ):
+        """Return the gradient, and the loss so far, unweighted. levels: f32 [K]."""
+        keys = sampler.image_keys(key, epoch, ids, places * (not same_noise))
+        noise = sampler.normal(keys, sampler.ODE_KEY, x_0.shape[1:])
+        return update.add_matching(
+            lambda p, x, sigma: guided(p, frozen, x, sigma, cond, empty, rows),
+            policy,
+            (x_0, noise),
+            levels,
+            1 / (images * levels.shape[0]),
+            weight,
+            (gradient, total),
+        )
+
+    return add_data_gradient

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
+    diversity,
     excess_noise,
     parts,
     programs,
@@ -25,21 +26,28 @@ from flowgrpo_jax import (
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, make_plan
+from flowgrpo_jax.kl_control import Control
 from flowgrpo_jax.models import Model
 from flowgrpo_jax.rollout_settings import make_advantage, make_window, window
 from flowgrpo_jax.scoring import differentiable
 from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.settings import check, guidance, require
+from flowgrpo_jax.training_data import Data
 from flowgrpo_jax.types import (
     Conditioning,
     Metadata,
     NamedScores,
     Params,
     Pictures,
+    PromptBatch,
     Rollout,
     TrainState,
 )
+
+
+def absent(*_: Any) -> Any:
+    raise ValueError("this run has no loss on data: set data.source")
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,10 @@ class Programs:
     apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     end_epoch: Callable[[TrainState, jax.Array], TrainState]
     generate: Callable[..., Pictures]
+    # Of a loss on data alone
+    to_latents: Callable[[Params, jax.Array], jax.Array] = absent
+    draw_base: Callable[..., jax.Array] = absent
+    add_data: Callable[..., tuple[Params, jax.Array]] = absent
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,9 @@ class Recipe:
     setup: Setup
     algorithm: Algorithm
     advantage: Advantage
+    features: diversity.Features | None
+    control: Control | None
+    data: Data | None
     window_start: windows.Start
     optimiser: Any
     programs: Programs
@@ -74,6 +89,11 @@ class Recipe:
     def weights(self) -> dict[str, Params]:
         """Frozen weights that sampling takes."""
         return {"transformer": self.model.base, "vae": self.model.params["vae"]}
+
+    @property
+    def keep_pixels(self) -> bool:
+        """Whether an epoch's pictures are looked at once more after they were scored."""
+        return diversity.needs_pixels(self.config.advantage.get("diversity", ""))
 
     @cached_property
     def empty(self) -> Conditioning:
@@ -100,6 +120,16 @@ class Recipe:
     def put(self, state: Any) -> Any:
         """Put a training state, or a part of it, onto the devices."""
         return sharding.put_state(self.mesh, state, self.model.rules)
+
+    def micro_batches(self, batch: PromptBatch) -> Iterator[tuple[jax.Array, ...]]:
+        """Yield each micro-batch's prompt ids, rows of the conditioning and places in the group,
+        i32 [M]."""
+        plan = self.plan
+        rows = np.repeat(np.arange(plan.groups, dtype=np.int32), plan.group_size)
+        places = np.tile(np.arange(plan.group_size, dtype=np.int32), plan.groups)
+        for i in range(0, plan.images, plan.micro_batch):
+            part = slice(i, i + plan.micro_batch)
+            yield sharding.split_rows(self.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
     def named_policy(self, state: TrainState, name: str) -> Params:
         """Return the parameters of "policy", of "reference" or of a copy."""
@@ -130,6 +160,9 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     score = trained.inside_program() if config.reward.host_call == "callback" else None
     judge = parts.make_judge(model, algorithm, trained.trained)
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score, judge)
+    data = parts.make_data(config, plan, sharding.row_shards(mesh)) if training else None
+    if data:
+        built = with_data(built, config, model, mesh, setup, data)
     return Recipe(
         config,
         model,
@@ -138,6 +171,9 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         setup,
         algorithm,
         make_advantage(config, algorithm),
+        parts.make_features(config),
+        parts.make_control(config),
+        data,
         make_window(config, algorithm),
         optimiser,
         built,
@@ -192,6 +228,26 @@ def make_programs(
             latent=latent,
             sigmas=parts.sigmas(model, config, config.eval.steps),
             solver=solvers.load(config.eval.solver),
+        ),
+    )
+
+
+def with_data(
+    built: Programs, config: ConfigDict, model: Model, mesh: Mesh, setup: Setup, data: Data
+) -> Programs:
+    """Return the programs with those of the loss on data. Guidance is none, or else an input."""
+    s = config.sample
+    scale = s.guidance_scale if model.guidance == "input" else 1.0
+    plain = sampler.guided(model.velocity, scale, model.guidance)
+    latent = model.latent_shape(config.model.height, config.model.width)
+    solver = setup.process.solver
+    draw = {"latent": latent, "sigmas": setup.process.sigmas, "solver": solver}
+    return replace(
+        built,
+        to_latents=programs.to_latents(model.to_latents) if data.source else absent,
+        draw_base=programs.draw_base(plain, mesh, **draw),
+        add_data=programs.add_data(
+            plain, images=data.images, weight=data.weight, same_noise=s.same_noise
         ),
     )
 

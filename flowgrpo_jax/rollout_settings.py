@@ -28,9 +28,13 @@ def branches(config: ConfigDict) -> Branches:
 
 
 def make_advantage(config: ConfigDict, algorithm: Algorithm) -> Advantage:
+    """Return the advantage; a section that a recipe has replaced may lack the newer knobs."""
     c, size, steps = config.advantage, config.sample.group_size, window(config, algorithm).size
     paths: dict[str, Any] = {"branches": branches(config), "steps": steps}
-    return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip, **paths)
+    how = c.get("transform", "none")
+    return advantages.load(
+        c.name, c.options.to_dict(), group_size=size, clip=c.clip, transform=how, **paths
+    )
 
 
 def make_window(config: ConfigDict, algorithm: Algorithm) -> windows.Start:

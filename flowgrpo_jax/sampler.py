@@ -27,6 +27,8 @@ from flowgrpo_jax.types import Rollout
 # part of a first noise that its group shares, and for the anchors of the group that it begins.
 ODE_KEY, SDE_KEY = 0, 1
 RENOISE_KEY, LEVEL_KEY, OWN_KEY, ANCHOR_KEY = (2**30 + i for i in range(4))
+# For the base's own samples an image's key, and for the levels of a loss on data an epoch's.
+DATA_KEY = 2**30 + 4
 # An epoch's key: for the window's place, and for the terms that are trained.
 WINDOW_KEY, TERMS_KEY = 2**31 - 1, 2**31 - 2
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     algorithms,
     files,
+    kl_control,
     rewards,
     sde,
     seeds,
@@ -86,6 +87,10 @@ def check(config: ConfigDict) -> None:
     _check_numbers(config)
     _check_ranges(config)
     algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    resets = "reference" in algorithm.copies
+    kl_control.check(
+        tuple(config.reward.weights), algorithm.weighs_kl, resets, **config.kl.to_dict()
+    )
     _check_sampling(config, algorithm)
     make_advantage(config, algorithm)
     _check_terms(config, algorithm)
@@ -267,7 +272,8 @@ def _check_prompts(config: ConfigDict) -> None:
         not (chosen and (p.train or p.test)),
         "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",
     )
-    tasks.check(chosen, config.reward.weights.to_dict(), config.eval.rewards)
+    weights = config.reward.weights.to_dict()
+    tasks.check(chosen, weights, config.eval.rewards, alternate=p.alternate)
     shares = {f"prompts.tag_weights.{tag}": share for tag, share in p.tag_weights.items()}
     shares |= {f"prompts.tasks.{name}.weight": w for name, w in tasks.weights(chosen).items()}
     for path, share in shares.items():

@@ -31,6 +31,8 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     advantages,
     cli,
+    credit,
+    data_loss,
     lifecycle,
     logs,
     parts,
@@ -40,13 +42,14 @@ from flowgrpo_jax import (
     sharding,
     update,
 )
+from flowgrpo_jax.data_loss import EpochData
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.run_evaluation import evaluate_into
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
-from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, TrainState
+from flowgrpo_jax.types import Conditioning, Credit, PromptBatch, Rollout, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -62,22 +65,21 @@ def one_epoch(
     cond = run.encode(batch.prompts)
 
     # Rollouts, micro-batch by micro-batch; each is scored while the next one is drawn.
-    rollouts, scores = draw(run, state, cond, batch, epoch, stop)
+    rollouts, scores, pixels = draw(run, state, cond, batch, epoch, stop)
 
     # Rewards and advantages.
-    values, weights = jnp.asarray(scores.values), jnp.asarray(scores.weights)
-    total, valid = map(np.asarray, advantages.weighted(values, weights))
+    values, weights = scores.values, scores.weights
+    total, valid = map(np.asarray, advantages.weighted(jnp.asarray(values), jnp.asarray(weights)))
     failed, most = 1.0 - float(np.mean(valid)), config.reward.max_failed
     lifecycle.check_failed(epoch, failed, scores.broken, most=most)
-    paths = [gathered_log_probs(rollouts)] if run.advantage.reads_log_prob else []
-    advantage, memory = run.advantage.compute(
-        state.memory, values, weights, jnp.asarray(batch.ids), *paths
-    )
-    state = dataclasses.replace(state, memory=run.put(memory))
+    state, given = credit.assign(run, state, values, weights, batch.ids, rollouts, pixels)
 
     # Policy updates, each on its own groups.
+    data = data_loss.of_epoch(run, state, cond, batch, rollouts, epoch)
     judged = run.judged(batch.ids)
-    state, figures = improve(run, state, cond, rollouts, advantage, judged, epoch, stop)
+    state, figures = improve(run, state, cond, rollouts, given, judged, data, epoch, stop)
+    state, held = credit.settle(run, state, figures)
+    figures |= held
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
     return state, figures | {"window_start": int(rollouts[0].start), "broken": scores.broken}
@@ -90,14 +92,18 @@ def draw(
     batch: PromptBatch,
     epoch: int,
     stop: cli.Stop,
-) -> tuple[list[Rollout], Scores]:
-    """Draw and score the epoch's images. Returns each micro-batch's rollout, and the scores."""
+) -> tuple[list[Rollout], Scores, np.ndarray]:
+    """Draw and score the epoch's images.
+
+    Returns each micro-batch's rollout, the scores, and the pixels where the recipe looks at them.
+    """
     policy = run.named_policy(state, run.algorithm.draws)
     places = run.places(state.key, epoch)  # of the windows of the epoch's parts
     prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
-    with PendingScores(run.scorer, np.repeat(batch.ids, run.plan.group_size)) as pending:
-        for m, (ids, rows, images_of) in enumerate(micro_batches(run, batch)):
+    each, keep = np.repeat(batch.ids, run.plan.group_size), run.keep_pixels
+    with PendingScores(run.scorer, each, keep_pixels=keep) as pending:
+        for m, (ids, rows, images_of) in enumerate(run.micro_batches(batch)):
             stop.check()
             start, tail = places[run.plan.part(m)]
             rollout, pictures, scored = run.programs.sample(
@@ -116,12 +122,7 @@ def draw(
             jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
             rollouts.append(rollout)
             pending.add(pictures, prepared, rows, scored)
-        return rollouts, pending.collect(stop.wait)
-
-
-def gathered_log_probs(rollouts: list[Rollout]) -> jax.Array:
-    """Return the log-probs f32 [W, B] of the transitions of an epoch."""
-    return jnp.asarray(np.concatenate([sharding.to_host(r.log_prob) for r in rollouts], axis=1))
+        return rollouts, pending.collect(stop.wait), pending.pictures.pixels
 
 
 def improve(
@@ -129,23 +130,27 @@ def improve(
     state: TrainState,
     cond: Conditioning,
     rollouts: list[Rollout],
-    advantage: jax.Array,
+    given: jax.Array | Credit,
     judged: dict[str, Any],
+    data: EpochData,
     epoch: int,
     stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
     """Take the epoch's policy updates, each on its own groups.
 
     Args:
-      rollouts: of each micro-batch; advantage: f32 [B] or, for each transition, [W, B].
+      rollouts: of each micro-batch; given: advantages f32 [B] or, for each transition, [W, B], or
+        a Credit of them.
       judged: what an algorithm that differentiates the rewards takes them from.
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
-    per_micro = np.split(np.asarray(advantage), plan.updates * plan.micro_batches, axis=-1)
+    per_micro = credit.cut(given, plan.updates * plan.micro_batches)
     figures: dict[str, float] = {}
     begun = state.step
-    for u in range(plan.updates):
+    parts = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
+    steps = [(u, part) for u in range(plan.updates) for part in parts]
+    for i, (u, part) in enumerate(steps):
         others = {name: run.named_policy(state, name) for name in algorithm.reads}
         # Where the program leaves them, or it would be compiled once more for the second call.
         gradient, sums = run.put(update.empty(algorithm, state.policy))
@@ -162,35 +167,27 @@ def improve(
                 run.empty,
                 rollouts[m],
                 sharding.split_rows(run.mesh, per_micro[m], axis=-1),
-                terms,
+                part,
                 judged,
             )
             jax.block_until_ready(before)  # two at a time, as in sampling
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
-        if u == 0:  # only before the first update is the policy the one that drew the images
+        if i == 0:  # only before the first update is the policy the one that drew the images
             figures |= worst
             if problem := algorithm.warning(worst | {k: float(v) for k, v in sums.items()}):
                 log.warning("epoch %d: %s", epoch, problem)
+        gradient, on_data = data_loss.add(run, data, u, state, epoch, gradient)
         state, applied = run.programs.apply(state, gradient)
-        for name, value in (sums | applied).items():
-            figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
-    return run.programs.end_epoch(state, begun), figures
-
-
-def micro_batches(run: Recipe, batch: PromptBatch):
-    """(prompt ids, rows of the conditioning, places in the group) of each micro-batch, i32 [M]."""
-    plan = run.plan
-    rows = np.repeat(np.arange(plan.groups, dtype=np.int32), plan.group_size)
-    places = np.tile(np.arange(plan.group_size, dtype=np.int32), plan.groups)
-    for i in range(0, plan.images, plan.micro_batch):
-        part = slice(i, i + plan.micro_batch)
-        yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
+        for name, value in (sums | applied | on_data).items():
+            figures[name] = figures.get(name, 0.0) + float(value) / len(steps)
+    state, alone = data_loss.step(run, data, state, epoch)
+    return run.programs.end_epoch(state, begun), figures | alone
 
 
 def initial_state(run: Recipe) -> TrainState:
     """The state before the first update, on the devices."""
     key = jax.random.key(run.config.seed)
-    memory = run.advantage.initial(len(run.train_prompts))
+    memory = credit.initial(run)
     # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
     state = update.init(
         run.put(run.model.init_trained(key)),

@@ -84,6 +84,7 @@ def test_imports_have_a_direction():
         {"configs", "recipe_files"},
         {"program_costs", "knobs", "user_errors", "compilation_cache", "compilation_report"},
         {"branching", "sde", "advantages", "sharding", "logs", "models", "detection", "transport"},
+        {"diversity", "kl_control"},
         {
             "solvers",
             "sampler",
@@ -102,12 +103,13 @@ def test_imports_have_a_direction():
         {"worlds"},
         {"rewards"},
         {"prompts"},
+        {"training_data"},
         {"rollout_settings"},
         {"programs", "settings", "lifecycle"},
         {"batch_plan"},
         {"parts"},
         {"recipe"},
-        ENTRY_POINTS | {"run_evaluation"},
+        ENTRY_POINTS | {"run_evaluation", "credit", "data_loss"},
     ]
     height = {name: i for i, layer in enumerate(layers) for name in layer} | {"": 0}
     for module in FILES:

@@ -30,10 +30,11 @@ from flowgrpo_jax.algorithms import (
     copies,
     step_weights,
     trust_regions,
+    weigh_kl,
 )
 from flowgrpo_jax.branching import shared
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 STEP_CHOICES = ("random", "first")
 KL_WEIGHTINGS = (*sde.KL_WEIGHTINGS, "velocity")
@@ -78,7 +79,7 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         process = setup.process
         sigmas = jnp.asarray(process.sigmas, jnp.float32)
@@ -100,7 +101,7 @@ def make(
             "clip_fraction": outside.astype(jnp.float32),
             "ratio_gap": jnp.abs(ratio - 1),
         }
-        return value + kl_beta * kl, figures
+        return value + kl_beta * weigh_kl(advantage, kl), figures
 
     weights = "" if step_weight == "none" else f", {step_weight} weights"
     return Algorithm(
@@ -110,6 +111,7 @@ def make(
         records="window",
         reads=("reference",) if kl_beta else (),
         copies={"reference": copies.reset(reset_every)} if reset_every else {},
+        weighs_kl=kl_beta > 0,
         worst=("ratio_gap",),
         warning=partial(_warning, jnp.inf if trust_region == "dppo" else clip_range),
         summary=f"{steps or 'all'} steps of the window{weights}, {trust_region} {limit:g},"

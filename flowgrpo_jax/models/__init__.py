@@ -59,6 +59,8 @@ class Model:
       rules: the layout of each parameter, for `sharding`.
       heads: attention heads of the transformer, which `mesh.tensor` has to divide.
       default_size: side in pixels of the pictures that it was made for.
+      to_latents: (params["vae"], uint8 [B, height, width, 3]) -> latents f32 [B, H, W, C] of
+        pictures; None of a kind of model that reads none.
       guidance: how guidance works: "branch" (a second branch with the empty prompt), "input" (the
         scale is an input of the network) or "none".
       tokenize, read_text: prompts to tokens, and the text encoders' weights; None of a model that
@@ -80,6 +82,7 @@ class Model:
     rules: Rules
     heads: int
     default_size: int
+    to_latents: Callable[[Params, jax.Array], jax.Array] | None = None
     guidance: str = "branch"
     levels: Callable[[Params, jax.Array], jax.Array] | None = None
     shift: Callable[[int, int], float] = lambda height, width: 1.0

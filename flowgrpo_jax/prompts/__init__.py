@@ -6,6 +6,7 @@ Sources by name:
   geneval:train  :test  :seen  :unseen   generated (geneval.py)
   ocr:train  :test                       generated (ocr.py)
   shapes:train  :test                    the bundled world (worlds/shapes/grammar.py)
+  shapes:train:position                  its prompts of one tag
   signs:train  :test                     the world of short words (worlds/signs/grammar.py)
   package.module:function:split          records of the user's own: function(split, exclude)
 
@@ -35,7 +36,7 @@ from flowgrpo_jax.worlds.signs import grammar as signs
 GENERATORS: dict[str, Callable[[str, Iterable[Metadata]], list[Metadata]]] = {
     "geneval": geneval.prompts,
     "ocr": ocr.prompts,
-    "shapes": lambda split, exclude: shapes.prompts(split),
+    "shapes": lambda split, exclude: shapes.prompts(*split.split(":", 1)),
     "signs": lambda split, exclude: signs.prompts(split),
 }
 
