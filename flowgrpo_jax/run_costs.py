@@ -19,7 +19,8 @@ def forwards(run: Recipe, epoch: int) -> float:
     counted = []
     for start, tail in run.places(key, epoch):
         sets = int(start), together
-        drawn = branching.forwards(process.branches, process.schedule(start, tail), *sets)
+        sigmas = np.asarray(process.schedule(start, tail))
+        drawn = branching.forwards(process.branches, sigmas, *sets)
         steps = np.asarray(start + terms) if algorithm.records == "window" else terms
         trained = branching.states(process.branches, steps, *sets)
         counted.append(drawn + trained * (3 + len(algorithm.reads)))
