@@ -8,7 +8,6 @@ row of the user's own is named in the recipe as "package.module:make".
     adaptive     by a factor that holds the KL at a target: the proportional controller of Ziegler
                  et al., 2019 (arXiv 1909.08593, section 2.2)
     uncertain    by 0 but for the uncertain images: GARDO (arXiv 2512.24138)
-
 All of it is arithmetic on the host, over one number an image.
 """
 
@@ -74,7 +73,7 @@ def load(
 
 
 def check(
-    names: Sequence[str],
+    weights: Mapping[str, float],
     weighs_kl: bool,
     resets_itself: bool,
     *,
@@ -86,9 +85,8 @@ def check(
     """Raise ValueError for settings of a control that are wrong or would not be followed.
 
     Args:
-      names: of the training rewards.
-      weighs_kl: whether the algorithm has a KL that can be weighed; resets_itself: whether it
-        resets its reference by an option of its own.
+      weights: of the training rewards; weighs_kl: whether the algorithm has a KL that can be
+        weighed; resets_itself: whether it resets its reference by an option of its own.
     """
     resets = reset_above or reset_every
     if not name and (options or resets):
@@ -107,7 +105,13 @@ def check(
             " of reset, and the other to 0"
         )
     if name:
-        load(name, options, names, reset_above=reset_above, reset_every=reset_every)
+        load(name, options, tuple(weights), reset_above=reset_above, reset_every=reset_every)
+    trained = [reward for reward in options.get("auxiliaries") or () if weights.get(reward)]
+    if name == "uncertain" and (trained or all(weights.values())):
+        raise ValueError(
+            f"kl.name='uncertain' watches rewards of weight 0, and reward.weights={dict(weights)}"
+            f" trains on {', '.join(trained) or 'all of them'}: watch others, with the weight 0"
+        )
 
 
 # ----------------------------------------------------------------------------------- the rows
@@ -184,12 +188,15 @@ def uncertain(
         )
     if not 0 <= rate < 1:
         raise ValueError(f"kl.options.rate={rate}: must be in [0, 1)")
-    if unknown := sorted(set(auxiliaries or ()) - set(names)):
+    auxiliaries = auxiliaries or {}
+    if unknown := sorted(set(auxiliaries) - set(names)):
         raise ValueError(
             f"kl.options.auxiliaries names {unknown}: give them the weight 0 in reward.weights,"
             f" which has {', '.join(names)}"
         )
-    signs = np.array([(auxiliaries or {}).get(name, float(not auxiliaries)) for name in names])
+    if wrong := [sign for sign in auxiliaries.values() if sign not in (1, -1)]:
+        raise ValueError(f"kl.options.auxiliaries: {wrong[0]!r} must be 1, or -1 if lower is better")
+    signs = np.array([auxiliaries.get(name, float(not auxiliaries)) for name in names])
 
     def weigh(memory: Memory, scores: np.ndarray, weights: np.ndarray):
         u = uncertainty(scores, weights, signs)

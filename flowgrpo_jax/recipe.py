@@ -149,6 +149,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
     parts.check_size(config, parts.describe_model(config, mesh))
+    data = parts.make_data(config, plan, sharding.row_shards(mesh)) if training else None
+    features = parts.make_features(config)
     train_prompts, test_prompts = parts.load_prompts(config, training)
     trained, tested = parts.scorers(config, mesh, train_prompts, test_prompts, training=training)
     algorithm = parts.make_algorithm(config)
@@ -160,7 +162,6 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     score = trained.inside_program() if config.reward.host_call == "callback" else None
     judge = parts.make_judge(model, algorithm, trained.trained)
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score, judge)
-    data = parts.make_data(config, plan, sharding.row_shards(mesh)) if training else None
     if data:
         built = with_data(built, config, model, mesh, setup, data)
     return Recipe(
@@ -171,7 +172,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         setup,
         algorithm,
         make_advantage(config, algorithm),
-        parts.make_features(config),
+        features,
         parts.make_control(config),
         data,
         make_window(config, algorithm),

@@ -88,11 +88,10 @@ def check(config: ConfigDict) -> None:
     _check_ranges(config)
     algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
     resets = "reference" in algorithm.copies
-    kl_control.check(
-        tuple(config.reward.weights), algorithm.weighs_kl, resets, **config.kl.to_dict()
-    )
+    weights = config.reward.weights.to_dict()
+    kl_control.check(weights, algorithm.weighs_kl, resets, **config.kl.to_dict())
     _check_sampling(config, algorithm)
-    make_advantage(config, algorithm)
+    _check_advantage(config, algorithm)
     _check_terms(config, algorithm)
     _check_training(config)
     _check_evaluation(config)
@@ -126,6 +125,7 @@ UNLIMITED = (  # may be inf
     "algorithm.options.clip_range",
     "algorithm.options.threshold",
 )
+WHOLE = ("sample.window_range", "sample.strides", "sample.splits")  # whole numbers each
 POSITIVE = ("train.max_grad_norm", "advantage.clip", "train.eps")
 DECAYS = ("train.b1", "train.b2", "train.ema_decay")
 
@@ -133,6 +133,8 @@ DECAYS = ("train.b1", "train.b2", "train.ema_decay")
 def _check_numbers(config: ConfigDict) -> None:
     """Refuse NaN and infinity in every knob, reward option, weight and frequency."""
     for path, value in leaves("", config.to_dict()):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        require(path not in WHOLE or whole, f"{path}: {value!r} must be a whole number")
         if isinstance(value, float):
             limit = path in UNLIMITED and value == math.inf
             require(math.isfinite(value) or limit, f"{path}={value}: must be a finite number")
@@ -223,6 +225,17 @@ def _check_sampling(config: ConfigDict, algorithm: Algorithm) -> None:
         f"sample.noise_level={s.noise_level}: {s.kernel} takes at most {kernel.most_noise:g}",
     )
     make_window(config, algorithm)
+
+
+def _check_advantage(config: ConfigDict, algorithm: Algorithm) -> None:
+    make_advantage(config, algorithm)
+    for knob, none in (("diversity", ""), ("transform", "none")):
+        value = config.advantage.get(knob, none)
+        require(
+            value == none or not algorithm.reward_gradient,
+            f"advantage.{knob}={value!r}: {config.algorithm.name} differentiates the reward and"
+            f" reads no advantage; set it to {none!r}",
+        )
 
 
 def _check_terms(config: ConfigDict, algorithm: Algorithm) -> None:

@@ -313,6 +313,9 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
             {"reward.weights": ConfigDict({"shapes": "high"})},
             r"reward\.weights\.shapes='high': must be a number",
         ),
+        ({"sample.strides": (1, 1.5)}, r"sample\.strides: 1\.5 must be a whole number"),
+        ({"sample.splits": ("a",)}, r"sample\.splits: 'a' must be a whole number"),
+        ({"sample.window_range": (0, "x")}, r"sample\.window_range: 'x' must be a whole number"),
         ({"sample.guidance_scale": -3.0}, r"sample\.guidance_scale=-3\.0: .*at least 0"),
         ({"eval.guidance_scale": -0.5}, r"eval\.guidance_scale=-0\.5: .*at least 0"),
     ],
@@ -465,6 +468,22 @@ def test_a_size_that_the_model_cannot_draw(name, changes, message, monkeypatch):
         monkeypatch.setattr(parts, part, lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises(ValueError, match=f"model.height and model.width: image size {message}"):
         recipe.build(load(name, changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.source": "nowhere"}, r"data\.source='nowhere' is no folder"),
+        ({"data.source": "base", "lora.rank": 0}, r"data\.source='base' with lora\.rank=0"),
+        ({"advantage.diversity": "dino"}, r"advantage\.diversity='dino': choose from"),
+    ],
+)
+def test_pictures_and_features_that_are_not_there(changes, message, monkeypatch):
+    """Said before any weights are read, as above."""
+    for part in ("load_model", "scorers"):
+        monkeypatch.setattr(parts, part, lambda *args, **kwargs: pytest.fail("too late"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        recipe.build(load("shapes", {"data.images": 96, **changes}))
 
 
 @pytest.mark.parametrize("path", ["/nowhere/sd3", "./sd3", "sd3"])

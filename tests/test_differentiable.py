@@ -189,6 +189,14 @@ def test_rewards_without_a_gradient_are_refused(runs):
         recipe.build(config)
 
 
+@pytest.mark.parametrize("knob, value", [("diversity", "latents"), ("transform", "exp")])
+def test_what_changes_advantages_is_refused(runs, knob, value):
+    config = draft(runs)
+    config.advantage[knob] = value
+    with pytest.raises(ValueError, match=rf"advantage\.{knob}='{value}': draft .* no advantage"):
+        recipe.build(config)
+
+
 def test_a_reward_in_the_graph_may_have_no_gradient():
     weights, reward = RewardWeights({"flat": 1.0}), REWARDS["bright"]
     flat = GraphReward(reward.weights, reward.prepare, reward.score)

@@ -278,12 +278,29 @@ def test_settings_that_would_not_be_followed(runs, changes, message):
 
 
 @pytest.mark.parametrize(
+    "weights, auxiliaries, trained",
+    [
+        ({"shapes": 1.0}, None, "all of them"),
+        ({"shapes": 1.0, "jpeg_compressibility": 0.0}, {"shapes": 1.0}, "shapes"),
+    ],
+)
+def test_what_is_trained_on_cannot_be_watched(runs, weights, auxiliaries, trained):
+    """Every image would be as uncertain as the others, and the KL that of all."""
+    config = gardo(runs)
+    config.reward.weights = ConfigDict(weights)
+    config.kl.options = ConfigDict({"auxiliaries": auxiliaries} if auxiliaries else {})
+    with pytest.raises(ValueError, match=rf"watches rewards of weight 0.* trains on {trained}:"):
+        settings.check(config)
+
+
+@pytest.mark.parametrize(
     "name, options, message",
     [
         ("adaptive", {"target": 0.0}, r"kl\.options\.target=0\.0: must be above 0"),
         ("uncertain", {"share": 0.3}, r"share=0\.3 must lie within least=0\.02 and most=0\.2"),
         ("uncertain", {"rate": 1.0}, r"kl\.options\.rate=1\.0: must be in \[0, 1\)"),
         ("uncertain", {"auxiliaries": {"x": 1.0}}, r"auxiliaries names \['x'\]: give them"),
+        ("uncertain", {"auxiliaries": {"better": 0.5}}, r"auxiliaries: 0\.5 must be 1, or -1"),
         ("adaptive", {"speed": 1.0}, r"speed is unknown; .* takes target=0\.001"),
     ],
 )

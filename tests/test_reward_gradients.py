@@ -136,6 +136,7 @@ def test_shortfall():
         ("draft_lv", {"noised": -1}, r"noised=-1: must be at least 0"),
         ("flowbp", {"active": 0}, r"active=0: must be at least 1"),
         ("flowbp", {"late_bias": -1.0}, r"late_bias=-1.0: must be at least 0"),
+        ("flowbp", {"rescale": 2.0}, r"rescale=2.0: must be in \[0, 1\]"),
         ("srpo", {"levels": 0}, r"levels=0: must be at least 1"),
         ("srpo", {"bad": "Detail", "good": "Detail"}, r"good='Detail': must differ from bad"),
         ("neighbor", {"anchors": 0}, r"anchors=0: must be at least 1"),

@@ -46,9 +46,13 @@ def make(
     check_threshold(threshold)
     if active < 1:
         raise ValueError(f"algorithm.options.active={active}: must be at least 1")
-    for name, value in {"late_bias": late_bias, "rescale": rescale}.items():
-        if not value >= 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be at least 0")
+    if not late_bias >= 0:
+        raise ValueError(f"algorithm.options.late_bias={late_bias}: must be at least 0")
+    if not 0 <= rescale <= 1:
+        raise ValueError(
+            f"algorithm.options.rescale={rescale}: must be in [0, 1], from no steps that are left"
+            " out to all of them"
+        )
 
     def loss(
         setup: Setup,
