@@ -195,7 +195,9 @@ def uncertain(
             f" which has {', '.join(names)}"
         )
     if wrong := [sign for sign in auxiliaries.values() if sign not in (1, -1)]:
-        raise ValueError(f"kl.options.auxiliaries: {wrong[0]!r} must be 1, or -1 if lower is better")
+        raise ValueError(
+            f"kl.options.auxiliaries: {wrong[0]!r} must be 1, or -1 if lower is better"
+        )
     signs = np.array([auxiliaries.get(name, float(not auxiliaries)) for name in names])
 
     def weigh(memory: Memory, scores: np.ndarray, weights: np.ndarray):

@@ -97,10 +97,8 @@ def draw(
     stop: cli.Stop,
     stages: lifecycle.Stages,
 ) -> tuple[list[Rollout], Scores, np.ndarray]:
-    """Draw and score the epoch's images.
-
-    Returns each micro-batch's rollout, the scores, and the pixels where the recipe looks at them.
-    """
+    """Draw and score the epoch's images. Returns each micro-batch's rollout, the scores, and the
+    pixels where the recipe looks at them."""
     policy = run.named_policy(state, run.algorithm.draws)
     places = run.places(state.key, epoch)  # of the windows of the epoch's parts
     prepared = run.scorer.prepare(batch.ids)
@@ -139,8 +137,7 @@ def improve(
     """Take the epoch's policy updates, each on its own groups.
 
     Args:
-      rollouts: of each micro-batch; given: advantages f32 [B] or, for each transition, [W, B], or
-        a Credit of them.
+      rollouts: of each micro-batch; given: advantages f32 [B] or [W, B], or a Credit of them;
       judged: what an algorithm that differentiates the rewards takes them from.
     """
     plan, algorithm = run.plan, run.algorithm
@@ -152,10 +149,11 @@ def improve(
     steps = [(u, part) for u in range(plan.updates) for part in parts]
     for i, (u, part) in enumerate(steps):
         others = {name: run.named_policy(state, name) for name in algorithm.reads}
-        # Where the program leaves them, or it would be compiled once more for the second call.
-        gradient, sums = run.put(update.empty(algorithm, state.policy))
+        gradient, sums = update.empty(algorithm, state.policy)
         for m in range(u * plan.micro_batches, (u + 1) * plan.micro_batches):
             stop.check()
+            # A program may leave them cut in another way, and would be compiled once more for that.
+            gradient, sums = run.put((gradient, sums))
             before = sums
             gradient, sums = run.programs.accumulate(
                 gradient,
@@ -178,6 +176,7 @@ def improve(
                 log.warning("epoch %d: %s", epoch, problem)
         gradient, on_data = data_loss.add(run, data, u, state, epoch, gradient)
         state, applied = run.programs.apply(state, gradient)
+        state = run.put(state)  # as above
         for name, value in (sums | applied | on_data).items():
             figures[name] = figures.get(name, 0.0) + float(value) / len(steps)
     state, alone = data_loss.step(run, data, state, epoch)
