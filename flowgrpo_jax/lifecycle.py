@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
 from typing import Any
 
@@ -174,7 +176,8 @@ def show_epoch(
 
     The first epoch of a start also compiles: the rate and the time left do not count it.
     """
-    scores = {k.removeprefix("eval/"): v for k, v in report.items() if k.count("/") == 1}
+    means = {k: v for k, v in report.items() if k.startswith("eval/") and k.count("/") == 1}
+    scores = {k.removeprefix("eval/"): v for k, v in means.items()}
     if scores and not bar.disable:
         bar.write(
             f"epoch {bar.n}: held out  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
@@ -187,3 +190,12 @@ def show_epoch(
         rate = f"{figures['images_per_second']:.0f} img/s"
         bar.set_postfix_str(f"{reward}, {rate}", refresh=False)
         bar.update()
+
+
+def show_end(last: dict[str, float], epoch: int, epochs: int) -> None:
+    """Print the last evaluation's means, if there is one, and how to go on after a stop."""
+    if last:
+        means = {k: round(v, 4) for k, v in last.items() if k.startswith("eval/")}
+        print(json.dumps({k: v for k, v in means.items() if math.isfinite(v)}))
+    if epoch < epochs:
+        print(f"stopped after epoch {epoch}; go on with --resume")

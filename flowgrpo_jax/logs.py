@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from flowgrpo_jax import files
 
 log = logging.getLogger(__name__)
+EVALUATED = ("eval/", "eval_error/", "eval_seconds", "monitor/")  # how its figures' names begin
 
 
 class Metrics:
@@ -173,7 +174,7 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of an evaluation in a row, and the row's epoch."""
-    return {k: v for k, v in row.items() if k == "epoch" or k.startswith("eval/")}
+    return {k: v for k, v in row.items() if k == "epoch" or k.startswith(EVALUATED)}
 
 
 def plain(value: Any) -> Any:

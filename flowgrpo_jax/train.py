@@ -15,10 +15,11 @@ if __name__ == "__main__":
     huge_pages.restart()  # before the imports below, which take seconds
 
 import dataclasses
-import json
 import logging
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +42,26 @@ from flowgrpo_jax import (
 )
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.report import about, page
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
-from flowgrpo_jax.run_evaluation import evaluate_into
+from flowgrpo_jax.run_evaluation import evaluate_into, record_training
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
 from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, TrainState
 
 log = logging.getLogger(__name__)
+Record = Callable[[PromptBatch, Scores, np.ndarray], None]
 
 
 def one_epoch(
-    run: Recipe, state: TrainState, epoch: int, stop: cli.Stop
+    run: Recipe, state: TrainState, epoch: int, stop: cli.Stop, record: Record | None = None
 ) -> tuple[TrainState, dict[str, float]]:
-    """Train for one epoch and return the new state and figures. A signal raises cli.Stopped."""
-    config, plan = run.config, run.plan
+    """Train for one epoch and return the new state and figures. A signal raises cli.Stopped.
+
+    Args:
+      record: is given the epoch's prompts, scores and advantages.
+    """
+    config, plan, begun = run.config, run.plan, time.perf_counter()
 
     # Prompts, encoded once each.
     batch = parts.draw_prompts(config, run.train_prompts, epoch)
@@ -70,12 +77,17 @@ def one_epoch(
     lifecycle.check_failed(epoch, failed, scores.broken, most=most)
     advantage, memory = run.advantage.compute(state.memory, values, weights, jnp.asarray(batch.ids))
     state = dataclasses.replace(state, memory=run.put(memory))
+    if record:
+        record(batch, scores, np.asarray(advantage))
+    drawn = time.perf_counter()
 
     # Policy updates, each on its own groups.
     state, figures = improve(run, state, cond, rollouts, advantage, epoch, stop)
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
-    return state, figures | {"window_start": int(rollouts[0].start), "broken": scores.broken}
+    figures |= {"window_start": int(rollouts[0].start), "broken": scores.broken}
+    seconds = {"seconds_draw": drawn - begun, "seconds_update": time.perf_counter() - drawn}
+    return state, figures | seconds
 
 
 def draw(
@@ -188,7 +200,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     cli.prepare(workdir, resume)
     run = recipe.build(config)
     if first_process := jax.process_index() == 0:
-        print(recipe.summary(run))
+        print(recipe.summary(run), page.announced(workdir, config.eval.every), sep="\n")
     state = initial_state(run)
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
     checkpoints = RunCheckpoints(
@@ -202,6 +214,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     if epoch > config.epochs:
         log.warning("%s has %d epochs, more than epochs=%d", workdir, epoch, config.epochs)
     cli.record(workdir, config)
+    about.save(workdir, config.to_dict())
     metrics = logs.Metrics(
         workdir, epoch, config=config.to_dict(), active=first_process, **config.log
     )
@@ -217,7 +230,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 if every and epoch % every == 0:
                     report = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 begun = time.perf_counter()
-                trained, figures = one_epoch(run, state, epoch, stop)
+                record = partial(record_training, workdir, run, epoch) if report else None
+                trained, figures = one_epoch(run, state, epoch, stop, record)
                 checkpoints.lost = lifecycle.count_lost(
                     checkpoints.lost, figures["skipped"], config.train.max_skipped
                 )
@@ -225,6 +239,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 figures["seconds"] = time.perf_counter() - begun
                 figures["images_per_second"] = run.plan.images / figures["seconds"]
                 metrics.write(epoch - 1, figures | report)
+                if report:
+                    page.save(workdir)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
                     checkpoints.save(epoch, state)
@@ -232,6 +248,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
             if every and epoch == config.epochs:
                 last = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
                 metrics.write(epoch, last)
+                page.save(workdir)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
             if epoch > first:
@@ -243,10 +260,8 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         bar.close()
         checkpoints.close()
         metrics.close()
-        if last and first_process:
-            print(json.dumps({k: round(v, 4) for k, v in last.items() if np.isfinite(v)}))
-        if epoch < config.epochs and first_process:
-            print(f"stopped after epoch {epoch}; go on with --resume")
+        if first_process:
+            lifecycle.show_end(last, epoch, config.epochs)
         if asked:  # still within `stop`, where the signal's echo does not interrupt
             raise SystemExit(cli.RESTART if asked == signal.SIGTERM else 0)
     return state

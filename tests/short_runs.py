@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from flowgrpo_jax import logs
+
 ROOT = Path(__file__).parent.parent
 RECIPE = """
 from pathlib import Path
@@ -70,9 +72,10 @@ def rows(workdir):
 
 
 def timeless(row, prefix=""):
-    """A row of metrics without what depends on the clock (and without evaluations)."""
-    clock = ("seconds", "images_per_second")
-    return {k: v for k, v in row.items() if k not in clock and not k.startswith(prefix or "\n")}
+    """A row of metrics without what depends on the clock (and, with a prefix, without the figures
+    that begin so; those of "eval/" are all of an evaluation's)."""
+    left_out = logs.EVALUATED if prefix == "eval/" else (prefix or "\n",)
+    return {k: v for k, v in row.items() if "second" not in k and not k.startswith(left_out)}
 
 
 def same(ours, theirs):

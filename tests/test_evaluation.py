@@ -38,10 +38,15 @@ def test_an_evaluation_whose_reward_failed_is_not_the_best(
     failures = {"jpeg_incompressibility": best, "shapes": other}
     result = {"metrics": {"shapes": 1.0}, "per_tag": {}, "failed": 1.0, "failures": failures}
     result["broken"] = broken
-    monkeypatch.setattr(
-        "flowgrpo_jax.run_evaluation.evaluate", lambda *_, **__: (result, None, None)
-    )
-    monkeypatch.setattr("flowgrpo_jax.run_evaluation.save_grid", lambda *_: None)
+    result |= {"errors": {}, "errors_per_tag": {}}
+    for name, value in {
+        "draw_balanced": (None, None, None),
+        "summarise": result,
+        "monitored": {},
+        "save_grid": None,
+        "pictures.save_evaluation": None,
+    }.items():
+        monkeypatch.setattr(f"flowgrpo_jax.run_evaluation.{name}", lambda *_, value=value: value)
     run, state = SimpleNamespace(config=load(runs)), SimpleNamespace(copies={"ema": {}})
     epochs: list[int] = []
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))

@@ -1,0 +1,126 @@
+"""The monitors: figures of pictures by hand, and verdicts on cases that are known."""
+
+import numpy as np
+import pytest
+
+from flowgrpo_jax.monitors import picture_figures, verdicts
+
+
+def flat(colour, side=16):
+    return np.broadcast_to(np.array(colour, np.uint8), (side, side, 3)).copy()
+
+
+def statistics(picture):
+    return picture_figures.statistics(np.asarray(picture)[None])
+
+
+def test_a_flat_picture_has_no_edges_and_one_colour():
+    found = statistics(flat((255, 0, 0)))
+    assert found["edge_density"] == found["colour_entropy"] == found["sharpness"] == 0
+    assert found["saturation"] == 1
+    assert found["brightness"] == pytest.approx(0.2126)
+    assert statistics(flat((0, 0, 0)))["dark"] == statistics(flat((255, 255, 255)))["bright"] == 1
+    assert statistics(flat((128, 128, 128)))["saturation"] == 0
+
+
+def test_equal_shares_of_colours_have_the_entropy_of_their_number():
+    picture = flat((0, 0, 0))
+    picture[:8, :8], picture[:8, 8:], picture[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    assert statistics(picture)["colour_entropy"] == pytest.approx(2)
+
+
+def test_edges_are_where_the_luma_jumps():
+    """A vertical border between black and white lies in one of 15 columns of differences; the
+    Laplacian of its two sides is -1 and 1, and 0 elsewhere."""
+    picture = flat((0, 0, 0))
+    picture[:, 8:] = 255
+    found = statistics(picture)
+    assert found["edge_density"] == pytest.approx(1 / 15)
+    assert found["brightness"] == found["dark"] == found["bright"] == pytest.approx(0.5)
+    assert found["sharpness"] == pytest.approx(np.sqrt(2 / 14), rel=1e-5)
+
+
+def test_large_pictures_are_reduced():
+    """Stripes of one pixel become grey at half of the size."""
+    stripes = np.zeros((16, 2 * picture_figures.SIDE, 3), np.uint8)
+    stripes[:, ::2] = 255
+    found = statistics(stripes)
+    assert found["edge_density"] == 0 and found["brightness"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_diversity_is_the_mean_distance_within_a_prompt():
+    black, white, grey = flat((0, 0, 0)), flat((255, 255, 255)), flat((51, 51, 51))
+    pictures, ids = np.stack([black, white, black, black, grey]), np.array([4, 9, 4, 9, 7])
+    assert picture_figures.diversity(pictures, ids) == pytest.approx((0 + 1) / 2)
+    three = np.stack([black, white, grey])
+    assert picture_figures.diversity(three, np.zeros(3)) == pytest.approx((1 + 0.2 + 0.8) / 3)
+    assert np.isnan(picture_figures.diversity(three, np.arange(3)))
+
+
+FIRST = {"monitor/edge_density": 0.1, "monitor/colour_entropy": 4.0, "monitor/brightness": 0.5}
+
+
+def levels(first, now, weights=()):
+    return {v.figure: v.level for v in verdicts.judge(first, now, dict(weights))}
+
+
+def test_the_case_that_is_known_is_an_alarm():
+    """Edge density fell by 60 %, colour entropy by 54 %, brightness by 73 %."""
+    hacked = {
+        "monitor/edge_density": 0.04,
+        "monitor/colour_entropy": 1.84,
+        "monitor/brightness": 0.135,
+    }
+    found = verdicts.judge(FIRST, hacked, {})
+    assert [v.level for v in found] == ["alarm"] * 3 and verdicts.worst(found) == "alarm"
+    assert found[0].says.startswith("fell by 60% (alarm from 35%): fewer edges")
+    assert "Colour entropy fell by 54%" in verdicts.in_words(found)
+
+
+def test_what_honest_training_of_the_box_does_is_fine():
+    """The figures of docs/images/shapes-before.png and shapes-after.png."""
+    names = ("edge_density", "colour_entropy", "brightness", "saturation", "dark", "sharpness")
+    before, after = (
+        {f"monitor/{name}": value for name, value in zip(names, values)}
+        for values in (
+            (0.052, 0.872, 0.905, 0.074, 0.0, 0.052),
+            (0.065, 1.0, 0.887, 0.093, 0.002, 0.065),
+        )
+    )
+    assert set(levels(before, after).values()) == {"fine"}
+
+
+@pytest.mark.parametrize(
+    "trained, held_out, level",
+    [
+        (0.9, 0.2, "alarm"),  # 0.3 lower: six standard errors of the difference
+        (0.9, 0.38, "watch"),
+        (0.9, 0.5, "fine"),
+        (0.5, 0.2, "fine"),  # nothing was gained: no trick, but a run that gets worse
+    ],
+)
+def test_a_held_out_reward_that_falls_while_the_trained_one_rises(trained, held_out, level):
+    error = 0.05 / np.sqrt(2)  # so that a difference has 0.05
+    errors = {"eval_error/own": error, "eval_error/other": error}
+    first = {"eval/own": 0.5, "eval/other": 0.5} | errors
+    now = {"eval/own": trained, "eval/other": held_out} | errors
+    assert levels(first, now, {"own": 1.0, "other": 0.0}) == {"eval/other": level}
+
+
+def test_a_reward_that_counts_faults_is_worse_when_it_rises():
+    errors = {"eval_error/shapes": 0.01, "eval_error/shapes_unknown": 0.01}
+    first = {"eval/shapes": 0.5, "eval/shapes_unknown": 0.1} | errors
+    now = {"eval/shapes": 0.9, "eval/shapes_unknown": 0.4} | errors
+    assert levels(first, now, {"shapes": 1.0}) == {"eval/shapes_unknown": "alarm"}
+
+
+def test_every_evaluation_but_the_first_is_judged():
+    rows = [
+        {"epoch": 0, "eval/own": 0.5, **FIRST},
+        {"epoch": 1, "reward": 0.5},
+        {"epoch": 2, "eval/own": 0.5, **FIRST, "monitor/brightness": 0.7},
+        {"epoch": 4, "eval/own": 0.5, **FIRST, "monitor/brightness": None},
+    ]
+    found = verdicts.verdicts(rows, {"own": 1.0})
+    assert {epoch: verdicts.worst(v) for epoch, v in found.items()} == {2: "watch", 4: "fine"}
+    assert [v.figure for v in found[4]] == ["edge_density", "colour_entropy"]
