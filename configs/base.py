@@ -210,6 +210,14 @@ def get_config() -> ConfigDict:
     # Evaluated reward whose best checkpoint is kept, in best/; empty: none.
     c.checkpoint.best = ""
 
+    # What the evaluated pictures are watched for (docs/report.md)
+    c.monitor = ConfigDict()
+    # At an alarm: note (a warning and a mark on the page) or stop (the last state without one is in
+    # good/).
+    c.monitor.on_alarm = "note"
+    # Measure how far the velocity is from that of the base model, by noise level.
+    c.monitor.move = True
+
     c.log = ConfigDict()
     # Write TensorBoard events to the work directory.
     c.log.tensorboard = True

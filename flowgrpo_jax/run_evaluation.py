@@ -6,24 +6,30 @@ Here a run also leaves what its page shows: pictures with their scores, and moni
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
+from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from flowgrpo_jax import cli, logs
+from flowgrpo_jax import cli, logs, parts, sampler, settings, sharding
 from flowgrpo_jax.evaluate import draw, draw_balanced, figures_of, save_grid, summarise
-from flowgrpo_jax.lifecycle import offer_best
-from flowgrpo_jax.monitors import picture_figures
+from flowgrpo_jax.lifecycle import RunFailed, offer_best
+from flowgrpo_jax.monitors import move, picture_figures, verdicts
 from flowgrpo_jax.recipe import Recipe
-from flowgrpo_jax.report import pictures
+from flowgrpo_jax.report import page, pictures
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.scoring.scores import Scores
-from flowgrpo_jax.types import Params, PromptBatch, TrainState
+from flowgrpo_jax.types import PromptBatch, TrainState
 
+log = logging.getLogger(__name__)
 PROMPTS, REPEATS = 6, 4  # whose pictures tell the diversity, where the evaluation repeats none
+SHEET = "samples"  # the name of an evaluation's pictures in TensorBoard and Weights & Biases
 
 
 def evaluate_into(
@@ -32,20 +38,22 @@ def evaluate_into(
     state: TrainState,
     epoch: int,
     checkpoints: RunCheckpoints,
+    metrics: logs.Metrics,
     stop: cli.Stop,
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave pictures of the same prompts and seeds as always, and keep
-    the state where it is the best so far. Returns the figures."""
-    begun, policy = time.perf_counter(), state.copies["ema"]
-    batch, pixels, scores = draw_balanced(run, policy, stop)
+    the state where it is the best so far. Returns the figures.
+
+    Raises RunFailed at an alarm of the monitors where `monitor.on_alarm` is "stop".
+    """
+    begun = time.perf_counter()
+    batch, pixels, scores = draw_balanced(run, state.copies["ema"], stop)
     result = summarise(batch, scores)
-    with logs.warn_on_error("a sample grid"):
-        file = workdir / "samples" / f"epoch-{epoch:05d}.png"
-        save_grid(file, pixels, batch, run.config.eval.grid)
-    with logs.warn_on_error("the pictures of the run's page"):
-        pictures.save_evaluation(workdir, epoch, pixels, batch, scores, run.config.eval.grid)
+    show(workdir, epoch, batch, pixels, scores, metrics, run.config.eval.grid)
     report, best = figures_of(result), run.config.checkpoint.best
-    report |= monitored(run, policy, batch, pixels, stop)
+    report |= monitored(run, state, batch, pixels, stop)
+    report["eval_seconds"] = time.perf_counter() - begun
+    heed(workdir, run, state, epoch, checkpoints, metrics, report)
     offer_best(
         checkpoints,
         epoch,
@@ -56,23 +64,117 @@ def evaluate_into(
         broken=result["broken"],
         most_failed=run.config.reward.max_failed,
     )
-    return report | {"eval_seconds": time.perf_counter() - begun}
+    return report
+
+
+def show(
+    workdir: epath.Path,
+    epoch: int,
+    batch: PromptBatch,
+    pixels: np.ndarray,
+    scores: Scores,
+    metrics: logs.Metrics,
+    n: int,
+) -> None:
+    """Leave the first `n` pictures of an evaluation where people look."""
+    with logs.warn_on_error("a sample grid"):
+        save_grid(workdir / "samples" / f"epoch-{epoch:05d}.png", pixels, batch, n)
+        metrics.show(epoch, SHEET, lambda: logs.grid(pixels[:n], batch.prompts[:n]))
+    with logs.warn_on_error("the pictures of the run's page"):
+        pictures.save_evaluation(workdir, epoch, pixels, batch, scores, n)
+
+
+def heed(
+    workdir: epath.Path,
+    run: Recipe,
+    state: TrainState,
+    epoch: int,
+    checkpoints: RunCheckpoints,
+    metrics: logs.Metrics,
+    report: dict[str, float],
+) -> None:
+    """Say what the monitors find alarming, and do what `monitor.on_alarm` asks for.
+
+    Raises RunFailed where that is to stop. The evaluation is then in the metrics and on the page.
+    """
+    alarms, stops = "", run.config.monitor.on_alarm == "stop"
+    with logs.warn_on_error("the verdicts of the monitors"):
+        alarms = verdicts.in_words(judged(metrics, epoch, report, run.config.reward.weights))
+    if alarms:
+        log.warning("epoch %d: alarm: %s", epoch, alarms)
+    if not stops:
+        return
+    if not sharding.from_first_process([int(bool(alarms))])[0]:
+        checkpoints.keep_good(epoch, state)
+        return
+    metrics.write(epoch, report)
+    page.save(workdir)
+    raise RunFailed(
+        f"the monitors raise an alarm at epoch {epoch}: {alarms or 'see the first process'}. The"
+        f" last state without one is in {workdir / 'good'}, and {workdir / page.FILE} shows what"
+        " changed: train again with a KL term or another reward, or go on in spite of it with"
+        " --resume and --config.monitor.on_alarm=note"
+    )
+
+
+def judged(
+    metrics: logs.Metrics, epoch: int, report: Mapping[str, float], weights: Mapping[str, float]
+) -> list[verdicts.Verdict]:
+    """Return the verdicts on an evaluation; none on the first one, or in another process than the
+    one that writes the metrics."""
+    if not metrics.active:
+        return []
+    before = [row for row in logs.read(metrics.file) if row["epoch"] < epoch]
+    now = {"epoch": epoch, **logs.plain(report)}
+    return verdicts.verdicts([*before, now], weights).get(epoch, [])
 
 
 def monitored(
-    run: Recipe, policy: Params, batch: PromptBatch, pixels: np.ndarray, stop: cli.Stop
+    run: Recipe, state: TrainState, batch: PromptBatch, pixels: np.ndarray, stop: cli.Stop
 ) -> dict[str, float]:
-    """Return the monitors' figures of an evaluation's pictures, uint8 [n, H, W, 3]."""
+    """Return the monitors' figures of an evaluation with its pictures, uint8 [n, H, W, 3]."""
     found = picture_figures.statistics(pixels)
-    ids = batch.ids
+    policy, ids = state.copies["ema"], batch.ids
+    if run.config.monitor.move and has_reference(run):
+        found |= moved(run, state, batch)
     if len(np.unique(ids)) > len(ids) - PROMPTS:  # hardly any prompt has two pictures
-        batch, repeats = repeated(batch, min(PROMPTS, len(batch.ids)))
+        again, repeats = repeated(batch, min(PROMPTS, len(ids)))
         unscored = Scorer(RewardWeights({}), {}, run.test_prompts, run.mesh)
         drawing = dataclasses.replace(run, test_scorer=unscored)
-        pixels, _ = draw(drawing, policy, batch, repeats, stop, False)
-        ids = batch.ids
+        pixels, _ = draw(drawing, policy, again, repeats, stop, False)
+        ids = again.ids
     found["diversity"] = picture_figures.diversity(pixels, ids)
     return {f"monitor/{name}": value for name, value in found.items()}
+
+
+def has_reference(run: Recipe) -> bool:
+    """Whether the base model is still there: full fine-tuning without a KL gives its weights up."""
+    return bool(run.model.lora_spec.rank) or set(run.model.trained_shapes) <= set(run.model.base)
+
+
+def moved(run: Recipe, state: TrainState, batch: PromptBatch) -> dict[str, float]:
+    """Return how far the EMA weights have moved from the reference, by noise level."""
+    config, model, shards = run.config, run.model, sharding.row_shards(run.mesh)
+    images = min(
+        -(-move.IMAGES // shards) * shards, config.eval.micro_batch or run.plan.micro_batch
+    )
+    rows = np.arange(images, dtype=np.int32)
+    chosen = rows % len(batch.ids)
+    cond = run.encode([batch.prompts[i] for i in chosen])
+    ids = jnp.asarray(batch.ids[chosen])
+    keys = sampler.image_keys(jax.random.key(config.eval.seed), 0, ids, jnp.asarray(rows))
+    scale = settings.guidance(config.eval.guidance_scale, "eval.guidance_scale", model.guidance)
+    sigmas = parts.sigmas(model, config, move.STEPS)
+    measure = move.program(
+        sampler.guided(model.velocity, scale, model.guidance),
+        run.mesh,
+        model.latent_shape(config.model.height, config.model.width),
+        sigmas,
+    )
+    reference = run.named_policy(state, "reference")
+    rows, keys = sharding.split_rows(run.mesh, (rows, keys))
+    found = measure(state.copies["ema"], reference, model.base, cond, run.empty, rows, keys)
+    return move.figures(sharding.to_host(found), sigmas)
 
 
 def repeated(batch: PromptBatch, n: int) -> tuple[PromptBatch, np.ndarray]:

@@ -228,7 +228,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 stop.check()
                 report: dict[str, float] = {}
                 if every and epoch % every == 0:
-                    report = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
+                    report = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
                 begun = time.perf_counter()
                 record = partial(record_training, workdir, run, epoch) if report else None
                 trained, figures = one_epoch(run, state, epoch, stop, record)
@@ -246,7 +246,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                     checkpoints.save(epoch, state)
             checkpoints.finish(epoch, state)
             if every and epoch == config.epochs:
-                last = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
+                last = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
                 metrics.write(epoch, last)
                 page.save(workdir)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened

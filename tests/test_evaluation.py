@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from short_runs import call, load, rows
 
-from flowgrpo_jax import cli, policies, recipe, run_checkpoints, sharding
+from flowgrpo_jax import cli, logs, policies, recipe, run_checkpoints, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models.base_model import BaseModel
@@ -43,14 +43,13 @@ def test_an_evaluation_whose_reward_failed_is_not_the_best(
         "draw_balanced": (None, None, None),
         "summarise": result,
         "monitored": {},
-        "save_grid": None,
-        "pictures.save_evaluation": None,
+        "show": None,
     }.items():
         monkeypatch.setattr(f"flowgrpo_jax.run_evaluation.{name}", lambda *_, value=value: value)
     run, state = SimpleNamespace(config=load(runs)), SimpleNamespace(copies={"ema": {}})
     epochs: list[int] = []
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
-    evaluate_into(tmp_path, run, state, 7, kept, cli.Stop())
+    evaluate_into(tmp_path, run, state, 7, kept, logs.Metrics(tmp_path), cli.Stop())
     assert epochs == offered
     assert ("jpeg_incompressibility failed on 90% and cannot be the best" in caplog.text) == (
         best == 0.9

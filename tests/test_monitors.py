@@ -1,9 +1,15 @@
 """The monitors: figures of pictures by hand, and verdicts on cases that are known."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from short_runs import load, rows
 
-from flowgrpo_jax.monitors import picture_figures, verdicts
+from flowgrpo_jax import lifecycle, policies, recipe, sampler, sharding
+from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.monitors import move, picture_figures, verdicts
+from flowgrpo_jax.train import train
 
 
 def flat(colour, side=16):
@@ -73,7 +79,7 @@ def test_the_case_that_is_known_is_an_alarm():
     }
     found = verdicts.judge(FIRST, hacked, {})
     assert [v.level for v in found] == ["alarm"] * 3 and verdicts.worst(found) == "alarm"
-    assert found[0].says.startswith("fell by 60% (alarm from 35%): fewer edges")
+    assert found[0].says.startswith("fell by 60% (alarm from 35%): detail is lost")
     assert "Colour entropy fell by 54%" in verdicts.in_words(found)
 
 
@@ -124,3 +130,43 @@ def test_every_evaluation_but_the_first_is_judged():
     found = verdicts.verdicts(rows, {"own": 1.0})
     assert {epoch: verdicts.worst(v) for epoch, v in found.items()} == {2: "watch", 4: "fine"}
     assert [v.figure for v in found[4]] == ["edge_density", "colour_entropy"]
+
+
+def test_the_move_is_the_relative_distance_of_the_velocities():
+    """Of v = a x the distance is (a / b - 1) ** 2, wherever the path leads."""
+    sigmas = (1.0, 0.9, 0.5, 0.2, 0.0)
+
+    def guided(scale, frozen, x, sigma, cond, empty, prompt):
+        return scale * frozen * x
+
+    mesh = sharding.make_mesh()
+    measure = move.program(guided, mesh, (2, 2, 1), sigmas)
+    places = jnp.arange(4)
+    keys = sampler.image_keys(jax.random.key(0), 0, places, places)
+    args = jnp.float32(2.0), None, None, places, keys
+    found = measure(jnp.float32(1.5), jnp.float32(1.0), *args)
+    np.testing.assert_allclose(found, [0.25] * 4, rtol=1e-5)
+    np.testing.assert_allclose(measure(jnp.float32(1.0), jnp.float32(1.0), *args), 0)
+    named = move.figures(np.array([1.0, 2.0, 3.0, 4.0]), sigmas)
+    assert named == {"move_high": 1.5, "move_middle": 3.0, "move_low": 4.0}
+
+
+def test_an_alarm_stops_the_run_and_the_last_good_state_is_kept(runs, tmp_path, monkeypatch):
+    """The pictures turn dark at the third evaluation. The run can go on in spite of it."""
+    levels = iter([0.5, 0.49, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(
+        "flowgrpo_jax.monitors.picture_figures.statistics",
+        lambda pixels: {"brightness": next(levels)},
+    )
+    settings = {"log__tensorboard": False, "eval__every": 1, "epochs": 3, "monitor__move": True}
+    with pytest.raises(lifecycle.RunFailed, match=r"alarm at epoch 2: Brightness fell.*good"):
+        train(load(runs, **settings, monitor__on_alarm="stop"), tmp_path)
+    assert Checkpoints(tmp_path / "good").steps() == [1]
+    last = rows(tmp_path)[-1]
+    assert last["epoch"] == 2 and last["monitor/brightness"] == 0.1 and "reward" not in last
+    assert 0 < last["monitor/move_high"] < 1 and rows(tmp_path)[0]["monitor/move_high"] == 0
+    assert '"level": "alarm"' in (tmp_path / "report.html").read_text()
+    built = recipe.build(load(runs), training=False)
+    assert policies.load(tmp_path / "good", built.model).keys() == built.model.trained_shapes.keys()
+    train(load(runs, **settings), tmp_path, resume=True)
+    assert [row["epoch"] for row in rows(tmp_path)] == [0, 1, 2, 3]

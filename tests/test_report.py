@@ -126,7 +126,7 @@ def test_hours_count_the_epochs_that_are_left_out():
 def test_a_sheet_holds_the_pictures_at_their_places(tmp_path):
     """Small ones without loss, in rows of six."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 24, 3), np.uint8)
-    pictures.save_sheet(epath.Path(tmp_path), "evaluation", 3, pixels, [{}] * 8)
+    pictures.save_sheet(epath.Path(tmp_path), "evaluation-00003", {}, pixels, [{}] * 8)
     sheet = np.asarray(Image.open(tmp_path / "evaluation-00003.webp").convert("RGB"))
     assert sheet.shape == (32, 6 * 24, 3)
     np.testing.assert_array_equal(sheet[16:, 24:48], pixels[7])

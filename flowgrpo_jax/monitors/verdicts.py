@@ -30,14 +30,15 @@ class Rule:
 
     Attributes:
       figure: its name in the metrics, without "monitor/"; label: its name for people.
+      lost, gained: what a fall and a rise beyond the limits mean.
       fall, rise: limits of the change, which is a share of the first value or, with `absolute`, a
         difference; None where that direction is no loss.
-      reason: what a change beyond the limits means.
     """
 
     figure: str
     label: str
-    reason: str
+    lost: str
+    gained: str
     fall: Limits | None = None
     rise: Limits | None = None
     absolute: bool = False
@@ -45,20 +46,24 @@ class Rule:
 
 FLATTER, BUSIER = Limits(0.2, 0.35), Limits(0.5, 1.0)
 RULES = (
-    Rule("edge_density", "Edge density", "fewer edges are lost detail, more are noise or clutter",
-         FLATTER, BUSIER),
-    Rule("colour_entropy", "Colour entropy", "fewer colours are flat pictures", FLATTER, BUSIER),
-    Rule("brightness", "Brightness", "pictures that turn dark or white lose what they show",
+    Rule("edge_density", "Edge density", "detail is lost", "noise or clutter", FLATTER, BUSIER),
+    Rule("colour_entropy", "Colour entropy", "pictures get flat", "clutter", FLATTER, BUSIER),
+    Rule("brightness", "Brightness", "pictures get dark", "pictures get pale",
          Limits(0.15, 0.3), Limits(0.25, 0.5)),
-    Rule("saturation", "Saturation", "grey or garish pictures please some rewards",
+    Rule("saturation", "Saturation", "pictures get grey", "pictures get garish",
          Limits(0.3, 0.5), BUSIER),
-    Rule("dark", "Share of dark pixels", "large black areas show nothing",
+    Rule("dark", "Share of dark pixels", "", "black areas show nothing",
          rise=Limits(0.1, 0.25), absolute=True),
-    Rule("bright", "Share of bright pixels", "large white areas show nothing",
+    Rule("bright", "Share of bright pixels", "", "white areas show nothing",
          rise=Limits(0.1, 0.25), absolute=True),
-    Rule("sharpness", "Sharpness", "less is blur, more is noise or grain", FLATTER, BUSIER),
-    Rule("diversity", "Diversity within a prompt", "pictures of a prompt become alike",
+    Rule("sharpness", "Sharpness", "blur", "noise or grain", FLATTER, BUSIER),
+    Rule("diversity", "Diversity within a prompt", "pictures of a prompt become alike", "",
          Limits(0.25, 0.4)),
+    *(
+        Rule(f"move_{name}", f"Size of the move at {name} noise", "",
+             "the policy leaves what the base model knows", rise=Limits(0.1, 0.3), absolute=True)
+        for name in ("high", "middle", "low")
+    ),
 )  # fmt: skip
 # Rewards that are evaluated and not trained on fall while one that is trained on rises: in standard
 # errors of the difference, and, for an alarm, also as a share of the first value.
@@ -124,7 +129,7 @@ def by_rule(rule: Rule, first: Mapping[str, Any], now: Mapping[str, Any]) -> Ver
     if level != FINE and limits:
         limit = getattr(limits, level)
         shown = f"{limit:.2f}" if rule.absolute else f"{limit:.0%}"
-        says += f" ({level} from {shown}): {rule.reason}"
+        says += f" ({level} from {shown}): {rule.gained if change > 0 else rule.lost}"
     return Verdict(rule.figure, rule.label, level, before, after, says)
 
 

@@ -50,6 +50,7 @@ def html(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
         "CHARTS": _file("charts.js"),
         "PICTURES": _file("pictures.js"),
         "SCRIPT": _file("page.js"),
+        "LIVE": _file("live.js") if live else "",
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("page.html"))
 

@@ -46,7 +46,7 @@ def save_evaluation(
 
     def save(kind: str, rows: np.ndarray) -> None:
         about = [_about(batch, i, scores, i, {"total": float(total[i])}) for i in rows]
-        save_sheet(workdir / FOLDER, kind, epoch, pixels[rows], about)
+        save_sheet(workdir / FOLDER, *_of_epoch(kind, epoch), pixels[rows], about)
 
     save("evaluation", np.arange(min(n, MOST, len(pixels))))
     ranked = np.argsort(total, kind="stable")
@@ -72,7 +72,7 @@ def save_training(
     for i in scores.sample.rows:
         said = {"total": float(total[i]), "advantage": float(mean[i])}
         about.append(_about(batch, i // group_size, scores, i, said))
-    save_sheet(workdir / FOLDER, "training", epoch, scores.sample.pixels, about)
+    save_sheet(workdir / FOLDER, *_of_epoch("training", epoch), scores.sample.pixels, about)
 
 
 def totals(scores: Scores) -> np.ndarray:
@@ -98,26 +98,30 @@ def _about(
 
 def save_sheet(
     folder: epath.Path,
-    kind: str,
-    epoch: int,
+    name: str,
+    head: Mapping[str, Any],
     pixels: np.ndarray,
     about: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write the sheet of pictures, uint8 [n, H, W, 3], and what is said `about` each of them."""
+    """Write the sheet of pictures, uint8 [n, H, W, 3], with `head` and what is `about` each."""
     folder.mkdir(parents=True, exist_ok=True)
     small = [shrink(picture) for picture in pixels[:MOST]]
     width, height = small[0].size
-    rows = -(-len(small) // COLUMNS)
-    sheet = Image.new("RGB", (width * COLUMNS, height * rows))
+    sheet = Image.new("RGB", (width * COLUMNS, height * -(-len(small) // COLUMNS)))
     for i, picture in enumerate(small):
         sheet.paste(picture, (i % COLUMNS * width, i // COLUMNS * height))
     encoded = io.BytesIO()
     sheet.save(encoded, format="WEBP", quality=QUALITY, lossless=max(width, height) <= SMALL)
-    name = f"{kind}-{epoch:05d}"
     (folder / f"{name}.webp").write_bytes(encoded.getvalue())
-    head = {"kind": kind, "epoch": epoch, "columns": COLUMNS, "width": width, "height": height}
-    written = logs.plain(head | {"pictures": [logs.plain(entry) for entry in about]})
-    files.replace(folder / f"{name}.json", json.dumps(written))  # now the sheet is there
+    shape = {"columns": COLUMNS, "width": width, "height": height}
+    said = [logs.plain(entry) for entry in about[:MOST]]
+    written = json.dumps({**head, **shape, "pictures": said})
+    files.replace(folder / f"{name}.json", written)  # now the sheet is there
+
+
+def _of_epoch(kind: str, epoch: int) -> tuple[str, dict[str, Any]]:
+    """The name and the head of an epoch's sheet."""
+    return f"{kind}-{epoch:05d}", {"kind": kind, "epoch": epoch}
 
 
 def shrink(picture: np.ndarray) -> Image.Image:
