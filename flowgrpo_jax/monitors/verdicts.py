@@ -45,6 +45,8 @@ class Rule:
 
 
 FLATTER, BUSIER = Limits(0.2, 0.35), Limits(0.5, 1.0)
+# At low noise the base's own velocity is small, so that the same change is a larger share of it.
+MOVES = {"high": Limits(0.15, 0.5), "middle": Limits(0.15, 0.5), "low": Limits(1.0, 2.0)}
 RULES = (
     Rule("edge_density", "Edge density", "detail is lost", "noise or clutter", FLATTER, BUSIER),
     Rule("colour_entropy", "Colour entropy", "pictures get flat", "clutter", FLATTER, BUSIER),
@@ -61,8 +63,8 @@ RULES = (
          Limits(0.25, 0.4)),
     *(
         Rule(f"move_{name}", f"Size of the move at {name} noise", "",
-             "the policy leaves what the base model knows", rise=Limits(0.1, 0.3), absolute=True)
-        for name in ("high", "middle", "low")
+             "the policy leaves what the base model knows", rise=limits, absolute=True)
+        for name, limits in MOVES.items()
     ),
 )  # fmt: skip
 # Rewards that are evaluated and not trained on fall while one that is trained on rises: in standard

@@ -1,7 +1,7 @@
 """A run that is hacked on purpose: the page and the monitors have to show it.
 
-    python -m flowgrpo_jax.train --config hacked
-    python -m flowgrpo_jax.train --config hacked:remedy
+    python -m flowgrpo_jax.train --config shapes_hacked
+    python -m flowgrpo_jax.train --config shapes_hacked:remedy
 
 Hardware: 2 CPU cores, about 3 minutes. The reward is a small JPEG file. Without a KL the policy
 finds the shortest way to it, an empty canvas. `remedy` trains on the same reward with a KL term to
@@ -15,7 +15,7 @@ from flowgrpo_jax.configs import shapes
 
 def get_config(variant: str = "") -> ConfigDict:
     c = shapes.get_config()
-    c.name = "hacked"
+    c.name = "shapes_hacked"
     c.epochs = 18
     c.cpu_devices = 1
 
@@ -32,8 +32,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.eval.images, c.eval.steps, c.eval.every, c.eval.grid = 96, 10, 6, 24
     c.checkpoint.best = ""
     if variant not in ("", "remedy"):
-        raise ValueError(f"hacked:{variant}: choose hacked or hacked:remedy")
+        raise ValueError(f"shapes_hacked:{variant}: choose shapes_hacked or shapes_hacked:remedy")
     if variant == "remedy":
-        c.name = "hacked-remedy"
+        c.name = "shapes_hacked-remedy"
         c.algorithm.options.kl_beta = 1.0
     return c
