@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.epoch import Arrays, serve
-from flowgrpo_jax import recipe, settings, sharding, train, update
+from flowgrpo_jax import recipe, sampler, settings, sharding, train, update
 from flowgrpo_jax.models import lora_files
 from flowgrpo_jax.types import PromptBatch, Rollout
 
@@ -28,8 +28,10 @@ class JaxEngine:
         adapter = lora_files.from_torch(factors, run.model.trained_shapes)
         key = jax.random.key(config["seed"])
         state = update.init(adapter, run.algorithm.copies, {}, run.optimiser, key)
-        cond = {name: jnp.asarray(inputs[name]) for name in ("tokens", "pooled")}
-        self.state, self.cond = sharding.replicate(run.mesh, (state, cond))
+        text = {name: jnp.asarray(inputs[name]) for name in ("tokens", "pooled")}
+        cond = {name: x[:-1] for name, x in text.items()}
+        empty = {name: x[-1:] for name, x in text.items()}
+        self.state, self.cond, self.none = sharding.replicate(run.mesh, (state, cond, empty))
         groups = run.plan.groups
         self.batch = PromptBatch([""] * groups, [{}] * groups, np.arange(groups, dtype=np.int32))
         self.advantages = np.split(inputs["advantages"], run.plan.micro_batches)
@@ -46,14 +48,10 @@ class JaxEngine:
         run, x = self.run, jnp.asarray(drawn["x"])
         _, rows, _ = next(train.micro_batches(run, self.batch))
 
-        @jax.jit
-        def velocity(adapter, base, x, cond, prompt):
-            sigma = jnp.full(x.shape[0], run.setup.process.sigmas[0])
-            return run.model.velocity(
-                adapter, base, x, sigma, jax.tree.map(lambda c: c[prompt], cond)
-            )
-
-        v = velocity(self.state.policy, run.model.base, x[0], self.cond, rows)
+        guidance = run.config.sample.guidance_scale
+        guided = jax.jit(sampler.guided(run.model.velocity, guidance, run.model.guidance))
+        sigma, texts = jnp.float32(run.setup.process.sigmas[0]), (self.cond, self.none)
+        v = guided(self.state.policy, run.model.base, x[0], sigma, *texts, rows)
         images = self.decoder(run.model.params["vae"], x[0]).pixels
         log_prob, start = jnp.asarray(drawn["log_prob"]), jnp.int32(0)
         keys = jax.random.split(self.state.key, len(rows))  # which this algorithm does not read
@@ -67,7 +65,7 @@ class JaxEngine:
         run, state = self.run, self.state
         for ids, rows, places in train.micro_batches(run, self.batch):
             rollout, pictures, _ = run.programs.sample(
-                state.policy, run.weights, self.cond, self.cond, state.key, self.epoch, self.start,
+                state.policy, run.weights, self.cond, self.none, state.key, self.epoch, self.start,
                 ids, rows, places,
             )  # fmt: skip
             yield rollout, pictures.pixels
@@ -102,7 +100,7 @@ class JaxEngine:
         others = {name: adapter for name in run.algorithm.reads}
         advantage = sharding.split_rows(run.mesh, self.advantages[m])
         return run.programs.accumulate(
-            *accumulated, adapter, others, run.model.base, self.cond, self.cond, rollout,
+            *accumulated, adapter, others, run.model.base, self.cond, self.none, rollout,
             advantage, self.terms,
         )  # fmt: skip
 

@@ -36,6 +36,7 @@ class TorchEngine:
         self.groups, self.group_size = sample["groups"], sample["group_size"]
         self.micro_batch, self.window = sample["micro_batch"], sample["window"]
         self.angle = sample["noise_level"] * math.pi / 2
+        self.guidance = sample["guidance_scale"]
         self.sigmas = inputs["sigmas"].tolist()  # Python floats: nothing to wait for in a step
         self.device = "cuda" if os.environ["JAX_PLATFORMS"] == "cuda" else "cpu"  # as JAX does
         self.dtype = getattr(torch, config["model"]["dtype"])
@@ -73,14 +74,23 @@ class TorchEngine:
     # ------------------------------------------------------------------- the parts of an epoch
 
     def velocity(self, x: Tensor, step: int, text: tuple[Tensor, Tensor]) -> Tensor:
-        time = x.new_full((len(x),), 1000 * self.sigmas[step])
         tokens, pooled = text
+        x = x.repeat(len(tokens) // len(x), 1, 1, 1)  # both branches of guidance in one batch
+        time = x.new_full((len(x),), 1000 * self.sigmas[step])
         half = self.dtype != torch.float32
         with torch.autocast(self.device, self.dtype, enabled=half):
-            return self.transformer(x, tokens, pooled, time, return_dict=False)[0].float()
+            v = self.transformer(x, tokens, pooled, time, return_dict=False)[0].float()
+        if self.guidance <= 1:
+            return v
+        empty, prompt = v.chunk(2)
+        return empty + self.guidance * (prompt - empty)
 
     def text(self, m: int) -> tuple[Tensor, Tensor]:
-        return self.tokens[self.rows[m]], self.pooled[self.rows[m]]
+        """The texts of a micro-batch, behind as many empty ones where there is guidance."""
+        rows = self.rows[m]
+        if self.guidance > 1:
+            rows = torch.cat([torch.full_like(rows, self.groups), rows])
+        return self.tokens[rows], self.pooled[rows]
 
     def noise(self, m: int) -> Tensor:
         return torch.randn(len(self.rows[m]), *self.latent, device=self.device)

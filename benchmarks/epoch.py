@@ -3,7 +3,7 @@
     python -m benchmarks.epoch --model shapes --repeats 3 [--out FILE.json] \\
         [--engines jax,torch,torch-compile] [--groups 12 --steps 10 --window 5 ...]
     python -m benchmarks.epoch --device gpu --dtype bfloat16 --model random:sd3.5-medium \\
-        --size 512 --groups 2 --group_size 8 --micro_batch 4 --steps 10 --window 3 --attention cudnn
+        --size 512 --groups 2 --group_size 8 --micro_batch 4 --steps 10 --window 3 [--guidance 4.5]
 
 An epoch is sampling (CPS noise and log-probs within the window), decoding to uint8 on the host, and
 one policy update over the window: LoRA on the joint attention, clipped ratio loss, gradient clip,
@@ -39,13 +39,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
+
+from flowgrpo_jax.models import attention
 
 ENGINES = {
     "jax": "benchmarks.engine_jax",
@@ -101,6 +103,8 @@ class Engine(Protocol):
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Write config.json and inputs.npz: all that engines share, so that none favours itself.
 
+    The last row of the texts in inputs.npz is the empty prompt's.
+
     Runs in a process of its own, because it needs the text encoders and the engines do not.
     """
     import jax
@@ -118,6 +122,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     for knob in ("groups", "group_size", "micro_batch", "steps", "window"):
         config.sample[knob] = getattr(args, knob) or config.sample[knob]
     config.sample.window_range = (0, 0)  # it begins with the first step
+    config.sample.guidance_scale = args.guidance
     config.prompts.test = ""  # nothing is evaluated
 
     config.lora.targets = sd3.JOINT_ATTENTION
@@ -129,7 +134,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
     s, rng = config.sample, np.random.default_rng(0)
     batch = prompts.sample(prompts.load(config.prompts.train), s.groups, seed=0, epoch=0)
-    cond = model.encode(batch.prompts)
+    cond = model.encode([*batch.prompts, ""])  # the last one is what guidance moves away from
     adapter = lora_files.to_torch(model.init_trained(jax.random.key(0)))
     for name, factor in adapter.items():  # B = 0 would hide the adapter from the comparison
         if "lora_B" in name:
@@ -305,14 +310,18 @@ def start(
     return workers, seconds, failures
 
 
-def measure(workers: dict[str, Worker], repeats: int) -> dict[str, list[dict[str, float]]]:
-    """Every engine's epochs, drawn in turns, each time in the other order."""
-    epochs: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+Epochs = dict[str, list[dict[str, float]]]  # {engine: the figures of each}
+
+
+def measure(workers: dict[str, Worker], repeats: int) -> Iterator[Epochs]:
+    """Every engine's epochs, drawn in turns, each time in the other order: all so far, after each
+    turn."""
+    epochs: Epochs = {name: [] for name in workers}
     for i in range(repeats):
         for name, worker in reversed(workers.items()) if i % 2 else workers.items():
             epochs[name].append(worker.ask("epoch"))
             print(f"{name}: epoch {i + 1}/{repeats} {epochs[name][-1]['epoch']:.2f} s", flush=True)
-    return epochs
+        yield epochs
 
 
 def summarise(epochs: list[dict[str, float]], images: int) -> dict[str, float]:
@@ -414,7 +423,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of the transformer; VAE and adapter stay float32")  # fmt: skip
-    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of JAX")
+    parser.add_argument("--attention", choices=attention.CHOICES, default="auto", help="of JAX")
+    parser.add_argument("--guidance", type=float, default=1.0, help="its scale; 1 means none")
     parser.add_argument("--size", type=int, help="of the images, in pixels; the model's own")
     parser.add_argument("--t5_length", type=int, help="T5 tokens of a prompt")
     parser.add_argument("--groups", type=int, help="prompts an epoch")
@@ -454,31 +464,35 @@ def main() -> int:
         workers, warmup, failures = start(args.engines, folder, env, args.warmup)
         if not workers:
             return 1
-        try:
-            differ = check(folder, list(workers), args.device)
-            epochs = measure(workers, args.repeats)
-        finally:
-            for worker in workers.values():
-                worker.close()
-    images = config["sample"]["groups"] * config["sample"]["group_size"]
-    figures = {
-        name: summarise(runs, images) | {"warmup": warmup[name]} for name, runs in epochs.items()
-    }
-    ratio = ratios(figures)
-    print(f"\nmedians of {args.repeats} epochs\n{table(figures, ratio)}")
-    if args.out:
         report = {
             "config": config,
             "machine": hardware,
             "glibc_tunables": env.get("GLIBC_TUNABLES", ""),
-            "differences": differ,
-            "medians": figures,
-            "ratios": ratio,
-            "epochs": epochs,
             "failures": failures,
         }
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+        try:
+            report["differences"] = check(folder, list(workers), args.device)
+            for epochs in measure(workers, args.repeats):
+                report |= summary(epochs, warmup, config)
+                if args.out:  # after each turn: a run that is cut off keeps what it had
+                    args.out.write_text(json.dumps(report, indent=2) + "\n")
+        finally:
+            for worker in workers.values():
+                worker.close()
+    shown = table(report["medians"], report["ratios"])
+    print(f"\nmedians of {args.repeats} epochs\n{shown}")
     return 1 if failures else 0
+
+
+def summary(
+    epochs: Epochs, warmup: dict[str, float], config: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the medians of the epochs so far, their ratios, and the epochs themselves."""
+    images = config["sample"]["groups"] * config["sample"]["group_size"]
+    figures = {
+        name: summarise(runs, images) | {"warmup": warmup[name]} for name, runs in epochs.items()
+    }
+    return {"medians": figures, "ratios": ratios(figures), "epochs": epochs}
 
 
 if __name__ == "__main__":

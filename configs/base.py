@@ -32,8 +32,9 @@ def get_config() -> ConfigDict:
     c.model.options = ConfigDict({"t5": True, "t5_length": 0})
     # Directory that keeps encoded prompts (1.7 MB each); empty: none.
     c.model.text_cache = ""
-    # Kernel of the transformer's attention: xla, or cudnn (NVIDIA's GPUs, bfloat16)
-    c.model.attention = "xla"
+    # Kernel of the transformer's attention: auto, or one of xla (plain), cudnn (NVIDIA's GPUs in
+    # bfloat16) and flash (TPUs)
+    c.model.attention = "auto"
     # Recompute activations in the backward pass, block by block.
     c.model.remat = True
 

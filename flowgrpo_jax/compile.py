@@ -7,11 +7,12 @@ The programs of an epoch are compiled ahead of time for real chips, on any machi
 that the pod would use (`pip install -e '.[tpu]'`): `score` is the training rewards in the graph,
 `judge` those of the evaluation. Needs no weights: published models are known by
 name, others by the configs in their directory. Prints for each program the memory of a chip
-against what it has, the arithmetic, what goes over the links, and the least time that these take.
+against what it has, the arithmetic, what it moves over HBM and the links, the least time that these
+take, the share of the chip's peak in that time, and the operations that take longest.
 
 With `config.model.text_cache` the cache is taken to be full, and no text encoder to be there.
-Left out: rewards on the host, and the host's other work. Times are lower bounds: products at the
-chip's peak, or the links at theirs, whichever takes longer; memory traffic is not counted.
+Left out: rewards on the host, and the host's other work. Times are lower bounds: `program_time`
+says what they count. Over the links goes what takes longer than all else, or nothing.
 """
 
 from __future__ import annotations
@@ -251,7 +252,7 @@ def main(_: list[str]) -> None:
         reports, resident, chip, fsdp=sharding.weight_shards(mesh), remat=config.model.remat
     )
     part = f" (of {', '.join(wanted)} alone)" if len(reports) < len(listed) else ""
-    print(table(reports, resident, chip), verdict + part, sep="\n")
+    print(table(reports, resident, chip, plan.images), verdict + part, sep="\n")
     if uncounted := undescribed(config):
         print(f"not counted: {', '.join(uncounted)} (on the host, or not in its file's DESCRIBED)")
     if flags.FLAGS.out:
@@ -269,6 +270,7 @@ def main(_: list[str]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used
     cli.define_flags(config=True)
     flags.DEFINE_list(
         "programs", None, "Which programs to compile, such as sample,accumulate; all without it."

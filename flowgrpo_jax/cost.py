@@ -42,7 +42,28 @@ def _equation(eqn: Any) -> float:
             if inside:
                 raise ValueError("a while loop with products inside: its length is not known")
             return 0.0
+        case "shard_map":  # a device's share of the work
+            return params["mesh"].size * flops(params["jaxpr"])
+        case "pallas_call":
+            return math.prod(params["grid_mapping"].grid) * flops(params["jaxpr"])
     return sum(flops(inner) for inner in _jaxprs(params.values()))
+
+
+def kernels(jaxpr: Any) -> dict[str, float]:
+    """Return {name: multiplications and additions of a call} of the Pallas kernels in a program.
+
+    The names are those that the compiler gives to the kernels' calls, but for a number at the end.
+    """
+    found: dict[str, float] = {}
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "pallas_call":
+            scope = str(eqn.source_info.name_stack).rpartition("/")[2]
+            own = re.sub(r"\W", "_", eqn.params["name"] or scope)
+            found |= {own: _equation(eqn)} if own else {}
+        else:
+            for inner in _jaxprs(eqn.params.values()):
+                found |= kernels(inner)
+    return found
 
 
 def _jaxprs(values: Any) -> Iterator[Any]:
@@ -89,8 +110,8 @@ OPERATION = re.compile(rf"%?(\S+) = (.*?) ({'|'.join(RING)})(-start)?\(")
 def collectives(hlo: str) -> list[Collective]:
     """The collectives of a compiled program (`compiled.as_text()`), those in loops as often as they
     run, sorted by kind. A loop of unknown length counts once."""
-    bodies, entry = _computations(hlo)
-    times = _times(bodies, entry)
+    bodies, entry = computations(hlo)
+    times = times_run(bodies, entry)
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for name, lines in bodies.items():
         for line in lines:
@@ -119,7 +140,7 @@ def collectives(hlo: str) -> list[Collective]:
     ]
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     """{computation: its lines}, and the name of the one that the program starts with."""
     bodies: dict[str, list[str]] = {}
     entry, current = "", None
@@ -132,7 +153,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _times(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+def times_run(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     """Count how often each computation runs."""
     times: dict[str, int] = defaultdict(int)
 

@@ -32,7 +32,7 @@ from flowgrpo_jax import (
     sharding,
     solvers,
 )
-from flowgrpo_jax.models import Family, Model, lora_files
+from flowgrpo_jax.models import Family, Model, attention, lora_files
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
 
@@ -133,7 +133,9 @@ def main(_: list[str]) -> None:
     solvers.load(args.solver)
     spec = read_spec(args.lora) if args.lora else None
     family = models.find(args.model)
-    made = {"lora_spec": spec, "dtype": jnp.dtype(args.dtype)}
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    kernel = attention.load("auto", mesh, args.dtype)
+    made = {"lora_spec": spec, "dtype": jnp.dtype(args.dtype), "attention": kernel}
     made |= read_options(family, args.option)
     described = family.describe(args.model, **made)
     size = described.default_size

@@ -31,7 +31,7 @@ from flowgrpo_jax import (
 )
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
-from flowgrpo_jax.models import Family, Model
+from flowgrpo_jax.models import Family, Model, attention
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
@@ -102,7 +102,7 @@ def model_settings(config: ConfigDict, family: Family, mesh: Mesh) -> dict[str, 
         "lora_spec": LoRASpec(config.lora.rank, config.lora.alpha, targets),
         "dtype": jnp.dtype(c.dtype),
         "remat": c.remat,
-        "attention": c.attention,
+        "attention": attention.load(c.attention, mesh, c.dtype),
         "gather": sharding.gather_weights(mesh, family.rules),
         **models.settings_of(family, c.options.to_dict(), "config.model.options"),
     }

@@ -1,4 +1,4 @@
-"""The memory, arithmetic, communication and least time of programs compiled for a TPU topology."""
+"""The memory, arithmetic, traffic and least time of programs compiled for a TPU topology."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from flowgrpo_jax import cost
+from flowgrpo_jax import cost, program_time
+from flowgrpo_jax.program_time import Work
 
 
 class Chip(NamedTuple):
@@ -18,14 +19,16 @@ class Chip(NamedTuple):
     memory: float  # bytes of HBM
     peak: float  # bf16 FLOP/s
     links: float  # bytes/s along one axis of the torus, both directions
+    bandwidth: float  # bytes/s of HBM
 
 
 CHIPS = {
-    "v4": Chip(32e9, 275e12, 90e9),
-    "v5e": Chip(16e9, 197e12, 90e9),
-    "v5p": Chip(95e9, 459e12, 180e9),
-    "v6e": Chip(32e9, 918e12, 180e9),
+    "v4": Chip(32e9, 275e12, 90e9, 1.2e12),
+    "v5e": Chip(16e9, 197e12, 90e9, 0.819e12),
+    "v5p": Chip(95e9, 459e12, 180e9, 2.765e12),
+    "v6e": Chip(32e9, 918e12, 180e9, 1.64e12),
 }
+DEAREST = 5  # instructions of a program that are named
 
 
 class Program(NamedTuple):
@@ -46,9 +49,12 @@ class Report(NamedTuple):
     flops: float  # a call, over all chips
     memory: float  # with all that stays on the chip meanwhile
     temporaries: float
+    traffic: float  # bytes that a chip reads from HBM and writes to it, a call
     links: float  # bytes that a chip sends, a call
     collectives: dict[str, tuple[int, float]]  # kind -> how often, bytes
-    seconds: float  # a call, at least
+    seconds: float  # a call, at least: of its instructions, or of the links
+    share: float  # of the chip's peak, in these seconds
+    dearest: list[tuple[str, float]]  # operations that take longest, and their seconds a call
     error: str  # why it did not compile; empty when it did
 
 
@@ -71,7 +77,20 @@ def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
     stays = {id(x) for x in jax.tree.leaves(resident)}
     others = chip_bytes(resident) - chip_bytes([x for x in shapes if id(x) in stays])
     arithmetic = work / (1 if program.repeated else chips) / chip.peak
-    empty = Report(program.name, program.calls, work, 0.0, 0.0, 0.0, {}, arithmetic, "")
+    empty = Report(
+        program=program.name,
+        calls=program.calls,
+        flops=work,
+        memory=0.0,
+        temporaries=0.0,
+        traffic=0.0,
+        links=0.0,
+        collectives={},
+        seconds=arithmetic,
+        share=1.0,
+        dearest=[],
+        error="",
+    )
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -81,8 +100,11 @@ def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
         memory = float(used[1]) * 2**30 + others if used else math.inf
         return empty._replace(memory=memory, error="does not fit")
     needs = compiled.memory_analysis()
-    found = cost.collectives(compiled.as_text())
+    hlo = compiled.as_text()
+    found, works = cost.collectives(hlo), program_time.work(hlo, cost.kernels(traced.jaxpr))
     sent = sum(c.bytes for c in found)
+    alone = sum(w.seconds(chip.peak, chip.bandwidth) for w in works)
+    seconds = max(arithmetic, alone, sent / chip.links)
     return empty._replace(
         memory=others
         + needs.argument_size_in_bytes
@@ -90,16 +112,29 @@ def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
         - needs.alias_size_in_bytes
         + needs.temp_size_in_bytes,
         temporaries=float(needs.temp_size_in_bytes),
+        traffic=sum(w.times * w.bytes for w in works),
         links=sent,
         collectives={c.kind: (c.times, c.bytes) for c in found},
-        seconds=max(arithmetic, sent / chip.links),
+        seconds=seconds,
+        share=arithmetic / seconds if seconds else 1.0,
+        dearest=_dearest(works, chip),
     )
 
 
-def table(reports: list[Report], resident: float, chip: Chip) -> str:
+def _dearest(works: list[Work], chip: Chip) -> list[tuple[str, float]]:
+    """Return the operations that take longest and their seconds, equal ones together."""
+    seconds: dict[str, float] = {}
+    for w in works:
+        seconds[w.operation] = seconds.get(w.operation, 0.0) + w.seconds(chip.peak, chip.bandwidth)
+    return sorted(seconds.items(), key=lambda item: -item[1])[:DEAREST]
+
+
+def table(reports: list[Report], resident: float, chip: Chip, images: int) -> str:
+    """Return a line for each program, its dearest operations, and the least time of an epoch of so
+    many images."""
     lines = [
-        f"{'program':<11}{'calls':>6}{'GB a chip':>11}{'of':>6}{'TFLOP':>10}{'GB sent':>9}"
-        f"{'s at least':>12}  collectives"
+        f"{'program':<11}{'calls':>6}{'GB a chip':>11}{'of':>6}{'TFLOP':>10}{'GB moved':>10}"
+        f"{'GB sent':>9}{'s a call':>10}{'of peak':>9}  collectives"
     ]
     for r in reports:
         kinds = ", ".join(
@@ -107,12 +142,17 @@ def table(reports: list[Report], resident: float, chip: Chip) -> str:
         )
         lines.append(
             f"{r.program:<11}{r.calls:>6}{r.memory / 1e9:>11.2f}{chip.memory / 1e9:>6.0f}"
-            f"{r.flops / 1e12:>10.1f}{r.links / 1e9:>9.2f}{r.seconds:>12.3f}"
-            f"  {r.error.upper() or kinds or '-'}"
+            f"{r.flops / 1e12:>10.1f}{r.traffic / 1e9:>10.1f}{r.links / 1e9:>9.2f}"
+            f"{r.seconds:>10.3f}{r.share:>9.0%}  {r.error.upper() or kinds or '-'}"
         )
-    epoch = sum(r.calls * r.seconds for r in reports if r.program not in ("evaluate", "judge"))
+    for r in reports:
+        named = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in r.dearest if s > 5e-5)
+        lines += [f"dearest of {r.program}: {named}"] if named else []
+    training = [r for r in reports if r.program not in ("evaluate", "judge")]
+    epoch = sum(r.calls * r.seconds for r in training)
+    rate = f", {images / epoch:.1f} images/s at most" if epoch else ""
     lines.append(
-        f"always on a chip: {resident / 1e9:.2f} GB; an epoch takes {epoch:.1f} s at least"
+        f"always on a chip: {resident / 1e9:.2f} GB; an epoch takes {epoch:.1f} s at least{rate}"
     )
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ from flowgrpo_jax import (
     windows,
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
+from flowgrpo_jax.models import attention
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
 
@@ -78,11 +79,7 @@ def check(config: ConfigDict) -> None:
         " overflows; use 'bfloat16', or 'float32'",
     )
     choice(config, "model", "dtype", ("float32", "bfloat16"))
-    choice(config, "model", "attention", ("xla", "cudnn"))
-    require(
-        config.model.attention == "xla" or config.model.dtype == "bfloat16",
-        f"model.attention={config.model.attention!r} needs model.dtype='bfloat16'; use 'xla'",
-    )
+    choice(config, "model", "attention", attention.CHOICES)
     require(
         not files.in_bucket(config.model.text_cache),
         f"model.text_cache={config.model.text_cache!r}: must be a directory on this machine or of a"

@@ -269,11 +269,7 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
         ({"eval.images": 0}, r"eval\.images=0: .*at least 1"),
         ({"seed": -1}, r"seed=-1: .*at least 0"),
         ({"cpu_devices": -2}, r"cpu_devices=-2: .*at least 0"),
-        ({"model.attention": "flash"}, r"attention='flash': choose from 'xla', 'cudnn'"),
-        (
-            {"model.attention": "cudnn", "model.dtype": "float32"},
-            r"model\.attention='cudnn' needs model\.dtype='bfloat16'",
-        ),
+        ({"model.attention": "ring"}, r"attention='ring': choose from 'auto', 'xla', 'cudnn'"),
         ({"model.text_cache": "gs://b/texts"}, r"text_cache='gs://b/texts': .*on this machine"),
         (
             {"seed": 2**32},

@@ -137,22 +137,6 @@ def initialise(create: Callable[[nnx.Rngs], nnx.Module], seed: int) -> Params:
     return jax.jit(lambda: functional(create(nnx.Rngs(seed)))[1])()
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = "xla") -> jax.Array:
-    """Softmax attention of q [B, S, N, D] over k and v [B, T, N, D], in N heads: [B, S, N, D].
-
-    Args:
-      implementation: "cudnn" is fused, for half precision on NVIDIA's GPUs, and keeps no scores
-        [B, N, S, T]; "xla" is plain, with scores in f32.
-    """
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    # Heads first, before anything else: left to itself XLA on the CPU takes 1.6 times as long.
-    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
-    scores = jnp.einsum("bnsd,bntd->bnst", q, k, preferred_element_type=jnp.float32)
-    shares = jax.nn.softmax(scores * q.shape[-1] ** -0.5).astype(v.dtype)
-    return jnp.moveaxis(jnp.einsum("bnst,bntd->bnsd", shares, v), 1, 2)
-
-
 def timestep_embedding(t: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
     """Sinusoidal features [B, width] of t [B], cosine first, no frequency shift (SD3)."""
     half = width // 2

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from flowgrpo_jax.models import layers
+from flowgrpo_jax.models.attention import Kernel
 from flowgrpo_jax.models.layers import Linear, timestep_embedding
 
 
@@ -67,7 +67,7 @@ class MMDiTConfig:
 class Maker:
     """Layers with the model's width and dtype filled in, so that the blocks read short."""
 
-    def __init__(self, config: MMDiTConfig, dtype: Any, attention: str, rngs: nnx.Rngs):
+    def __init__(self, config: MMDiTConfig, dtype: Any, attention: Kernel, rngs: nnx.Rngs):
         self.config, self.dtype, self.attention, self.rngs = config, dtype, attention, rngs
 
     def linear(self, n_in: int, n_out: int) -> Linear:
@@ -149,7 +149,7 @@ class Attention(nnx.Module):
 
     def __init__(self, context: str | None, make: Maker):
         width, qk_norm = make.config.width, make.config.qk_norm
-        self.heads, self.implementation = make.config.num_attention_heads, make.attention
+        self.heads, self.attention = make.config.num_attention_heads, make.attention
         self.to_q, self.to_k, self.to_v = (make.linear(width, width) for _ in range(3))
         self.to_out = nnx.List([make.linear(width, width)])
         if qk_norm:
@@ -176,7 +176,7 @@ class Attention(nnx.Module):
             if hasattr(self, "norm_added_q"):
                 cq, ck = self.norm_added_q(cq), self.norm_added_k(ck)
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q, cq), (k, ck), (v, cv)))
-        y = layers.attention(q, k, v, self.implementation)
+        y = self.attention(q, k, v)
         y = rearrange(y, "b s n d -> b s (n d)")
         y, y_c = y[:, :tokens], y[:, tokens:]
         return self.to_out[0](y), self.to_add_out(y_c) if hasattr(self, "to_add_out") else None

@@ -18,6 +18,7 @@ from einops import rearrange
 from flax import nnx
 
 from flowgrpo_jax.models import layers
+from flowgrpo_jax.models.attention import Kernel, plain
 from flowgrpo_jax.models.sd3.blocks import (
     AdaNorm,
     Block,
@@ -62,11 +63,11 @@ class MMDiT(nnx.Module):
         dtype: Any = jnp.float32,
         remat: bool = False,
         unroll: bool = False,
-        attention: str = "xla",
+        attention: Kernel = plain,
         gather: layers.Gather | None = None,
         rngs: nnx.Rngs,
     ):
-        """`attention`: see layers.attention."""
+        """`attention`: a kernel of models.attention."""
         self.config, self.remat, self.unroll, self.gather = config, remat, unroll, gather
         make = Maker(config, dtype, attention, rngs)
         self.pos_embed = PatchEmbed(make)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from flowgrpo_jax import sde, sharding
 from flowgrpo_jax.models import Model, layers, lora
+from flowgrpo_jax.models.attention import Kernel, plain
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.sd3.architecture import Architecture
@@ -53,7 +54,7 @@ def describe(
     dtype: Any = jnp.float32,
     t5_length: int = 256,
     remat: bool = False,
-    attention: str = "xla",
+    attention: Kernel = plain,
     gather: layers.Gather | None = None,
 ) -> Model:
     """The functions of a model, and the shapes of what they take; nothing is allocated.
@@ -63,7 +64,7 @@ def describe(
       dtype: compute and storage dtype of transformer and text encoders; the VAE stays f32.
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
-      attention: the implementation of the transformer's, see layers.attention.
+      attention: the transformer's, a kernel of models.attention.
       gather: applied to the parameters of the transformer before their use, by
         sharding.gather_weights.
     """
@@ -112,7 +113,7 @@ def _transformer(
     spec: LoRASpec,
     dtype: Any,
     remat: bool,
-    attention: str,
+    attention: Kernel,
     gather: layers.Gather | None,
 ) -> tuple[Callable[..., jax.Array], Params, Params]:
     """The velocity, and the shapes of the frozen and of the trained weights."""

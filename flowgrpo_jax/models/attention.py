@@ -1,0 +1,121 @@
+"""Kernels of softmax attention: one row each in `TABLE`, and the choice of one for the devices.
+
+A fused kernel never writes the scores [B, N, S, T] to memory. With 24 heads of 64 channels and the
+1,229 tokens of SD3.5 at 512 px, the scores are four fifths of all that a plain attention moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flowgrpo_jax import sharding
+
+# (q [B, S, N, D], k [B, T, N, D], v [B, T, N, D]) -> [B, S, N, D], in N heads
+Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+LANES = 128  # a TPU's vector; blocks are multiples of it
+LARGEST_BLOCK = 640  # tokens: scores of a block are 1.6 MB in f32, of 16 MB that a kernel may use
+CUDNN_FROM = 8.0  # compute capability
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention by two products, with scores in f32; for any device and dtype."""
+    # Heads first, before anything else: left to itself XLA on the CPU takes 1.6 times as long.
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+    scores = jnp.einsum("bnsd,bntd->bnst", q, k, preferred_element_type=jnp.float32)
+    shares = jax.nn.softmax(scores * q.shape[-1] ** -0.5).astype(v.dtype)
+    return jnp.moveaxis(jnp.einsum("bnst,bntd->bnsd", shares, v), 1, 2)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """cuDNN's fused attention, for half precision on NVIDIA's GPUs."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """FlashAttention (arXiv 2205.14135) by the Pallas kernel for TPUs that comes with jax.
+
+    Sequences are padded to a multiple of a TPU's vector, and the padding is masked. Outside of a
+    TPU it runs in Pallas' interpreter alone (`pltpu.force_tpu_interpret_mode`).
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+
+    def padded(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 2, 1)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, 0)))
+
+    def segments(x: jax.Array) -> jax.Array:  # 1 for a token, 0 for padding
+        real = jnp.arange(x.shape[1] + -x.shape[1] % LANES) < x.shape[1]
+        return jnp.broadcast_to(real.astype(jnp.int32), (x.shape[0], len(real)))
+
+    exact = q.shape[1] % LANES == k.shape[1] % LANES == 0
+    y = pallas.flash_attention(
+        *map(padded, (q, k, v)),
+        segment_ids=None if exact else pallas.SegmentIds(segments(q), segments(k)),
+        sm_scale=q.shape[-1] ** -0.5,
+        block_sizes=_blocks(q.shape[1], k.shape[1], pallas.BlockSizes),
+    )
+    return jnp.moveaxis(y[:, :, : q.shape[1]], 1, 2)
+
+
+def _blocks(queries: int, keys: int, make: Any) -> Any:
+    """Return the kernel's blocks, as large as its memory allows.
+
+    The gradient to the queries takes keys by the vector: a number for each query is written to
+    memory as many times as its block has keys.
+    """
+    q, k = (_block(n) for n in (queries, keys))
+    forward = dict(block_q=q, block_k_major=k, block_k=k, block_b=1)
+    to_keys = dict(block_q_major_dkv=q, block_k_major_dkv=k, block_k_dkv=k, block_q_dkv=q)
+    to_queries = dict(block_q_dq=q, block_k_major_dq=LANES, block_k_dq=LANES)
+    return make(**forward, **to_keys, **to_queries)
+
+
+def _block(tokens: int) -> int:
+    vectors = -(-tokens // LANES)
+    most = LARGEST_BLOCK // LANES
+    return LANES * max(n for n in range(1, most + 1) if vectors % n == 0)
+
+
+TABLE: dict[str, Kernel] = {"xla": plain, "cudnn": cudnn, "flash": flash}
+CHOICES = ("auto", *TABLE)
+
+
+def load(name: str, mesh: Mesh, dtype: Any) -> Kernel:
+    """Return the attention of a row on the devices of a mesh; "auto" is the fastest that they have.
+
+    That is "cudnn" on NVIDIA's GPUs in half precision, "flash" on TPUs, and "xla" elsewhere.
+    Raises ValueError for a kernel that the devices do not have.
+    """
+    device = mesh.devices.flat[0]
+    suited = _suited(device, jnp.dtype(dtype))
+    if name == "auto":
+        name = suited
+    if name not in ("xla", suited):
+        raise ValueError(
+            f"model.attention={name!r} does not run on {device.device_kind!r} in"
+            f" {jnp.dtype(dtype)}: 'cudnn' needs an NVIDIA GPU of compute capability"
+            f" {CUDNN_FROM:g} and bfloat16, 'flash' a TPU; choose {suited!r}, or 'auto'"
+        )
+    return _on(mesh, name)
+
+
+def _suited(device: Any, dtype: Any) -> str:
+    if device.platform == "tpu":
+        return "flash"
+    capability = getattr(device, "compute_capability", "")  # "9.0"; of AMD's GPUs "gfx942"
+    nvidia = device.platform == "gpu" and capability.replace(".", "").isdigit()
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if nvidia and half and float(capability) >= CUDNN_FROM else "xla"
+
+
+@lru_cache(maxsize=16)  # one function a mesh, by which models and their programs are cached
+def _on(mesh: Mesh, name: str) -> Kernel:
+    # XLA cannot cut a kernel of Pallas' by itself. It would bring all images to every chip.
+    return sharding.by_rows_and_heads(mesh, flash) if name == "flash" else TABLE[name]
