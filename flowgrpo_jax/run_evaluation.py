@@ -133,7 +133,9 @@ def monitored(
     run: Recipe, state: TrainState, batch: PromptBatch, pixels: np.ndarray, stop: cli.Stop
 ) -> dict[str, float]:
     """Return the monitors' figures of an evaluation with its pictures, uint8 [n, H, W, 3]."""
-    found = picture_figures.statistics(pixels)
+    found: dict[str, float] = {}
+    with logs.warn_on_error("the statistics of the evaluated pictures"):
+        found |= picture_figures.statistics(pixels)
     policy, ids = state.copies["ema"], batch.ids
     if run.config.monitor.move and has_reference(run):
         found |= moved(run, state, batch)
@@ -143,7 +145,8 @@ def monitored(
         drawing = dataclasses.replace(run, test_scorer=unscored)
         pixels, _ = draw(drawing, policy, again, repeats, stop, False)
         ids = again.ids
-    found["diversity"] = picture_figures.diversity(pixels, ids)
+    with logs.warn_on_error("the diversity of the evaluated pictures"):
+        found["diversity"] = picture_figures.diversity(pixels, ids)
     return {f"monitor/{name}": value for name, value in found.items()}
 
 
