@@ -186,3 +186,33 @@ def test_the_page_is_dark_in_the_dark_and_fits_a_phone(half, tmp_path):
     probe.write_text((half / page.FILE).read_text().replace("</body>", wide + "</body>"))
     drawn = chromium.call(probe.as_uri(), size, "--dump-dom")
     assert int(re.search(r"<title>(\d+)</title>", drawn)[1]) <= 500
+
+
+PROBE = """<script>
+const find = (id) => document.getElementById(id), large = find("large"), said = {};
+document.querySelector("#grid .tile").click();
+said.open = large.open;
+said.pictures = large.querySelectorAll(".picture").length;
+said.prompt = large.querySelector("h3").textContent;
+large.close();
+find("slider").value = 0;
+find("slider").dispatchEvent(new Event("input"));
+said.at = find("at").textContent;
+find("axis").value = "hours";
+find("axis").dispatchEvent(new Event("change"));
+setTimeout(() => {
+  said.charts = document.querySelectorAll("canvas").length;
+  document.title = JSON.stringify(said);
+}, 500);
+</script>"""
+
+
+@pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
+def test_a_click_enlarges_and_the_slider_goes_back(half, shown, tmp_path):
+    probe = tmp_path / "probe.html"
+    probe.write_text((half / page.FILE).read_text().replace("</body>", PROBE + "</body>"))
+    title = re.search(r"<title>(.*?)</title>", chromium.call(probe.as_uri(), "--dump-dom"))[1]
+    found = json.loads(title.replace("&amp;", "&"))
+    first = shown["runs"][0]["sheets"]["evaluation"][0]["pictures"][0]
+    assert found["open"] and found["pictures"] == 2 and found["prompt"] == first["prompt"]
+    assert found["at"].startswith("epoch 0") and found["charts"] >= 15
