@@ -100,6 +100,8 @@ def get_config() -> ConfigDict:
     c.sample.tail = 1.0
     # Start all images of a group from the same noise.
     c.sample.same_noise = False
+    # How far from it, s: the noise is sqrt(1 - s^2) of the group's and s of the image's own.
+    c.sample.neighbor_noise = 0.0
     # Form of the log-prob: gaussian, or squared_error (upstream's for cps)
     c.sample.density = "gaussian"
     # Reduction of log-prob and KL over latent dimensions: mean or sum.
@@ -213,9 +215,11 @@ def get_config() -> ConfigDict:
 
     # What the evaluated pictures are watched for (docs/report.md)
     c.monitor = ConfigDict()
-    # At an alarm: note (a warning and a mark on the page) or stop (the last state without one is in
-    # good/).
+    # At an alarm: note (a warning and a mark on the page), stop (the last state without one is in
+    # good/) or raise_kl (algorithm.options.kl_beta becomes twice as large).
     c.monitor.on_alarm = "note"
+    # What raise_kl makes of a kl_beta of 0.
+    c.monitor.kl_beta = 0.04
     # Measure how far the velocity is from that of the base model, by noise level.
     c.monitor.move = True
 

@@ -46,6 +46,7 @@ from flowgrpo_jax.batch_plan import Plan
 from flowgrpo_jax.models import TEXTS, Model
 from flowgrpo_jax.program_costs import Program, advice, chip_bytes, inspect, table, topology
 from flowgrpo_jax.scoring import graph
+from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.types import Rollout
 
 # ----------------------------------------------------------------------------------- shapes
@@ -94,7 +95,7 @@ def training_state(
 
 def rollout(setup: Setup, micro_batch: int, latent: tuple[int, ...], mesh: Mesh) -> Rollout:
     """Return the shapes of a micro-batch's rollout."""
-    rows, window = NamedSharding(mesh, sharding.ROWS), setup.process.window
+    rows, process = NamedSharding(mesh, sharding.ROWS), setup.process
     rows_second = NamedSharding(mesh, PartitionSpec(None, *sharding.ROWS))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro_batch))
     return Rollout(
@@ -102,8 +103,8 @@ def rollout(setup: Setup, micro_batch: int, latent: tuple[int, ...], mesh: Mesh)
         prompt=array(rows, micro_batch),
         keys=laid_out(keys, rows),
         start=array(sharding.replicated(mesh)),
-        x=array(rows_second, window + 1, micro_batch, *latent, dtype=jnp.float32),
-        log_prob=array(rows_second, window, micro_batch, dtype=jnp.float32),
+        x=array(rows_second, process.recorded + 1, micro_batch, *latent, dtype=jnp.float32),
+        log_prob=array(rows_second, process.window, micro_batch, dtype=jnp.float32),
     )
 
 
@@ -138,7 +139,6 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     cond, empty, tested = conditionings(model, text, tokens, (plan.groups, 1, micro), mesh)
 
     setup = parts.make_setup(config, model, algorithm)
-    built = recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
     latent = model.latent_shape(config.model.height, config.model.width)
     drawn = rollout(setup, m, latent, mesh)
     one_each, scalar = array(rows, m), array(everywhere)
@@ -151,6 +151,9 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
         for n in (m, micro)
     ]
     scoring, judging = score(config, mesh, (plan.groups, *pictures[0]), (micro, *pictures[1]))
+    judge, judged = differentiated(config, model, algorithm, plan.groups, weights["vae"], scoring)
+    given = (config, model, mesh, plan, setup, algorithm, optimiser)
+    built = recipe.make_programs(*given, judge=judge)
     towers = {id(x): x for program in (*scoring, *judging) for x in jax.tree.leaves(program[1][0])}
 
     sampling = (state.policy, weights, cond, empty)
@@ -162,7 +165,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     terms = laid_out(
         jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0)), everywhere
     )
-    replay = (drawn, array(rows, m, dtype=jnp.float32), terms)
+    replay = (drawn, array(rows, m, dtype=jnp.float32), terms, judged)
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
     listed = [
@@ -218,6 +221,21 @@ def score(
         for weights, batch in zip(parts.reward_weights(config), batches)
     )
     return training, testing
+
+
+def differentiated(
+    config: ConfigDict, model: Model, algorithm: Algorithm, prompts: int, vae: Any, scoring: Scoring
+) -> tuple[Judge | None, Any]:
+    """Return the rewards that an update differentiates, and the shapes of their inputs."""
+    if not algorithm.reward_gradient:
+        return None, ()
+    names, ((_, (weights, _, prepared, _)),) = parts.reward_weights(config)[0].trained, scoring
+    found = rewards.describe(names, config.reward.options.to_dict())
+    number = array(jax.tree.leaves(vae)[0].sharding, prompts, dtype=jnp.float32)
+    text, towers = ({name: x[name] for name in found} for x in (prepared, weights))
+    inputs = {"vae": vae, "rewards": towers, "weights": dict.fromkeys(found, number)}
+    inputs["texts"] = [text for _ in algorithm.texts]
+    return parts.make_judge(model, algorithm, {n: x.reward for n, x in found.items()}), inputs
 
 
 def undescribed(config: ConfigDict) -> list[str]:

@@ -6,7 +6,7 @@ else that they call takes plain arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,10 +36,11 @@ from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import scorer
+from flowgrpo_jax.scoring.differentiable import Judge, judge
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer, Source
 from flowgrpo_jax.settings import window
-from flowgrpo_jax.types import Conditioning, Metadata, PromptBatch
+from flowgrpo_jax.types import Conditioning, GraphReward, Metadata, PromptBatch
 
 # Knobs of `config.train` that `update.optimiser` takes by the same name.
 ADAMW = ("b1", "b2", "eps", "weight_decay", "max_grad_norm", "warmup_steps", "decay_steps")
@@ -149,12 +150,20 @@ def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
         kernel=sde.load(s.kernel),
         noise_level=s.noise_level,
         window=size,
+        path=algorithm.records == "path",
         density=s.density,
         reduction=s.reduction,
         solver=solvers.load(s.solver),
         by_start=windows.compressed(schedule, shift, size, s.tail),
     )
     return Setup(process, s.group_size)
+
+
+def make_judge(
+    model: Model, algorithm: Algorithm, trained: Mapping[str, GraphReward]
+) -> Judge | None:
+    """Return the rewards as a function to be differentiated, for an algorithm that needs it."""
+    return judge(model.levels, trained) if algorithm.reward_gradient else None
 
 
 def make_optimiser(config: ConfigDict) -> Any:

@@ -10,24 +10,9 @@ import jax
 from jax.experimental import topologies
 
 from flowgrpo_jax import cost, program_time
+from flowgrpo_jax.hardware import TPUS, Chip
 from flowgrpo_jax.program_time import Work
 
-
-class Chip(NamedTuple):
-    """One chip of a TPU generation (jax-ml.github.io/scaling-book, cloud.google.com/tpu/docs)."""
-
-    memory: float  # bytes of HBM
-    peak: float  # bf16 FLOP/s
-    links: float  # bytes/s along one axis of the torus, both directions
-    bandwidth: float  # bytes/s of HBM
-
-
-CHIPS = {
-    "v4": Chip(32e9, 275e12, 90e9, 1.2e12),
-    "v5e": Chip(16e9, 197e12, 90e9, 0.819e12),
-    "v5p": Chip(95e9, 459e12, 180e9, 2.765e12),
-    "v6e": Chip(32e9, 918e12, 180e9, 1.64e12),
-}
 DEAREST = 5  # instructions of a program that are named
 
 
@@ -181,8 +166,8 @@ def advice(reports: list[Report], resident: float, chip: Chip, *, fsdp: int, rem
 def topology(name: str) -> tuple[Chip, list[Any]]:
     """The chip and the devices of a topology such as v5e:4x4."""
     kind, _, sizes = name.partition(":")
-    if kind not in CHIPS:
-        raise ValueError(f"--topology={name}: {kind!r} is not one of {', '.join(CHIPS)}")
+    if kind not in TPUS:
+        raise ValueError(f"--topology={name}: {kind!r} is not one of {', '.join(TPUS)}")
     # libtpu takes hosts to have four chips, even those of one.
     alone = {"chips_per_host_bounds": [1, 1, 1]} if set(sizes) <= set("1x") else {}
     try:
@@ -192,4 +177,4 @@ def topology(name: str) -> tuple[Chip, list[Any]]:
             f"--topology={name}: {error}. It takes `pip install -e '.[tpu]'` and a name such as"
             " v5e:4x4, v6e:2x4 or v5p:2x2x2"
         ) from error
-    return CHIPS[kind], list(found.devices)
+    return TPUS[kind], list(found.devices)

@@ -6,6 +6,7 @@ program holds functions and settings, never weights, which training may give up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from flowgrpo_jax import sampler, sharding, solvers, update
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.types import NamedScores, Params, Pictures, Rollout, TrainState
 
 HostScore = Callable[[jax.Array, jax.Array], NamedScores]
@@ -34,6 +36,7 @@ def sample(
     *,
     latent: tuple[int, int, int],
     same_noise: bool,
+    neighbor_noise: float = 0.0,
     score: HostScore | None,
 ) -> Callable[..., tuple[Rollout, Pictures, NamedScores]]:
     """Rollout, decoding and, with `score`, the host rewards of a micro-batch."""
@@ -51,6 +54,9 @@ def sample(
         keys = sampler.image_keys(key, epoch, ids, image)
         first = sampler.image_keys(key, epoch, ids, jnp.zeros_like(image)) if same_noise else keys
         x = sharding.constrain_rows(mesh, sampler.normal(first, sampler.ODE_KEY, latent))
+        if neighbor_noise:
+            own = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.OWN_KEY, latent))
+            x = math.sqrt(1 - neighbor_noise**2) * x + neighbor_noise * own
         rollout = sampler.rollout(v, process, x, keys, start, prompt)
         pixels, finite = decode(weights["vae"], rollout.latents)
         pictures = Pictures(sharding.constrain_rows(mesh, pixels), finite)
@@ -61,20 +67,33 @@ def sample(
 
 @cached
 def accumulate(
-    guided: Guided, algorithm: Algorithm, setup: Setup, *, images: int
+    guided: Guided,
+    algorithm: Algorithm,
+    setup: Setup,
+    *,
+    images: int,
+    judge: Judge | None = None,
 ) -> Callable[..., update.Carry]:
-    """Add a micro-batch's share to the gradient of an update over `images` images."""
+    """Add a micro-batch's share to the gradient of an update over `images` images.
+
+    Args:
+      judge: the differentiable rewards, for an algorithm that takes their gradient.
+    """
 
     @partial(jax.jit, donate_argnums=0)
     def add_gradient(
-        gradient, figures, policy, others, frozen, cond, empty, rollout, advantage, terms
+        gradient, figures, policy, others, frozen, cond, empty, rollout, advantage, terms, judged=()
     ):
-        def v(params: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return guided(params, frozen, x, sigma, cond, empty, rollout.prompt)
+        """judged: the judge's inputs."""
 
+        def v(params: Params, x: jax.Array, sigma: jax.Array, rows: Any = None) -> jax.Array:
+            prompt = rollout.prompt if rows is None else rollout.prompt[rows]
+            return guided(params, frozen, x, sigma, cond, empty, prompt)
+
+        score = judge and (lambda latents: judge(judged, latents, rollout.prompt))
         carry = gradient, figures
         return update.accumulate(
-            algorithm, setup, v, policy, others, rollout, advantage, terms, images, carry
+            algorithm, setup, v, policy, others, rollout, advantage, terms, images, carry, score
         )
 
     return add_gradient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,8 @@ from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, make_plan
 from flowgrpo_jax.models import Model
+from flowgrpo_jax.scoring import differentiable
+from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.settings import check, guidance, make_window, require, window
 from flowgrpo_jax.types import (
@@ -80,6 +82,13 @@ class Recipe:
     def encode(self, texts: list[str]) -> Conditioning:
         return parts.encode(self.config, self.model, self.mesh, texts)
 
+    def judged(self, ids: np.ndarray) -> dict[str, Any]:
+        """Return the judge's inputs for an epoch's prompts, i32 [P]; nothing without a judge."""
+        if not self.algorithm.reward_gradient:
+            return {}
+        vae = self.model.params["vae"]
+        return differentiable.inputs(self.scorer, vae, ids, self.algorithm.texts)
+
     def put(self, state: Any) -> Any:
         """Put a training state, or a part of it, onto the devices."""
         return sharding.put_state(self.mesh, state, self.model.rules)
@@ -99,17 +108,21 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     Raises ValueError or FileNotFoundError that names the value, the constraint and the fix.
     """
     check(config)
+    _check_alarms(config)
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
     parts.check_size(config, parts.describe_model(config, mesh))
     train_prompts, test_prompts = parts.load_prompts(config, training)
     trained, tested = parts.scorers(config, mesh, train_prompts, test_prompts, training=training)
-    model = parts.load_model(config, mesh)
     algorithm = parts.make_algorithm(config)
+    if algorithm.reward_gradient:
+        differentiable.check(trained, config.algorithm.name)
+    model = parts.load_model(config, mesh)
     setup = parts.make_setup(config, model, algorithm)
     optimiser = parts.make_optimiser(config)
     score = trained.inside_program() if config.reward.host_call == "callback" else None
-    built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score)
+    judge = parts.make_judge(model, algorithm, trained.trained)
+    built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score, judge)
     return Recipe(
         config,
         model,
@@ -137,6 +150,7 @@ def make_programs(
     algorithm: Algorithm,
     optimiser: Any,
     score: programs.HostScore | None = None,
+    judge: Judge | None = None,
 ) -> Programs:
     """The programs; `model` may be one that is only described."""
     s, t, tensor = config.sample, config.train, sharding.head_shards(mesh)
@@ -157,10 +171,11 @@ def make_programs(
             setup.process,
             latent=latent,
             same_noise=s.same_noise,
+            neighbor_noise=s.neighbor_noise,
             score=score,
         ),
         accumulate=programs.accumulate(
-            guided, algorithm, setup, images=plan.images // plan.updates
+            guided, algorithm, setup, images=plan.images // plan.updates, judge=judge
         ),
         apply=programs.apply(optimiser, t.ema_decay),
         end_epoch=programs.end_epoch(algorithm),
@@ -173,6 +188,31 @@ def make_programs(
             solver=solvers.load(config.eval.solver),
         ),
     )
+
+
+def _check_alarms(config: ConfigDict) -> None:
+    """Raise ValueError where an alarm of the monitors is to raise a KL that there cannot be."""
+    name, rank, weight = config.algorithm.name, config.lora.rank, config.monitor.kl_beta
+    if config.monitor.on_alarm == "raise_kl":
+        require(
+            "kl_beta" in config.algorithm.options and rank > 0,
+            f"monitor.on_alarm='raise_kl' needs an algorithm with a kl_beta and an adapter,"
+            f" and the recipe has {name} with lora.rank={rank}: choose 'stop' or 'note'",
+        )
+        require(weight > 0, f"monitor.kl_beta={weight}: must be above 0, or nothing is raised")
+
+
+def with_options(run: Recipe, options: dict[str, Any]) -> Recipe:
+    """Return the run with other options of its algorithm, which keeps the same copies and draws the
+    same images. `config` stays as it was."""
+    config = run.config.copy_and_resolve_references()
+    config.algorithm.options.update(options)
+    algorithm = parts.make_algorithm(config)
+    judge = parts.make_judge(run.model, algorithm, run.scorer.trained)
+    same = run.model, run.mesh, run.plan, run.setup
+    made = make_programs(config, *same, algorithm, run.optimiser, judge=judge)
+    changed = replace(run.programs, accumulate=made.accumulate, end_epoch=made.end_epoch)
+    return replace(run, algorithm=algorithm, programs=changed)
 
 
 def summary(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from flowgrpo_jax import cli, logs, parts, sampler, settings, sharding
+from flowgrpo_jax import cli, logs, parts, recipe, sampler, settings, sharding
 from flowgrpo_jax.evaluate import draw, draw_balanced, figures_of, save_grid, summarise
 from flowgrpo_jax.lifecycle import RunFailed, offer_best
 from flowgrpo_jax.monitors import move, picture_figures, verdicts
@@ -29,6 +29,7 @@ from flowgrpo_jax.types import PromptBatch, TrainState
 
 log = logging.getLogger(__name__)
 PROMPTS, REPEATS = 6, 4  # whose pictures tell the diversity, where the evaluation repeats none
+ALARMS = "monitor/alarms"  # the figure that counts an evaluation's alarms
 SHEET = "samples"  # the name of an evaluation's pictures in TensorBoard and Weights & Biases
 
 
@@ -97,24 +98,48 @@ def heed(
 
     Raises RunFailed where that is to stop. The evaluation is then in the metrics and on the page.
     """
-    alarms, stops = "", run.config.monitor.on_alarm == "stop"
+    found: list[verdicts.Verdict] = []
     with logs.warn_on_error("the verdicts of the monitors"):
-        alarms = verdicts.in_words(judged(metrics, epoch, report, run.config.reward.weights))
-    if alarms:
-        log.warning("epoch %d: alarm: %s", epoch, alarms)
-    if not stops:
+        found = judged(metrics, epoch, report, run.config.reward.weights)
+    words = verdicts.in_words(found)
+    if words:
+        log.warning("epoch %d: alarm: %s", epoch, words)
+    count = sum(verdict.level == verdicts.ALARM for verdict in found)
+    report[ALARMS] = sharding.from_first_process([count])[0]
+    if run.config.monitor.on_alarm != "stop":
         return
-    if not sharding.from_first_process([int(bool(alarms))])[0]:
+    if not report[ALARMS]:
         checkpoints.keep_good(epoch, state)
         return
     metrics.write(epoch, report)
     page.save(workdir)
     raise RunFailed(
-        f"the monitors raise an alarm at epoch {epoch}: {alarms or 'see the first process'}. The"
+        f"the monitors raise an alarm at epoch {epoch}: {words or 'see the first process'}. The"
         f" last state without one is in {workdir / 'good'}, and {workdir / page.FILE} shows what"
         " changed: train again with a KL term or another reward, or go on in spite of it with"
         " --resume and --config.monitor.on_alarm=note"
     )
+
+
+def raise_kl(run: Recipe, metrics: logs.Metrics, epoch: int, report: Mapping[str, float]) -> Recipe:
+    """Return the run with the KL weight that its alarms so far ask for, where `monitor.on_alarm` is
+    "raise_kl": twice as much for every evaluation with an alarm, from `monitor.kl_beta` on where
+    there was none. It depends on the metrics alone, so that a resumed run has the same.
+
+    Args:
+      report: the figures of an evaluation at `epoch`, which are not in the metrics yet.
+    """
+    if run.config.monitor.on_alarm != "raise_kl":
+        return run
+    before = [row for row in logs.read(metrics.file) if row["epoch"] < epoch]
+    here = sum(bool(row.get(ALARMS)) for row in [*before, report])
+    times = sharding.from_first_process([here])[0]  # others may see the file later
+    if not times:
+        return run
+    given = run.config.algorithm.options.kl_beta
+    weight = given * 2**times if given else run.config.monitor.kl_beta * 2 ** (times - 1)
+    log.warning("epoch %d: algorithm.options.kl_beta is %g after %d alarms", epoch, weight, times)
+    return recipe.with_options(run, {"kl_beta": weight})
 
 
 def judged(

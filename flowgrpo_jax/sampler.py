@@ -22,9 +22,10 @@ from flowgrpo_jax import sde, solvers
 from flowgrpo_jax.types import Rollout
 
 # What keys are folded with. An image's key: for its first noise, for the noise of step t
-# (SDE_KEY + t), and, where a finished image is noised again, for the noise and the level.
+# (SDE_KEY + t), where a finished image is noised again, for the noise and the level, for its own
+# part of a first noise that its group shares, and for the anchors of the group that it begins.
 ODE_KEY, SDE_KEY = 0, 1
-RENOISE_KEY, LEVEL_KEY = 2**30, 2**30 + 1
+RENOISE_KEY, LEVEL_KEY, OWN_KEY, ANCHOR_KEY = (2**30 + i for i in range(4))
 # An epoch's key: for the window's place, and for the terms that are trained.
 WINDOW_KEY, TERMS_KEY = 2**31 - 1, 2**31 - 2
 
@@ -42,6 +43,7 @@ class Process:
     kernel: sde.Kernel = sde.FLOW_SDE
     noise_level: float = 0.7
     window: int = 0  # number of stochastic steps, W
+    path: bool = False  # whether a rollout by the plain ODE keeps all its latents
     density: str = "gaussian"
     reduction: str = "mean"
     solver: solvers.Solver = solvers.EULER
@@ -50,6 +52,11 @@ class Process:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def recorded(self) -> int:
+        """The number of steps between whose latents a rollout keeps: `Rollout.x` has one more."""
+        return self.steps if self.path else self.window
 
     def schedule(self, start: jax.Array) -> jax.Array:
         """Return the sigmas of a rollout whose window begins at `start`."""
@@ -136,7 +143,8 @@ def rollout(
     start: jax.Array,
     prompt: jax.Array,
 ) -> Rollout:
-    """Sample M images and record the window's transitions; without a window, by the plain ODE.
+    """Sample M images and record the window's transitions; without a window, by the plain ODE,
+    and with `process.path` all of its latents.
 
     Args:
       velocity: v(x [M, H, W, C], sigma) -> f32 [M, H, W, C].
@@ -147,8 +155,9 @@ def rollout(
     """
     start = jnp.asarray(start, jnp.int32)
     if not process.window:
-        last = ode(velocity, process.sigmas, x, process.solver)
-        return Rollout(last, prompt, keys, start, last[None], jnp.zeros((0, x.shape[0])))
+        last, path = solve(velocity, process.sigmas, x, process.solver, keep=process.path)
+        xs = last[None] if path is None else jnp.concatenate([x[None], path])
+        return Rollout(last, prompt, keys, start, xs, jnp.zeros((0, x.shape[0])))
     sigmas = process.schedule(start)
 
     def step(carry: tuple[jax.Array, solvers.Memory], t: jax.Array):
@@ -190,15 +199,28 @@ def ode(
     solver: solvers.Solver = solvers.EULER,
 ) -> jax.Array:
     """Deterministic sampling: noise [M, H, W, C] -> latents [M, H, W, C]."""
+    return solve(velocity, sigmas, x, solver)[0]
+
+
+def solve(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    sigmas: np.ndarray | jax.Array | tuple[float, ...],
+    x: jax.Array,
+    solver: solvers.Solver = solvers.EULER,
+    *,
+    keep: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Sample as `ode` does. With `keep` the latents after each step [T, M, H, W, C] come along."""
 
     def step(carry: tuple[jax.Array, solvers.Memory], pair: tuple[jax.Array, jax.Array]):
         x, memory = carry
         sigma, sigma_next = pair
-        return solver.step(memory, x, velocity(x, sigma), sigma, sigma_next), None
+        x, memory = solver.step(memory, x, velocity(x, sigma), sigma, sigma_next)
+        return (x, memory), x if keep else None
 
     sigmas = jnp.asarray(sigmas, jnp.float32)
-    (last, _), _ = jax.lax.scan(step, (x, solver.begin(x)), (sigmas[:-1], sigmas[1:]))
-    return last
+    (last, _), xs = jax.lax.scan(step, (x, solver.begin(x)), (sigmas[:-1], sigmas[1:]))
+    return last, xs
 
 
 def epoch_key(key: jax.Array, epoch: int, fold: int) -> jax.Array:

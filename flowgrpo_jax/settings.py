@@ -72,7 +72,7 @@ def check(config: ConfigDict) -> None:
     choice(config, "sample", "density", sde.DENSITIES)
     choice(config, "sample", "reduction", sde.REDUCTIONS)
     choice(config, "reward", "host_call", ("overlap", "callback"))
-    choice(config, "monitor", "on_alarm", ("note", "stop"))
+    choice(config, "monitor", "on_alarm", ("note", "stop", "raise_kl"))
     require(
         config.model.dtype != "float16",
         "model.dtype='float16': gradients would underflow, for there is no loss scaling, and T5"
@@ -118,7 +118,12 @@ LEAST = {  # setting: the least that it may be
     "checkpoint.every": 1,
     "checkpoint.keep": 0,
 }
-UNLIMITED = ("train.max_grad_norm", "advantage.clip", "algorithm.options.clip_range")  # may be inf
+UNLIMITED = (  # may be inf
+    "train.max_grad_norm",
+    "advantage.clip",
+    "algorithm.options.clip_range",
+    "algorithm.options.threshold",
+)
 POSITIVE = ("train.max_grad_norm", "advantage.clip", "train.eps")
 DECAYS = ("train.b1", "train.b2", "train.ema_decay")
 
@@ -194,7 +199,12 @@ def _check_sampling(config: ConfigDict, algorithm: Algorithm) -> None:
         f"sample.tail={s.tail}: the share of the steps after the window, must be above 0 and at"
         " most 1; MixGRPO-Flash's is 0.4",
     )
-    if not algorithm.window:  # the ODE, which has no noise
+    require(
+        0 <= s.neighbor_noise < 1 and (s.same_noise or not s.neighbor_noise),
+        f"sample.neighbor_noise={s.neighbor_noise}: an image's own share of the noise that its"
+        " group shares, must be in [0, 1), and needs sample.same_noise=True above 0",
+    )
+    if algorithm.records != "window":  # the ODE, which has no noise
         require(
             s.tail == 1,
             f"sample.tail={s.tail}: {config.algorithm.name} draws without a window, so that there"
@@ -217,7 +227,8 @@ def _check_terms(config: ConfigDict, algorithm: Algorithm) -> None:
     """Let the algorithm say whether the rollout has what it trains on."""
     sigmas = tuple(np.linspace(1, 0, config.sample.steps + 1).tolist())
     size = window(config, algorithm).size
-    setup = Setup(Process(sigmas, window=size), config.sample.group_size)
+    solver = solvers.load(config.sample.solver)
+    setup = Setup(Process(sigmas, window=size, solver=solver), config.sample.group_size)
     jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0))
 
 
@@ -269,7 +280,7 @@ def window(config: ConfigDict, algorithm: Algorithm) -> windows.Window:
     """Return the window: all steps but the last unless the config says fewer, and none for an
     algorithm that draws by the ODE alone."""
     s = config.sample
-    if not algorithm.window:
+    if algorithm.records != "window":
         return windows.Window(0, 0, 0)
     return windows.find(s.steps, s.window, s.window_range)
 

@@ -20,6 +20,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.report import about, page
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
-from flowgrpo_jax.run_evaluation import evaluate_into, record_training
+from flowgrpo_jax.run_evaluation import evaluate_into, raise_kl, record_training
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
 from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, TrainState
@@ -82,7 +83,8 @@ def one_epoch(
     drawn = time.perf_counter()
 
     # Policy updates, each on its own groups.
-    state, figures = improve(run, state, cond, rollouts, advantage, epoch, stop)
+    judged = run.judged(batch.ids)
+    state, figures = improve(run, state, cond, rollouts, advantage, judged, epoch, stop)
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
     figures |= {"window_start": int(rollouts[0].start), "broken": scores.broken}
@@ -121,6 +123,7 @@ def improve(
     cond: Conditioning,
     rollouts: list[Rollout],
     advantage: jax.Array,
+    judged: dict[str, Any],
     epoch: int,
     stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
@@ -128,6 +131,7 @@ def improve(
 
     Args:
       rollouts: of each micro-batch; advantage: f32 [B] or, for each transition, [W, B].
+      judged: what an algorithm that differentiates the rewards takes them from.
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
@@ -152,6 +156,7 @@ def improve(
                 rollouts[m],
                 sharding.split_rows(run.mesh, per_micro[m], axis=-1),
                 terms,
+                judged,
             )
             jax.block_until_ready(before)  # two at a time, as in sampling
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
@@ -218,6 +223,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     metrics = logs.Metrics(
         workdir, epoch, config=config.to_dict(), active=first_process, **config.log
     )
+    run = raise_kl(run, metrics, epoch, {})
     bar = lifecycle.progress_bar(config.name, epoch, config.epochs, active=first_process)
     every = config.eval.every if run.test_prompts else 0  # epochs between evaluations
     first, asked = epoch, 0
@@ -229,6 +235,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 report: dict[str, float] = {}
                 if every and epoch % every == 0:
                     report = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
+                    run = raise_kl(run, metrics, epoch, report)
                 begun = time.perf_counter()
                 record = partial(record_training, workdir, run, epoch) if report else None
                 trained, figures = one_epoch(run, state, epoch, stop, record)

@@ -53,7 +53,8 @@ class Pictures(NamedTuple):
 class Rollout:
     """M sampled images, and the transitions of the window exactly as the sampler carried them.
 
-    A rollout by the plain ODE has a window of W = 0 steps.
+    A rollout by the plain ODE has a window of W = 0 steps. Where its algorithm needs the whole
+    path, x holds all T + 1 latents.
     """
 
     latents: jax.Array  # f32 [M, H, W, C]: x_0, the end of the rollout, to be decoded
@@ -122,6 +123,8 @@ class GraphReward:
     # prepared rows [M, ...] -> scores f32 [M]; a score that is not finite counts as failed
     check: Callable[[Metadata], None] = lambda record: None  # raises ValueError for a record that
     # the reward cannot judge
+    differentiable: bool = False  # `score` also takes f32 images, from 0 to 255, and has a useful
+    # gradient there
 
 
 class Described(NamedTuple):

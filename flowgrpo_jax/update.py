@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup
+from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup
 from flowgrpo_jax.types import Params, Rollout, TrainState
 
 Carry = tuple[Params, Figures]  # the gradient and the figures of an update, so far
@@ -28,6 +28,7 @@ def accumulate(
     terms: jax.Array,
     images: int,
     carry: Carry,
+    score: Score | None = None,
 ) -> Carry:
     """Add one micro-batch's share to the gradient and figures of an update.
 
@@ -37,6 +38,7 @@ def accumulate(
       rollout: M images; advantage: f32 [M] or [W, M]; terms: i32 [K].
       images: images of the whole update. The loss is the mean over images x K, however they are
         cut into micro-batches.
+      score: the differentiable rewards, for an algorithm with `reward_gradient`.
 
     Raises ValueError when the loss returns other figures than the algorithm names.
     """
@@ -45,7 +47,8 @@ def accumulate(
 
     def total(policy: Params, term: jax.Array) -> tuple[jax.Array, Figures]:
         views = {**fixed, "policy": partial(velocity, policy)}
-        loss, figures = algorithm.loss(setup, views, rollout, term, advantage)
+        judged = (score,) if score else ()
+        loss, figures = algorithm.loss(setup, views, rollout, term, advantage, *judged)
         if set(figures) != set(algorithm.figures):
             raise ValueError(
                 f"the loss returns the figures {sorted(figures)}, and the algorithm names"

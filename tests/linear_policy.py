@@ -17,11 +17,12 @@ IMAGES, SHAPE = 8, (2, 2, 3)
 
 
 def setup_of(algorithm, sigmas=SIGMAS, kernel=sde.CPS, noise_level=0.8, group_size=4):
-    window = len(sigmas) - 2 if algorithm.window else 0
-    return Setup(Process(sigmas, kernel, noise_level, window=window), group_size)
+    window = len(sigmas) - 2 if algorithm.records == "window" else 0
+    path = algorithm.records == "path"
+    return Setup(Process(sigmas, kernel, noise_level, window=window, path=path), group_size)
 
 
-def linear(params, x, sigma):
+def linear(params, x, sigma, rows=None):
     """A velocity with a 3 x 3 matrix and a bias; sigma is one number or one an image."""
     return x @ params["w"] + jnp.reshape(sigma, (-1, 1, 1, 1)) * params["b"]
 
@@ -38,14 +39,28 @@ def draw(velocity, process, key=KEY, count=IMAGES, shape=SHAPE):
     return sampler.rollout(velocity, process, x, keys, 0, places)
 
 
-def gradient_of(algorithm, setup, params, others, rollout, advantage, velocity=linear, images=None):
+def gradient_of(
+    algorithm,
+    setup,
+    params,
+    others,
+    rollout,
+    advantage,
+    velocity=linear,
+    images=None,
+    score=None,
+    key=KEY,
+):
     """The gradient and figures of an update on one micro-batch, with the policies of `reads`."""
     read = {name: others[name] for name in algorithm.reads}
-    return accumulated(algorithm, setup, velocity, images, params, read, rollout, advantage)
+    static = (algorithm, setup, velocity, images, score)
+    return accumulated(*static, params, read, rollout, advantage, key)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def accumulated(algorithm, setup, velocity, images, params, read, rollout, advantage):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def accumulated(
+    algorithm, setup, velocity, images, score, params, read, rollout, advantage, key=KEY
+):
     return update.accumulate(
         algorithm,
         setup,
@@ -54,10 +69,24 @@ def accumulated(algorithm, setup, velocity, images, params, read, rollout, advan
         read,
         rollout,
         advantage,
-        algorithm.terms(setup, KEY),
+        algorithm.terms(setup, key),
         images or rollout.prompt.shape[0],
         update.empty(algorithm, params),
+        score,
     )
+
+
+def cut(rollout, size):
+    """The micro-batches of a rollout."""
+    for i in range(0, rollout.prompt.shape[0], size):
+        part = slice(i, i + size)
+        yield rollout.replace(
+            latents=rollout.latents[part],
+            prompt=rollout.prompt[part],
+            keys=rollout.keys[part],
+            x=rollout.x[:, part],
+            log_prob=rollout.log_prob[:, part],
+        )
 
 
 def everywhere(params):

@@ -16,6 +16,7 @@ CASES = {
     "crd": {"name": "crd", "options": {"levels": 2}},
     "dpo": {"name": "dpo", "options": {"reset_every": 3}},
     "sft": {"name": "sft", "options": {}},
+    "neighbor": {"name": "neighbor", "options": {"anchors": 2, "steps": 2, "clip_range": 0.2}},
 }
 COPIES = {
     "nft": {"old"},
@@ -25,6 +26,7 @@ COPIES = {
     "crd": {"old", "drawer"},
     "dpo": {"reference"},
     "sft": set(),
+    "neighbor": {"old"},
 }
 
 

@@ -11,6 +11,7 @@ from linear_policy import (
     KEY,
     SIGMAS,
     close,
+    cut,
     draw,
     everywhere,
     finished,
@@ -46,7 +47,11 @@ ROWS = {  # case: row, options that suit a rollout of eight steps
     "rwr": ("rwr", {}),
     "rwr_softmax": ("rwr", {"weighting": "softmax"}),
     "orw": ("orw", {}),
+    "neighbor": ("neighbor", {"anchors": 3}),
+    "neighbor_clipped": ("neighbor", {"anchors": 3, "clip_range": 0.2}),
 }
+# Rows that take the gradient of the reward, and read no advantage: tests/test_reward_gradients.py
+REWARD_GRADIENTS = {"refl", "draft", "draft_lv", "flowbp", "srpo"}
 # Regressions: equal rewards still train the images that were drawn, and nothing is pushed away.
 REGRESSIONS = {"rwr", "rwr_softmax", "orw"}
 PULL_ONLY = REGRESSIONS | {"sft"}
@@ -61,7 +66,7 @@ def load(case):
 
 
 def test_every_row_has_options_here():
-    assert {name for name, _ in ROWS.values()} == set(algorithms.TABLE)
+    assert {name for name, _ in ROWS.values()} | REWARD_GRADIENTS == set(algorithms.TABLE)
 
 
 @pytest.mark.parametrize("name", sorted(set(ROWS) - REGRESSIONS))
@@ -98,16 +103,8 @@ def test_the_cut_into_micro_batches_does_not_matter(name):
     rollout = draw(partial(linear, weights(0)), setup.process)
     whole, figures = gradient_of(algorithm, setup, params, others, rollout, ADVANTAGE)
     parts = []
-    for i in range(0, IMAGES, size):
-        part = slice(i, i + size)
-        piece = rollout.replace(
-            latents=rollout.latents[part],
-            prompt=rollout.prompt[part],
-            keys=rollout.keys[part],
-            x=rollout.x[:, part],
-            log_prob=rollout.log_prob[:, part],
-        )
-        args = (params, others, piece, ADVANTAGE[part])
+    for i, piece in enumerate(cut(rollout, size)):
+        args = (params, others, piece, ADVANTAGE[i * size : (i + 1) * size])
         parts.append(gradient_of(algorithm, setup, *args, images=IMAGES))
     total = jax.tree.map(lambda *gs: sum(gs), *[gradient for gradient, _ in parts])
     close(total, whole, rtol=1e-4, atol=1e-5)
@@ -164,7 +161,7 @@ def test_it_finds_a_known_optimum(case):
     setup = setup_of(algorithm, sigmas, kernel, noise_level=0.5, group_size=16)
     tx = update.optimiser(0.03)
 
-    def velocity(params, x, sigma):
+    def velocity(params, x, sigma, rows=None):
         return jnp.broadcast_to(params["v"], x.shape)
 
     def epoch(state, number):
@@ -202,7 +199,11 @@ def test_copies_move_at_the_end_of_an_epoch():
 @pytest.mark.parametrize(
     "name, options, problem",
     [
-        ("ppo", {}, r"algorithm 'ppo' is unknown: choose from awm, crd, dgpo, dpo, grpo, nft"),
+        (
+            "ppo",
+            {},
+            r"'ppo' is unknown: choose from awm, crd, dgpo, dpo, draft, draft_lv",
+        ),
         ("nft", {"clip_range": 1}, r"clip_range is unknown; .*nft takes beta=1.0"),
         ("grpo", {"clip_range": 0.0}, r"clip_range=0.0: must be above 0"),
         ("grpo", {"kl_beta": -0.1}, r"kl_beta=-0.1: must be at least 0"),

@@ -170,3 +170,28 @@ def test_an_alarm_stops_the_run_and_the_last_good_state_is_kept(runs, tmp_path, 
     assert policies.load(tmp_path / "good", built.model).keys() == built.model.trained_shapes.keys()
     train(load(runs, **settings), tmp_path, resume=True)
     assert [row["epoch"] for row in rows(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_an_alarm_raises_the_kl_also_after_a_restart(runs, tmp_path, monkeypatch):
+    levels = iter([0.5, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(
+        "flowgrpo_jax.monitors.picture_figures.statistics",
+        lambda pixels: {"brightness": next(levels)},
+    )
+    settings = {"log__tensorboard": False, "monitor__on_alarm": "raise_kl", "eval__every": 1}
+    train(load(runs, epochs=2, **settings), tmp_path)
+    first, second, last = rows(tmp_path)
+    assert first["kl"] == 0 < second["kl"]
+    assert [row["monitor/alarms"] for row in (first, second, last)] == [0, 1, 1]
+    seen = []
+    made = recipe.with_options
+    monkeypatch.setattr(recipe, "with_options", lambda run, o: seen.append(o) or made(run, o))
+    train(load(runs, epochs=3, **settings | {"eval__every": 2}), tmp_path, resume=True)
+    assert seen == [{"kl_beta": 0.04}, {"kl_beta": 0.08}]  # epoch 1's; with that of epoch 2
+    assert rows(tmp_path)[2]["kl"] > 0
+
+
+def test_only_what_has_a_kl_can_raise_it(runs):
+    config = load(runs, monitor__on_alarm="raise_kl", lora__rank=0)
+    with pytest.raises(ValueError, match=r"raise_kl.*lora.rank=0: choose 'stop'"):
+        recipe.build(config)

@@ -61,7 +61,7 @@ def test_a_reward_of_ones_own():
 
 def test_an_algorithm_an_advantage_and_a_kernel_of_ones_own():
     algorithm = algorithms.load("my_rows:algorithm", {"clip_range": 0.25})
-    assert algorithm.window and "clip 0.25" in algorithm.summary
+    assert algorithm.records == "window" and "clip 0.25" in algorithm.summary
     row = advantages.load("my_rows:signs_alone", {}, group_size=2, clip=5.0)
     scores = jnp.array([[1.0, 2.0]])
     advantage, _ = row.compute({}, scores, jnp.ones_like(scores), jnp.arange(1))

@@ -309,6 +309,35 @@ def test_an_image_scores_the_same_in_any_batch(name, all_rewards, tmp_path):
         np.testing.assert_allclose(alone, together[one], rtol=1e-5, atol=1e-6)
 
 
+def test_of_floats_no_level_is_rounded():
+    whole, halves = (as_pil(x, SIZE) for x in (IMAGES, IMAGES.astype(np.float32)))
+    off = np.abs(levels(whole) - levels(halves))
+    assert 0.3 < off.max() < 1.01 and off.mean() < 0.4
+    np.testing.assert_array_equal(as_tensor(IMAGES, SIZE), as_tensor(IMAGES * np.float32(1), SIZE))
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "imagereward"])
+def test_the_gradient_is_that_of_finite_differences(name, all_rewards):
+    reward = make(name, **all_rewards[name])
+    inputs = reward.prepare(PROMPTS[:1], [{}])
+    pixels = IMAGES[1:2] // 2 + np.float32(64)  # where resizing cuts nothing off
+
+    @jax.jit
+    @jax.value_and_grad
+    def score(x):
+        return reward.score(reward.weights, x, inputs)[0]
+
+    slope = np.asarray(score(pixels)[1])
+    assert np.isfinite(slope).all() and np.abs(slope).max() > 0
+    along = slope / np.abs(slope).max()
+    up, down = (float(score(pixels + s * along)[0]) for s in (0.5, -0.5))
+    np.testing.assert_allclose(up - down, (slope * along).sum(), rtol=0.05)
+
+
+def test_all_have_a_gradient(all_rewards):
+    assert all(make(name, **all_rewards[name]).differentiable for name in NAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_near(name, all_rewards, tmp_path):
     Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")

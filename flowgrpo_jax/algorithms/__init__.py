@@ -21,10 +21,10 @@ import jax
 
 from flowgrpo_jax import tables
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Rollout
 
-# v(x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C]: the guided velocity of one policy
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+# v(x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C]: the guided velocity of one policy. A
+# third argument, i32 [N], says which N of the micro-batch's images x and the velocity are of.
+Velocity = Callable[..., jax.Array]
 Velocities = Mapping[str, Velocity]  # by the name of the policy
 Figures = dict[str, jax.Array]
 
@@ -38,8 +38,12 @@ class Setup:
 
 
 # loss(setup, velocities, rollout, term i32, advantage) -> loss [M], {figure: [M]}
-# The advantage is f32 [M], or f32 [W, M] with one value for each transition of the window.
-Loss = Callable[[Setup, Velocities, Rollout, jax.Array, jax.Array], tuple[jax.Array, Figures]]
+# The advantage is f32 [M], or f32 [W, M] with one value for each transition of the window. With
+# `reward_gradient` there is a last argument, a Score.
+Loss = Callable[..., tuple[jax.Array, Figures]]
+# score(latents [M, H, W, C]) -> f32 [N, M], differentiable: the weighted sum of the rewards of the
+# decoded images, for each of the algorithm's `texts`
+Score = Callable[[jax.Array], jax.Array]
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity; `load` caches
@@ -51,7 +55,12 @@ class Algorithm:
       terms: (setup, key of the epoch) -> i32 [K], the terms that an epoch trains.
       figures: the names of the figures that the loss returns.
       draws: the policy whose images are learned from, "policy" or the name of a copy.
-      window: whether the loss reads recorded transitions, so that a rollout needs noise.
+      records: what a rollout keeps for the loss beside the images: "window", the transitions of the
+        window and their log-probs, so that it needs noise; "path", all latents of the plain ODE; or
+        "", nothing.
+      reward_gradient: whether the loss differentiates the rewards. It is then called with one more
+        argument, a Score, and every reward with a weight has to be differentiable.
+      texts: what such an algorithm lets the rewards read, "{}" being the prompt.
       reads: further policies that the loss reads: "reference" (before training), "ema", copies.
       copies: copies of the policy that are kept beside the EMA. At the end of an epoch
         copy = decay x copy + (1 - decay) x policy, with decay(begun, step) of the optimiser steps
@@ -67,7 +76,9 @@ class Algorithm:
     terms: Callable[[Setup, jax.Array], jax.Array]
     figures: tuple[str, ...]
     draws: str = "policy"
-    window: bool = False
+    records: str = ""
+    reward_gradient: bool = False
+    texts: tuple[str, ...] = ("{}",)
     reads: tuple[str, ...] = ()
     copies: Mapping[str, Callable[[jax.Array, jax.Array], Any]] = field(default_factory=dict)
     whole: str = ""
@@ -88,6 +99,12 @@ TABLE = {
     "sft": "flowgrpo_jax.algorithms.sft:make",
     "rwr": "flowgrpo_jax.algorithms.rwr:make",
     "orw": "flowgrpo_jax.algorithms.orw:make",
+    "refl": "flowgrpo_jax.algorithms.refl:make",
+    "draft": "flowgrpo_jax.algorithms.draft:make",
+    "draft_lv": "flowgrpo_jax.algorithms.draft_lv:make",
+    "flowbp": "flowgrpo_jax.algorithms.flowbp:make",
+    "srpo": "flowgrpo_jax.algorithms.srpo:make",
+    "neighbor": "flowgrpo_jax.algorithms.neighbor:make",
 }
 
 

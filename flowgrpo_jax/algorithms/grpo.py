@@ -105,7 +105,7 @@ def make(
         loss,
         terms=partial(_terms, steps, step_choice),
         figures=("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_gap"),
-        window=True,
+        records="window",
         reads=("reference",) if kl_beta else (),
         copies={"reference": copies.reset(reset_every)} if reset_every else {},
         worst=("ratio_gap",),

@@ -44,6 +44,8 @@ class Model:
         of the transformer's own (full fine-tuning). With guidance "input" its last argument is the
         guidance scale, f32 [B].
       decode: (params["vae"], latents [B, H, W, C]) -> Pictures.
+      levels: (params["vae"], latents [B, H, W, C]) -> f32 [B, H, W, 3], the pixels from 0 to 255
+        before they are rounded, for algorithms that differentiate the rewards; None without one.
       encode_text: (weights of the text encoders, `tokenize(prompts)`) -> conditioning of P rows.
       token_shapes: P -> the shapes of what `tokenize` makes of P prompts.
       sigmas: (steps, height, width) -> f32 [steps + 1], the schedule from 1 to 0 for that size in
@@ -79,6 +81,7 @@ class Model:
     heads: int
     default_size: int
     guidance: str = "branch"
+    levels: Callable[[Params, jax.Array], jax.Array] | None = None
     shift: Callable[[int, int], float] = lambda height, width: 1.0
     tokenize: Callable[[list[str]], Any] | None = None
     read_text: Callable[[], dict[str, Params]] | None = None

@@ -270,5 +270,9 @@ def to_pictures(images: jax.Array) -> Pictures:
 
 def to_uint8(images: jax.Array) -> jax.Array:
     """[-1, 1] floats to uint8, rounded as diffusers' image processor rounds."""
-    scaled = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
-    return jnp.round(scaled * 255).astype(jnp.uint8)
+    return jnp.round(to_levels(images)).astype(jnp.uint8)
+
+
+def to_levels(images: jax.Array) -> jax.Array:
+    """[-1, 1] floats to f32 from 0 to 255, cut there."""
+    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0) * 255

@@ -25,6 +25,7 @@ TABLE = {
     "shapes": "flowgrpo_jax.rewards.shapes:graded",
     "shapes_strict": "flowgrpo_jax.rewards.shapes:strict",
     "shapes_unknown": "flowgrpo_jax.rewards.shapes:unknown",
+    "shapes_colors": "flowgrpo_jax.rewards.shapes_colors:REWARD",
     "shapes_wins": "flowgrpo_jax.rewards.shapes_groups:wins",
     "shapes_balance": "flowgrpo_jax.rewards.shapes_groups:balance",
     "geneval": "flowgrpo_jax.rewards.geneval:graded()",

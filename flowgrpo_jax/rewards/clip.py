@@ -108,7 +108,7 @@ def beauty(tower: Tower, dtype: str, top: Tower) -> GraphReward:
             return top.apply(weights["head"], seen)
 
     weights = {"clip": tower.params, "head": top.params}
-    return GraphReward(weights, lambda prompts, metadata: {}, score)
+    return GraphReward(weights, lambda prompts, metadata: {}, score, differentiable=True)
 
 
 def image_similarity(
@@ -155,7 +155,7 @@ def similarity(tower: Tower, dtype: str, prepare: Prepare) -> GraphReward:
         ours = _look(tower, dtype, weights, images, as_tensor)
         return jnp.sum(ours * _embed(tower, dtype, weights, rows["pixels"]), axis=-1)
 
-    return GraphReward({"clip": tower.params}, prepare, score)
+    return GraphReward({"clip": tower.params}, prepare, score, differentiable=True)
 
 
 def reference(folder: Path, metadata: Metadata, size: int) -> np.ndarray:
@@ -211,7 +211,7 @@ def agreement(
         cosine = jnp.sum(seen * read, axis=-1)
         return rule(cosine, cosine * tower.apply(weights["clip"], method="scale"))
 
-    return GraphReward({"clip": tower.params}, prepare, score)
+    return GraphReward({"clip": tower.params}, prepare, score, differentiable=True)
 
 
 # ---------------------------------------------------------------- described, without any weights

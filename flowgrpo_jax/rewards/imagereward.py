@@ -59,7 +59,7 @@ def reading(
         with towers.precision(dtype):
             return tower.apply(weights, rows["ids"], rows["mask"], pixels)
 
-    return GraphReward(tower.params, prepare, score)
+    return GraphReward(tower.params, prepare, score, differentiable=True)
 
 
 def describe(dtype: str) -> Described:

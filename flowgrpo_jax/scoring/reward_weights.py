@@ -25,6 +25,12 @@ class RewardWeights:
         """Return the names of the rewards that may apply to some prompt."""
         return tuple(dict.fromkeys(n for w in (self.weights, *self.tasks.values()) for n in w))
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Return the names of the rewards that have a weight for some prompt."""
+        every = (self.weights, *self.tasks.values())
+        return tuple(name for name in self.names if any(w.get(name) for w in every))
+
     def of(self, metadata: Metadata) -> Mapping[str, float]:
         # Without tasks a record's own "task" says nothing, and may be anything.
         return (

@@ -59,6 +59,11 @@ class Scorer:
         self.image_rewards = tuple(name for name, scope in scopes.items() if scope == "image")
         self.set_rewards = {name: scope for name, scope in scopes.items() if scope != "image"}
 
+    @property
+    def trained(self) -> dict[str, GraphReward]:
+        """The rewards in the graph that have a weight."""
+        return {n: r for n, r in self.in_graph.rewards.items() if n in self.weights.trained}
+
     def lookup(self, ids: Iterable[int]) -> list[Metadata]:
         """Return the metadata of prompts, by their numbers in the source."""
         return [self.records[i] for i in ids]

@@ -20,7 +20,7 @@ from flowgrpo_jax.models.sd3.architecture import Architecture
 from flowgrpo_jax.models.sd3.mmdit import MMDiT
 from flowgrpo_jax.models.sd3.tokenizers import CLIP_LENGTH
 from flowgrpo_jax.models.text import CLIPText, T5Encoder
-from flowgrpo_jax.models.vae import VAE, to_pictures
+from flowgrpo_jax.models.vae import VAE, to_levels, to_pictures
 from flowgrpo_jax.types import Conditioning
 
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
@@ -83,6 +83,7 @@ def describe(
         params={"transformer": base, "vae": vae_shapes},
         velocity=velocity,
         decode=lambda params, z: to_pictures(vae(params, z, method="decode")),
+        levels=lambda params, z: to_levels(vae(params, z, method="decode")),
         encode_text=encode_text,
         token_shapes=lambda n: tuple(jax.ShapeDtypeStruct((n, k), jnp.int32) for k in lengths),
         sigmas=sigmas,

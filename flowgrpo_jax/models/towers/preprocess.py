@@ -79,20 +79,24 @@ def square(
 
 
 def as_pil(images: Any, size: int, begin: Callable[[int], int] = down) -> Any:
-    """Images uint8 [..., H, W, 3] -> normalised f32 [..., size, size, 3].
+    """Images [..., H, W, 3], uint8 or f32 from 0 to 255 -> normalised f32 [..., size, size, 3].
+
+    Of f32 images no level is rounded, so that there is a gradient.
 
     With `begin=down` as transformers' CLIP processor, with `to_even` as torchvision's transforms.
     Within one level of 255 of Pillow, and equal but where its 22-bit weights round the other way.
     """
 
     def level(x: Any) -> Any:  # round half up, as Pillow does
-        return (x.clip(0, 255) + 0.5).astype(np.uint8).astype(np.float32)
+        x = x.clip(0, 255)
+        return (x + 0.5).astype(np.uint8).astype(np.float32) if whole else x
 
+    whole = images.dtype == np.uint8
     return _normalised(_resized(images, size, bicubic, begin, level))
 
 
 def as_tensor(images: Any, size: int) -> Any:
-    """Resize and normalise uint8 images as torchvision resizes float tensors; see `as_pil`."""
+    """Resize and normalise images as torchvision resizes float tensors; see `as_pil`."""
     return _normalised(_resized(images, size, bilinear, to_even, lambda x: x))
 
 
@@ -103,7 +107,7 @@ def _resized(
     begin: Callable[[int], int],
     after_each: Callable[[Any], Any],
 ) -> Any:
-    """Resize images uint8 [..., H, W, 3] to levels f32 [..., 3, size, size].
+    """Resize images [..., H, W, 3] to levels f32 [..., 3, size, size].
 
     This uses methods and operators only, so that it runs on NumPy and on JAX arrays.
     """

@@ -1,0 +1,71 @@
+"""DRaFT-LV: DRaFT-1 with several draws of the last step's noise, which lowers its variance.
+
+Source: DRaFT (arXiv 2309.17400), section 4.2, in the form of RuoyuWang-2077/FlowBP
+(trainers/sd35/draft_lv.py). The image x_0 is noised again to the level sigma of the last step, with
+fresh noise each time, and predicted from there,
+
+    loss = mean over the last latents and n noised ones, x, of -reward(x - sigma v(x, sigma))
+
+Each is a term of its own, so that memory does not grow with n. On diffusers' schedule of SD3 the
+last step begins at sigma = 0.009, where all of them are almost the same picture: `last=2` takes the
+step before it.
+
+Deviation: x_0 is the image of the rollout, which is the policy's own prediction in an epoch's first
+update and before it lags behind by the updates since.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocities
+from flowgrpo_jax.algorithms.renoise import renoise
+from flowgrpo_jax.algorithms.reward_gradients import (
+    FIGURES,
+    check_last,
+    check_threshold,
+    predicted,
+    shortfall,
+)
+from flowgrpo_jax.types import Rollout
+
+
+def make(noised: int = 2, last: int = 1, threshold: float = jnp.inf) -> Algorithm:
+    """
+    Args:
+      noised: n, the copies that are noised again; 0 is DRaFT-1.
+      last: the step, counted from the rollout's end.
+      threshold: reward from which on nothing is learned; inf means none, as in the paper.
+    """
+    check_threshold(threshold)
+    for name, value, least in (("noised", noised, 0), ("last", last, 1)):
+        if value < least:
+            raise ValueError(f"algorithm.options.{name}={value}: must be at least {least}")
+
+    def loss(
+        setup: Setup,
+        v: Velocities,
+        rollout: Rollout,
+        term: jax.Array,
+        advantage: jax.Array,
+        score: Score,
+    ) -> tuple[jax.Array, Figures]:
+        step = setup.process.steps - last
+        sigma = jnp.float32(setup.process.sigmas[step])
+        level = jnp.broadcast_to(sigma, rollout.prompt.shape)
+        x = jnp.where(term == 0, rollout.x[step], renoise(rollout, level, term).x)
+        return shortfall(score(predicted(x, v["policy"](x, sigma), sigma))[0], threshold)
+
+    def terms(setup: Setup, key: jax.Array) -> jax.Array:
+        check_last(setup, last)
+        return jnp.arange(noised + 1)
+
+    return Algorithm(
+        loss,
+        terms,
+        figures=FIGURES,
+        records="path",
+        reward_gradient=True,
+        summary=f"DRaFT-LV, {noised} noised copies, threshold {threshold:g}",
+    )
