@@ -188,6 +188,14 @@ def test_the_page_is_dark_in_the_dark_and_fits_a_phone(half, tmp_path):
     assert int(re.search(r"<title>(\d+)</title>", drawn)[1]) <= 500
 
 
+@pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
+def test_a_run_without_an_epoch_has_a_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    page.save(epath.Path(tmp_path))
+    drawn = chromium.call((tmp_path / page.FILE).as_uri(), "--dump-dom")
+    assert 'data-ready="yes"' in drawn and "come with the first evaluation" in drawn
+
+
 PROBE = """<script>
 const find = (id) => document.getElementById(id), large = find("large"), said = {};
 document.querySelector("#grid .tile").click();

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.report import votes
+from flowgrpo_jax.report import run_data, votes
 
 uvicorn = pytest.importorskip("uvicorn")
 from flowgrpo_jax.report import server  # noqa: E402
@@ -117,6 +117,15 @@ def test_the_page_is_served_live(client, half):
     assert status == 200 and '"live": true' in text and "askForVote" in text
     assert "askForVote" not in (half / "report.html").read_text()
     assert client.get("version") == client.get("version") != (200, "")
+
+
+def test_a_run_that_has_not_begun_is_waited_for(tmp_path):
+    place = epath.Path(tmp_path)
+    assert server.version([place]) == ""
+    (place / "metrics.jsonl").write_text("")
+    assert server.version([place]) != ""
+    run = run_data.read(place)
+    assert run["series"] == {"epoch": [], "hours": []} and run["judged"] is None
 
 
 def test_pages_from_elsewhere_can_neither_read_nor_vote(client, folder):

@@ -74,7 +74,7 @@ def thinned(rows: Sequence[Mapping[str, Any]], most: int = ROWS) -> list[Mapping
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """Figures by name, one entry for each row; None where a row lacks it. `hours` are added: the
     time since the start, in which epochs that are not among the rows count as their neighbours."""
-    names = dict.fromkeys(key for row in rows for key in row)
+    names = dict.fromkeys(["epoch", *(key for row in rows for key in row)])
     found = {name: [rounded(row.get(name)) for row in rows] for name in names}
     hours, total, before = [], 0.0, -1
     for row in rows:

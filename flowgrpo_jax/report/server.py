@@ -29,12 +29,15 @@ def app(workdirs: Sequence[epath.Path], folder: epath.Path, hosts: Sequence[str]
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    def shown(request: Request) -> HTMLResponse:
+    def shown(request: Request) -> Response:
         budget = run_data.BYTES // len(workdirs)
-        runs = [run_data.read(place, bytes_of_pictures=budget) for place in workdirs]
+        try:
+            runs = [run_data.read(place, bytes_of_pictures=budget) for place in workdirs]
+        except FileNotFoundError as error:  # it has not begun yet
+            return PlainTextResponse(str(error), 503, {"refresh": "5"})
         return HTMLResponse(page.html(runs, live=True))
 
     def newest(request: Request) -> PlainTextResponse:
@@ -65,7 +68,8 @@ def app(workdirs: Sequence[epath.Path], folder: epath.Path, hosts: Sequence[str]
 
 def version(workdirs: Sequence[epath.Path]) -> str:
     """Return a text that changes with the metrics of the runs."""
-    found = [(place / "metrics.jsonl").stat() for place in workdirs]
+    files = [place / "metrics.jsonl" for place in workdirs]
+    found = [file.stat() for file in files if file.exists()]
     return ",".join(f"{stat.length}-{stat.mtime}" for stat in found)
 
 
