@@ -220,6 +220,9 @@ def get_config() -> ConfigDict:
     c.monitor.on_alarm = "note"
     # What raise_kl makes of a kl_beta of 0.
     c.monitor.kl_beta = 0.04
+    # True pictures on which the flow-matching loss is watched: a folder of NAME.png with captions
+    # NAME.txt, or a function package.module:name; empty: none.
+    c.monitor.pictures = ""
     # Measure how far the velocity is from that of the base model, by noise level.
     c.monitor.move = True
 

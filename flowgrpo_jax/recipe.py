@@ -26,6 +26,7 @@ from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, make_plan
 from flowgrpo_jax.models import Model
+from flowgrpo_jax.monitors import true_loss
 from flowgrpo_jax.scoring import differentiable
 from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.scoring.scorer import Scorer
@@ -108,7 +109,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     Raises ValueError or FileNotFoundError that names the value, the constraint and the fix.
     """
     check(config)
-    _check_alarms(config)
+    _check_monitors(config)
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
     parts.check_size(config, parts.describe_model(config, mesh))
@@ -190,8 +191,9 @@ def make_programs(
     )
 
 
-def _check_alarms(config: ConfigDict) -> None:
-    """Raise ValueError where an alarm of the monitors is to raise a KL that there cannot be."""
+def _check_monitors(config: ConfigDict) -> None:
+    """Raise ValueError where an alarm of the monitors is to raise a KL that there cannot be, or
+    where there are no true pictures to watch."""
     name, rank, weight = config.algorithm.name, config.lora.rank, config.monitor.kl_beta
     if config.monitor.on_alarm == "raise_kl":
         require(
@@ -200,6 +202,8 @@ def _check_alarms(config: ConfigDict) -> None:
             f" and the recipe has {name} with lora.rank={rank}: choose 'stop' or 'note'",
         )
         require(weight > 0, f"monitor.kl_beta={weight}: must be above 0, or nothing is raised")
+    if config.monitor.pictures:
+        true_loss.load(config.monitor.pictures, config.model.height, config.model.width)
 
 
 def with_options(run: Recipe, options: dict[str, Any]) -> Recipe:

@@ -18,7 +18,7 @@ from etils import epath
 from flowgrpo_jax import cli, logs, parts, recipe, sampler, settings, sharding
 from flowgrpo_jax.evaluate import draw, draw_balanced, figures_of, save_grid, summarise
 from flowgrpo_jax.lifecycle import RunFailed, offer_best
-from flowgrpo_jax.monitors import move, picture_figures, verdicts
+from flowgrpo_jax.monitors import move, picture_figures, true_loss, verdicts
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.report import page, pictures
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
@@ -164,6 +164,8 @@ def monitored(
     policy, ids = state.copies["ema"], batch.ids
     if run.config.monitor.move and has_reference(run):
         found |= moved(run, state, batch)
+    if run.config.monitor.pictures:
+        found["true_loss"] = true_pictures_loss(run, state)
     if len(np.unique(ids)) > len(ids) - PROMPTS:  # hardly any prompt has two pictures
         again, repeats = repeated(batch, min(PROMPTS, len(ids)))
         unscored = Scorer(RewardWeights({}), {}, run.test_prompts, run.mesh)
@@ -180,17 +182,21 @@ def has_reference(run: Recipe) -> bool:
     return bool(run.model.lora_spec.rank) or set(run.model.trained_shapes) <= set(run.model.base)
 
 
+def at_once(run: Recipe) -> int:
+    """Return how many pictures the monitors' programs handle at once: few, and a share each for the
+    devices."""
+    micro = run.config.eval.micro_batch or run.plan.micro_batch
+    shards = sharding.row_shards(run.mesh)
+    return min(-(-move.IMAGES // shards) * shards, micro)
+
+
 def moved(run: Recipe, state: TrainState, batch: PromptBatch) -> dict[str, float]:
     """Return how far the EMA weights have moved from the reference, by noise level."""
-    config, model, shards = run.config, run.model, sharding.row_shards(run.mesh)
-    images = min(
-        -(-move.IMAGES // shards) * shards, config.eval.micro_batch or run.plan.micro_batch
-    )
-    rows = np.arange(images, dtype=np.int32)
+    config, model = run.config, run.model
+    rows = np.arange(at_once(run), dtype=np.int32)
     chosen = rows % len(batch.ids)
     cond = run.encode([batch.prompts[i] for i in chosen])
-    ids = jnp.asarray(batch.ids[chosen])
-    keys = sampler.image_keys(jax.random.key(config.eval.seed), 0, ids, jnp.asarray(rows))
+    keys = keys_of(run, batch.ids[chosen], rows)
     scale = settings.guidance(config.eval.guidance_scale, "eval.guidance_scale", model.guidance)
     sigmas = parts.sigmas(model, config, move.STEPS)
     measure = move.program(
@@ -203,6 +209,33 @@ def moved(run: Recipe, state: TrainState, batch: PromptBatch) -> dict[str, float
     rows, keys = sharding.split_rows(run.mesh, (rows, keys))
     found = measure(state.copies["ema"], reference, model.base, cond, run.empty, rows, keys)
     return move.figures(sharding.to_host(found), sigmas)
+
+
+def true_pictures_loss(run: Recipe, state: TrainState) -> float:
+    """Return the flow-matching loss of the EMA weights on `monitor.pictures`."""
+    config, model, size = run.config, run.model, at_once(run)
+    if model.to_latents is None:
+        return float("nan")
+    shown, texts = true_loss.load(config.monitor.pictures, config.model.height, config.model.width)
+    unguided = sampler.guided(model.velocity, 1.0, model.guidance)
+    measure = true_loss.program(unguided, model.to_latents, run.mesh)
+    policy, losses = state.copies["ema"], []
+    for begin in range(0, len(shown), size):
+        rows = np.arange(begin, begin + size, dtype=np.int32) % len(shown)  # static shapes
+        cond = run.encode([texts[i] for i in rows])
+        keys = keys_of(run, np.zeros(size, np.int32), rows)
+        places = np.arange(size, dtype=np.int32)
+        pixels, places, keys = sharding.split_rows(run.mesh, (shown[rows], places, keys))
+        vae = run.weights["vae"]
+        found = measure(policy, model.base, vae, pixels, cond, run.empty, places, keys)
+        losses.append(sharding.to_host(found)[: len(shown) - begin])
+    return float(np.concatenate(losses).mean())
+
+
+def keys_of(run: Recipe, ids: np.ndarray, images: np.ndarray) -> jax.Array:
+    """Image keys of the evaluation's seed; ids, images: i32 [M]."""
+    key = jax.random.key(run.config.eval.seed)
+    return sampler.image_keys(key, 0, jnp.asarray(ids), jnp.asarray(images))
 
 
 def repeated(batch: PromptBatch, n: int) -> tuple[PromptBatch, np.ndarray]:

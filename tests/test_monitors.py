@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from short_runs import load, rows
 
 from flowgrpo_jax import lifecycle, policies, recipe, sampler, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
-from flowgrpo_jax.monitors import move, picture_figures, verdicts
+from flowgrpo_jax.monitors import move, picture_figures, true_loss, verdicts
 from flowgrpo_jax.train import train
 
 
@@ -151,6 +152,42 @@ def test_the_move_is_the_relative_distance_of_the_velocities():
     assert named == {"move_high": 1.5, "move_middle": 3.0, "move_low": 4.0}
 
 
+def test_the_loss_of_true_pictures_is_that_of_the_flow():
+    """Pictures whose latents are 0: there the velocity x / sigma is the noise, which is exact; one
+    that is 0.5 more costs 0.25. A velocity of 0 costs E (noise - z) ** 2 = 1 + z ** 2."""
+    mesh, places = sharding.make_mesh(), jnp.arange(64)
+    keys = sampler.image_keys(jax.random.key(0), 0, places, places)
+
+    def guided(extra, frozen, x, sigma, cond, empty, prompt):
+        return frozen * x / sigma + extra
+
+    def loss(z, extra, frozen):
+        measure = true_loss.program(guided, lambda vae, images: vae + 0 * images[..., :1], mesh)
+        pixels = np.zeros((64, 8, 8, 3), np.uint8)
+        return np.asarray(measure(extra, frozen, z, pixels, None, None, places, keys))
+
+    np.testing.assert_allclose(loss(3.0, 0.0, 0.0).mean(), 1 + 9, rtol=0.03)
+    np.testing.assert_allclose(loss(0.0, 0.0, 1.0), 0, atol=1e-10)
+    np.testing.assert_allclose(loss(0.0, 0.5, 1.0), 0.25, rtol=1e-4)
+
+
+def test_true_pictures_come_from_a_folder_or_a_function(tmp_path):
+    for name, size in (("a", (20, 10)), ("b", (8, 8)), ("none", (8, 8))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("a red wall\n")
+    (tmp_path / "b.txt").write_text("a square")
+    shown, texts = true_loss.load(str(tmp_path), 8, 16)
+    assert shown.shape == (2, 8, 16, 3) and texts == ["a red wall", "a square"]
+    assert (shown == (255, 0, 0)).all()
+    box = "flowgrpo_jax.worlds.shapes.world:true_pictures"
+    shown, texts = true_loss.load(box, 64, 64)
+    assert shown.shape == (32, 64, 64, 3) and len(set(texts)) == 32
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"no picture with a caption: put the caption"):
+        true_loss.load(str(tmp_path), 8, 8)
+
+
 def test_an_alarm_stops_the_run_and_the_last_good_state_is_kept(runs, tmp_path, monkeypatch):
     """The pictures turn dark at the third evaluation. The run can go on in spite of it."""
     levels = iter([0.5, 0.49, 0.1, 0.1, 0.1])
@@ -159,11 +196,13 @@ def test_an_alarm_stops_the_run_and_the_last_good_state_is_kept(runs, tmp_path, 
         lambda pixels: {"brightness": next(levels)},
     )
     settings = {"log__tensorboard": False, "eval__every": 1, "epochs": 3, "monitor__move": True}
+    settings["monitor__pictures"] = "flowgrpo_jax.worlds.shapes.world:true_pictures"
     with pytest.raises(lifecycle.RunFailed, match=r"alarm at epoch 2: Brightness fell.*good"):
         train(load(runs, **settings, monitor__on_alarm="stop"), tmp_path)
     assert Checkpoints(tmp_path / "good").steps() == [1]
     last = rows(tmp_path)[-1]
     assert last["epoch"] == 2 and last["monitor/brightness"] == 0.1 and "reward" not in last
+    assert last["monitor/true_loss"] != rows(tmp_path)[0]["monitor/true_loss"] > 0
     assert 0 < last["monitor/move_high"] < 1 and rows(tmp_path)[0]["monitor/move_high"] == 0
     assert '"level": "alarm"' in (tmp_path / "report.html").read_text()
     built = recipe.build(load(runs), training=False)

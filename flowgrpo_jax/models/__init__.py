@@ -46,6 +46,8 @@ class Model:
       decode: (params["vae"], latents [B, H, W, C]) -> Pictures.
       levels: (params["vae"], latents [B, H, W, C]) -> f32 [B, H, W, 3], the pixels from 0 to 255
         before they are rounded, for algorithms that differentiate the rewards; None without one.
+      to_latents: (params["vae"], f32 images [B, H, W, 3] in [-1, 1]) -> the latents that decode to
+        them, for the monitors; None without one.
       encode_text: (weights of the text encoders, `tokenize(prompts)`) -> conditioning of P rows.
       token_shapes: P -> the shapes of what `tokenize` makes of P prompts.
       sigmas: (steps, height, width) -> f32 [steps + 1], the schedule from 1 to 0 for that size in
@@ -82,6 +84,7 @@ class Model:
     default_size: int
     guidance: str = "branch"
     levels: Callable[[Params, jax.Array], jax.Array] | None = None
+    to_latents: Callable[[Params, jax.Array], jax.Array] | None = None
     shift: Callable[[int, int], float] = lambda height, width: 1.0
     tokenize: Callable[[list[str]], Any] | None = None
     read_text: Callable[[], dict[str, Params]] | None = None

@@ -66,6 +66,9 @@ RULES = (
              "the policy leaves what the base model knows", rise=limits, absolute=True)
         for name, limits in MOVES.items()
     ),
+    # 10 % is DDRL's alarm (arXiv 2512.04332); honest runs of the box reach 85 % in 36 epochs.
+    Rule("true_loss", "Loss on true pictures", "", "the policy forgets what is true",
+         rise=Limits(0.1, 3.0)),
 )  # fmt: skip
 # Rewards that are evaluated and not trained on fall while one that is trained on rises: in standard
 # errors of the difference, and, for an alarm, also as a share of the first value.

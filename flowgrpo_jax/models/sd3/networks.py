@@ -84,6 +84,7 @@ def describe(
         velocity=velocity,
         decode=lambda params, z: to_pictures(vae(params, z, method="decode")),
         levels=lambda params, z: to_levels(vae(params, z, method="decode")),
+        to_latents=lambda params, x: vae(params, x, method="latents"),
         encode_text=encode_text,
         token_shapes=lambda n: tuple(jax.ShapeDtypeStruct((n, k), jnp.int32) for k in lengths),
         sigmas=sigmas,
