@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.epoch import Arrays, serve
-from flowgrpo_jax import recipe, sampler, settings, sharding, train, update
+from flowgrpo_jax import recipe, sampler, settings, sharding, update
 from flowgrpo_jax.models import lora_files
 from flowgrpo_jax.types import PromptBatch, Rollout
 
@@ -46,7 +46,7 @@ class JaxEngine:
 
     def probe(self, drawn: Arrays) -> Arrays:
         run, x = self.run, jnp.asarray(drawn["x"])
-        _, rows, _ = next(train.micro_batches(run, self.batch))
+        _, rows, _ = next(run.micro_batches(self.batch))
 
         guidance = run.config.sample.guidance_scale
         guided = jax.jit(sampler.guided(run.model.velocity, guidance, run.model.guidance))
@@ -63,7 +63,7 @@ class JaxEngine:
     def rollouts(self) -> Iterator[tuple[Rollout, jax.Array]]:
         """Yield the rollout and the images of each micro-batch."""
         run, state = self.run, self.state
-        for ids, rows, places in train.micro_batches(run, self.batch):
+        for ids, rows, places in run.micro_batches(self.batch):
             rollout, pictures, _ = run.programs.sample(
                 state.policy, run.weights, self.cond, self.none, state.key, self.epoch, self.start,
                 ids, rows, places,

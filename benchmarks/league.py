@@ -28,11 +28,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.epoch import ROOT, machine
-from flowgrpo_jax import evaluate, logs, policies, recipe, recipe_files
+from flowgrpo_jax import (
+    branching,
+    evaluate,
+    logs,
+    policies,
+    recipe,
+    recipe_files,
+    sampler,
+    sharding,
+)
 from flowgrpo_jax.models import layers
 from flowgrpo_jax.models.sd3.architecture import read
 from flowgrpo_jax.models.vae import VAE
 from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.sampler import TERMS_KEY
 from flowgrpo_jax.train import train
 from flowgrpo_jax.types import Params
 from flowgrpo_jax.worlds.shapes import grammar
@@ -91,11 +101,21 @@ def run(
 
 
 def forwards(config: ConfigDict) -> float:
-    """The transformer's forward passes an image of training; a gradient counts as two more."""
-    config = config.copy_and_resolve_references()
-    built = recipe.build(config)
-    terms = built.algorithm.terms(built.setup, jax.random.key(0)).shape[0]
-    return built.setup.process.steps + terms * (3 + len(built.algorithm.reads))
+    """The transformer's forward passes an image of training, averaged over the first 100 epochs; a
+    gradient counts as two more."""
+    built = recipe.build(config.copy_and_resolve_references())
+    process, key = built.setup.process, jax.random.key(config.seed)
+    together = built.plan.micro_batch // sharding.row_shards(built.mesh)
+    counted = []
+    for epoch in range(min(config.epochs, 100)):
+        terms = built.algorithm.terms(built.setup, sampler.epoch_key(key, epoch, TERMS_KEY))
+        for start, tail in built.places(key, epoch):
+            sets = (int(start), together)
+            drawn = branching.forwards(process.branches, process.schedule(start, tail), *sets)
+            steps = np.asarray(start + terms) if built.algorithm.records == "window" else terms
+            trained = branching.states(process.branches, steps, *sets)
+            counted.append(drawn + trained * (3 + len(built.algorithm.reads)))
+    return float(np.mean(counted))
 
 
 def measure(config: ConfigDict, evaluated: int, workdir: Path) -> dict[str, Any]:

@@ -69,6 +69,8 @@ def get_config() -> ConfigDict:
     # Several sources at once, in place of train and test: {task: {"train": source, "test": source,
     # "weight": frequency, "rewards": names or all}}.
     c.prompts.tasks = ConfigDict()
+    # Give each epoch the prompts of one task, in turn by their names, in place of a mixture.
+    c.prompts.alternate = False
 
     c.sample = ConfigDict()
     # Prompts an epoch (P)
@@ -90,7 +92,8 @@ def get_config() -> ConfigDict:
     c.sample.window = 0
     # Steps among which the window lies, the second not included; (0, 0): fixed at 0.
     c.sample.window_range = (0, 0)
-    # Where in the range an epoch's window lies: random, frozen, progressive, decay, exp_decay.
+    # Where in the range an epoch's window lies: random, frozen, progressive, decay, exp_decay, or
+    # where several do, which see, each and distinct too.
     c.sample.window_schedule = "random"
     # Keyword arguments of the schedule, such as {"every": 25} for "progressive".
     c.sample.window_options = ConfigDict()
@@ -98,9 +101,20 @@ def get_config() -> ConfigDict:
     c.sample.solver = "euler"
     # Share of the steps after the window that are taken, evenly spaced; 1: all of them.
     c.sample.tail = 1.0
-    # Start all images of a group from the same noise.
-    c.sample.same_noise = False
-    # How far from it, s: the noise is sqrt(1 - s^2) of the group's and s of the image's own.
+    # Windows an epoch, each of an equal part of the groups.
+    c.sample.windows = 1
+    # Give these parts the same prompts, and not prompts of their own.
+    c.sample.same_prompts = False
+    # Take every n-th step after the window: for each n, a part of the groups with the same prompts.
+    c.sample.strides = (1,)
+    # Images of a group that start from the same noise, and share all up to the first split; 0: all.
+    c.sample.branches = 1
+    # Steps at which those that share their path part, two of one; (): all do at the window's start.
+    c.sample.splits = ()
+    # Factor of the noise at a split; the log-prob does not have it.
+    c.sample.split_noise = 1.0
+    # How far an image's first noise lies from one that its group shares, s: it is sqrt(1 - s^2) of
+    # that one and s of its own; 0: its own.
     c.sample.neighbor_noise = 0.0
     # Form of the log-prob: gaussian, or squared_error (upstream's for cps)
     c.sample.density = "gaussian"
@@ -123,8 +137,8 @@ def get_config() -> ConfigDict:
     c.reward.max_failed = 0.5
 
     # How much better an image is than expected: a row of flowgrpo_jax/advantages, which are
-    # "group", "global", "none", "batch", "quasi_norm", "best_of_n", "gdpo" and "per_prompt", or
-    # "package.module:make" of your own.
+    # "group", "global", "none", "batch", "quasi_norm", "best_of_n", "gdpo", "per_prompt" and
+    # "tree", or "package.module:make" of your own.
     c.advantage = ConfigDict()
     # Name of the row.
     c.advantage.name = "group"
@@ -132,6 +146,25 @@ def get_config() -> ConfigDict:
     c.advantage.options = ConfigDict()
     # Advantages are cut to [-clip, clip].
     c.advantage.clip = 5.0
+    # What becomes of an advantage A: none, or exp for -exp(-A), DDRL's.
+    c.advantage.transform = "none"
+    # Multiply the advantage of good images by how unlike the others of their prompt they are, as in
+    # GARDO, by these features: latents, pixels, or a function of your own from pixels to features,
+    # package.module:function; empty: no.
+    c.advantage.diversity = ""
+
+    # By how much each image's KL counts, beside the algorithm's own beta: a row of
+    # flowgrpo_jax/kl_control.py, constant, adaptive or uncertain, or one of your own.
+    c.kl = ConfigDict()
+    # Name of the row; empty: none, every image's KL counts alike.
+    c.kl.name = ""
+    # Keyword arguments of the row, such as {"target": 1e-3} for "adaptive".
+    c.kl.options = ConfigDict()
+    # With a row: the policy becomes its own reference after an epoch whose KL is above this; 0:
+    # never.
+    c.kl.reset_above = 0.0
+    # With a row: and after so many epochs with the same reference; 0: never.
+    c.kl.reset_every = 0
 
     # How images and advantages become a gradient: a row of flowgrpo_jax/algorithms, or
     # "package.module:make" of your own. The options are the row's keyword arguments; its file says
@@ -164,9 +197,27 @@ def get_config() -> ConfigDict:
     # Optimiser steps after which the policy becomes its own reference; 0: never.
     c.algorithm.options.reset_every = 0
 
+    # A loss on data beside the algorithm's, that of pretraining: DDRL's, Pinterest's.
+    c.data = ConfigDict()
+    # Its pictures: base (the base model's own samples for the epoch's prompts), shapes, signs (what
+    # these models were pretrained on), or a folder with NAME.png and NAME.txt or metadata.jsonl;
+    # empty: none.
+    c.data.source = ""
+    # Weight beside the algorithm's loss; 0: none.
+    c.data.weight = 0.01
+    # Pictures an update.
+    c.data.images = 64
+    # Epochs from one with this loss to the next.
+    c.data.every = 1
+    # Take an optimiser step of its own after the epoch's updates, and not a part in each of them.
+    c.data.own_step = False
+
     c.train = ConfigDict()
     # Optimiser steps an epoch, each on its own groups.
     c.train.updates_per_epoch = 2
+    # Take an optimiser step after each term that an algorithm trains (GRPO: each step of the
+    # window), and not after all of them.
+    c.train.step_each_term = False
     # Learning rate of AdamW.
     c.train.learning_rate = 3e-4
     # Optimiser steps of linear warm-up.

@@ -5,13 +5,13 @@ r"""Compile a recipe for a TPU pod without the pod, and say whether it fits and 
 
 The programs of an epoch are compiled ahead of time for real chips, on any machine, by the compiler
 that the pod would use (`pip install -e '.[tpu]'`): `score` is the training rewards in the graph,
-`judge` those of the evaluation. Needs no weights: published models are known by
-name, others by the configs in their directory. Prints for each program the memory of a chip
-against what it has, the arithmetic, what it moves over HBM and the links, the least time that these
-take, the share of the chip's peak in that time, and the operations that take longest.
+`judge` those of the evaluation. Needs no weights: published models are known by name, others by the
+configs in their directory. Prints for each program the memory of a chip against what it has, the
+arithmetic, what it moves over HBM and the links, the least time that these take, the share of the
+chip's peak in that time, and the operations that take longest.
 
-With `config.model.text_cache` the cache is taken to be full, and no text encoder to be there.
-Left out: rewards on the host, and the host's other work. Times are lower bounds: `program_time`
+With `config.model.text_cache` the cache is taken to be full, and no text encoder to be there. Left
+out: rewards on the host, its other work, and a loss on data. Times are lower bounds: `program_time`
 says what they count. Over the links goes what takes longer than all else, or nothing.
 """
 
@@ -36,6 +36,7 @@ from flowgrpo_jax import (
     parts,
     recipe,
     rewards,
+    rollout_settings,
     settings,
     sharding,
     update,
@@ -47,7 +48,7 @@ from flowgrpo_jax.models import TEXTS, Model
 from flowgrpo_jax.program_costs import Program, advice, chip_bytes, inspect, table, topology
 from flowgrpo_jax.scoring import graph
 from flowgrpo_jax.scoring.differentiable import Judge
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 # ----------------------------------------------------------------------------------- shapes
 
@@ -130,15 +131,14 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     weights = frozen(model, mesh)
     text = {part: weights.pop(part) for part in model.text_shapes}
     algorithm, optimiser = parts.make_algorithm(config), parts.make_optimiser(config)
-    advantage = parts.make_advantage(config)
+    advantage = rollout_settings.make_advantage(config, algorithm)
     state, gradient, figures = training_state(model, algorithm, advantage, optimiser, mesh)
 
     encoded, m = min(plan.groups, TEXTS), plan.micro_batch
     micro = config.eval.micro_batch or m
     tokens = laid_out(model.token_shapes(encoded), everywhere)
     cond, empty, tested = conditionings(model, text, tokens, (plan.groups, 1, micro), mesh)
-
-    setup = parts.make_setup(config, model, algorithm)
+    setup = parts.make_setup(config, model, algorithm, sharding.row_shards(mesh))
     latent = model.latent_shape(config.model.height, config.model.width)
     drawn = rollout(setup, m, latent, mesh)
     one_each, scalar = array(rows, m), array(everywhere)
@@ -156,16 +156,16 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     built = recipe.make_programs(*given, judge=judge)
     towers = {id(x): x for program in (*scoring, *judging) for x in jax.tree.leaves(program[1][0])}
 
-    sampling = (state.policy, weights, cond, empty)
     evaluating = (state.policy, weights, tested, empty, array(rows, micro), keys)
-    sample = (*sampling, state.key, 0, scalar, one_each, one_each, one_each)
+    sample = (state.policy, weights, cond, empty, state.key, 0, scalar, *[one_each] * 3)
     reference = state.policy if config.lora.rank else {}
     others = {name: state.copies.get(name, reference) for name in algorithm.reads}
     policy = (state.policy, others, weights["transformer"], cond, empty)
     terms = laid_out(
         jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0)), everywhere
     )
-    replay = (drawn, array(rows, m, dtype=jnp.float32), terms, judged)
+    a: Any = array(rows, m, dtype=jnp.float32)
+    replay = (drawn, Credit(a, a) if config.kl.name else a, terms, judged)
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
     listed = [

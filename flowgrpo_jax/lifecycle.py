@@ -192,8 +192,15 @@ def show_epoch(
         bar.update()
 
 
-def show_end(last: dict[str, float], epoch: int, epochs: int) -> None:
+def speed(seconds: float, images: int) -> dict[str, float]:
+    """Return the figures of an epoch's speed."""
+    return {"seconds": seconds, "images_per_second": images / seconds}
+
+
+def show_end(last: dict[str, float], epoch: int, epochs: int, *, active: bool) -> None:
     """Print the last evaluation's means, if there is one, and how to go on after a stop."""
+    if not active:
+        return
     if last:
         means = {k: round(v, 4) for k, v in last.items() if k.startswith("eval/")}
         print(json.dumps({k: v for k, v in means.items() if math.isfinite(v)}))

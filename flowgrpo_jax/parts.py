@@ -13,33 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
-    advantages,
     algorithms,
+    diversity,
+    kl_control,
     models,
     prompts,
     rewards,
     sde,
     sharding,
     solvers,
+    tails,
     text_cache,
+    training_data,
     update,
-    windows,
 )
-from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
+from flowgrpo_jax.batch_plan import Plan, derived_micro_batch
 from flowgrpo_jax.models import Family, Model, attention
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
+from flowgrpo_jax.rollout_settings import branches, window
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring import scorer
 from flowgrpo_jax.scoring.differentiable import Judge, judge
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer, Source
-from flowgrpo_jax.settings import window
 from flowgrpo_jax.types import Conditioning, GraphReward, Metadata, PromptBatch
 
 # Knobs of `config.train` that `update.optimiser` takes by the same name.
@@ -127,12 +130,43 @@ def drop_frozen(model: Model, algorithm: Algorithm) -> Model:
 
 
 def make_algorithm(config: ConfigDict) -> Algorithm:
-    return algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    moves = config.kl.reset_above or config.kl.reset_every
+    return algorithms.keep_reference(algorithm) if config.kl.name and moves else algorithm
 
 
-def make_advantage(config: ConfigDict) -> Advantage:
-    c, size = config.advantage, config.sample.group_size
-    return advantages.load(c.name, c.options.to_dict(), group_size=size, clip=c.clip)
+def make_features(config: ConfigDict) -> diversity.Features | None:
+    name = config.advantage.get("diversity", "")
+    return diversity.load(name) if name else None
+
+
+def make_control(config: ConfigDict) -> kl_control.Control | None:
+    c = config.kl
+    if not c.name:
+        return None
+    names = reward_weights(config)[0].names
+    resets = {"reset_above": c.reset_above, "reset_every": c.reset_every}
+    return kl_control.load(c.name, c.options.to_dict(), names, **resets)
+
+
+def make_data(config: ConfigDict, plan: Plan, devices: int) -> training_data.Data | None:
+    """Return the loss on data, or None without one. Raises what `training_data.load` does.
+
+    Args:
+      devices: the equal parts that the batch is cut into.
+    """
+    c = config.data
+    if not (c.source and c.weight):
+        return None
+    if c.source == training_data.BASE and not config.lora.rank:
+        raise ValueError(
+            "data.source='base' with lora.rank=0: in full fine-tuning the base is given up; draw"
+            " its pictures before (python -m flowgrpo_jax.generate) and name their folder"
+        )
+    source = training_data.load(c.source, config.model.height, config.model.width)
+    sizes = [m for m in range(devices, c.images + 1, devices) if c.images % m == 0]
+    size = derived_micro_batch(sizes, plan.micro_batch)
+    return training_data.Data(source, c.weight, c.images, size, c.every, c.own_step)
 
 
 def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:
@@ -140,10 +174,14 @@ def sigmas(model: Model, config: ConfigDict, steps: int) -> tuple[float, ...]:
     return tuple(map(float, model.sigmas(steps, config.model.height, config.model.width)))
 
 
-def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
-    """Return how images are drawn for training."""
-    s, size = config.sample, window(config, algorithm).size
-    schedule = sigmas(model, config, s.steps)
+def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm, shards: int = 1) -> Setup:
+    """Return how images are drawn for training.
+
+    Args:
+      shards: the equal parts that the batch is cut into, sharding.row_shards.
+    """
+    s, (size, low, high) = config.sample, window(config, algorithm)
+    schedule, strides = sigmas(model, config, s.steps), tuple(s.strides)
     shift = model.shift(config.model.height, config.model.width)
     process = Process(
         sigmas=schedule,
@@ -154,9 +192,13 @@ def make_setup(config: ConfigDict, model: Model, algorithm: Algorithm) -> Setup:
         density=s.density,
         reduction=s.reduction,
         solver=solvers.load(s.solver),
-        by_start=windows.compressed(schedule, shift, size, s.tail),
+        by_start=tails.strided(schedule, size, strides)
+        or tails.compressed(schedule, shift, size, s.tail),
+        tails=len(strides),
+        span=(low, high),
+        branches=branches(config),
     )
-    return Setup(process, s.group_size)
+    return Setup(process, s.group_size, shards)
 
 
 def make_judge(
@@ -189,15 +231,24 @@ def prompt_place(config: ConfigDict, split: str, record: Metadata) -> str:
 
 
 def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> PromptBatch:
-    """The prompts of an epoch: a pure function of the seed and the epoch."""
-    return prompts.sample(
+    """The prompts of an epoch, one a group: a pure function of the seed and the epoch.
+
+    Parts of the epoch with other tails, and with `sample.same_prompts` all its parts, have the same
+    ones.
+    """
+    s, weights = config.sample, tasks.weights(config.prompts.tasks.to_dict())
+    ways, own = len(s.strides), 1 if s.same_prompts else s.windows
+    each = s.groups // (s.windows * ways)
+    drawn = prompts.sample(
         records,
-        config.sample.groups,
+        own * each,
         seed=config.seed,
         epoch=epoch,
         tag_weights=config.prompts.tag_weights.to_dict(),
-        task_weights=tasks.weights(config.prompts.tasks.to_dict()),
+        task_weights=tasks.turn(weights, epoch) if config.prompts.alternate else weights,
     )
+    groups = np.arange(own * each).reshape(own, 1, each)
+    return prompts.chosen(drawn, np.broadcast_to(groups, (s.windows, ways, each)).ravel())
 
 
 def reward_weights(

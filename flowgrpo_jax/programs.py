@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flowgrpo_jax import sampler, sharding, solvers, update
+from flowgrpo_jax import branching, sampler, sharding, solvers, update
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring.differentiable import Judge
@@ -35,29 +35,35 @@ def sample(
     process: Process,
     *,
     latent: tuple[int, int, int],
-    same_noise: bool,
     neighbor_noise: float = 0.0,
     score: HostScore | None,
 ) -> Callable[..., tuple[Rollout, Pictures, NamedScores]]:
     """Rollout, decoding and, with `score`, the host rewards of a micro-batch."""
 
     @jax.jit
-    def draw_rollouts(policy, weights, cond, empty, key, epoch, start, ids, prompt, image):
+    def draw_rollouts(policy, weights, cond, empty, key, epoch, start, ids, prompt, image, tail=0):
         """Return the rollout, its pictures and the host's scores (none without `score`).
 
         ids, prompt, image: i32 [M], the prompt's id, its row in `cond`, the place in the group.
         """
 
         def v(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return guided(policy, weights["transformer"], x, sigma, cond, empty, prompt)
+            rows = prompt.reshape(x.shape[0], -1)[:, 0]  # of the first of every M / rows images
+            return guided(policy, weights["transformer"], x, sigma, cond, empty, rows)
 
-        keys = sampler.image_keys(key, epoch, ids, image)
-        first = sampler.image_keys(key, epoch, ids, jnp.zeros_like(image)) if same_noise else keys
+        keys = first = sampler.image_keys(key, epoch, ids, image)
+        sets = None
+        if process.branches.leaves > 1:
+            keys_of = partial(sampler.image_keys, key, epoch, ids)
+            sets = branching.sets(process.branches, keys_of, image, sharding.row_shards(mesh))
+            first = sets.keys[0]
+        if neighbor_noise:
+            first = sampler.image_keys(key, epoch, ids, jnp.zeros_like(image))
         x = sharding.constrain_rows(mesh, sampler.normal(first, sampler.ODE_KEY, latent))
         if neighbor_noise:
             own = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.OWN_KEY, latent))
             x = math.sqrt(1 - neighbor_noise**2) * x + neighbor_noise * own
-        rollout = sampler.rollout(v, process, x, keys, start, prompt)
+        rollout = sampler.rollout(v, process, x, keys, start, prompt, tail, sets)
         pixels, finite = decode(weights["vae"], rollout.latents)
         pictures = Pictures(sharding.constrain_rows(mesh, pixels), finite)
         return rollout, pictures, score(pictures.pixels, ids) if score else {}
@@ -87,7 +93,8 @@ def accumulate(
         """judged: the judge's inputs."""
 
         def v(params: Params, x: jax.Array, sigma: jax.Array, rows: Any = None) -> jax.Array:
-            prompt = rollout.prompt if rows is None else rollout.prompt[rows]
+            drawn = rollout.prompt if rows is None else rollout.prompt[rows]
+            prompt = drawn.reshape(x.shape[0], -1)[:, 0]  # as in sampling
             return guided(params, frozen, x, sigma, cond, empty, prompt)
 
         score = judge and (lambda latents: judge(judged, latents, rollout.prompt))
@@ -148,3 +155,62 @@ def generate(
         return decode(weights["vae"], sampler.ode(v, sigmas, x, solver))
 
     return draw_images
+
+
+@cached
+def to_latents(
+    encode: Callable[[Params, jax.Array], jax.Array] | None,
+) -> Callable[[Params, jax.Array], jax.Array]:
+    """Latents of pictures, uint8 [M, H, W, 3] -> f32 [M, H, W, C]."""
+    if encode is None:
+        raise ValueError("data.source: this kind of model reads no pictures; choose 'base'")
+    return jax.jit(encode)
+
+
+@cached
+def draw_base(
+    guided: Guided,
+    mesh: Mesh,
+    *,
+    latent: tuple[int, int, int],
+    sigmas: tuple[float, ...],
+    solver: solvers.Solver,
+) -> Callable[..., jax.Array]:
+    """The base model's own latents, by the ODE from noise that no rollout has."""
+
+    @jax.jit
+    def draw_latents(policy, frozen, cond, empty, key, epoch, ids, places, rows):
+        def v(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            return guided(policy, frozen, x, sigma, cond, empty, rows)
+
+        keys = sampler.image_keys(key, epoch, ids, places)
+        x = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.DATA_KEY, latent))
+        return sampler.ode(v, sigmas, x, solver)
+
+    return draw_latents
+
+
+@cached
+def add_data(
+    guided: Guided, *, images: int, weight: float, same_noise: bool
+) -> Callable[..., tuple[Params, jax.Array]]:
+    """Add weight x the flow-matching loss of M of `images` pictures to a gradient."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def add_data_gradient(
+        gradient, total, policy, frozen, cond, empty, key, epoch, levels, x_0, ids, places, rows
+    ):
+        """Return the gradient, and the loss so far, unweighted. levels: f32 [K]."""
+        keys = sampler.image_keys(key, epoch, ids, places * (not same_noise))
+        noise = sampler.normal(keys, sampler.ODE_KEY, x_0.shape[1:])
+        return update.add_matching(
+            lambda p, x, sigma: guided(p, frozen, x, sigma, cond, empty, rows),
+            policy,
+            (x_0, noise),
+            levels,
+            1 / (images * levels.shape[0]),
+            weight,
+            (gradient, total),
+        )
+
+    return add_data_gradient

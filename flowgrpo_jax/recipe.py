@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
+    diversity,
     excess_noise,
+    monitor_settings,
     parts,
     programs,
     sampler,
@@ -25,21 +27,28 @@ from flowgrpo_jax import (
 from flowgrpo_jax.advantages import Advantage
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, make_plan
+from flowgrpo_jax.kl_control import Control
 from flowgrpo_jax.models import Model
-from flowgrpo_jax.monitors import true_loss
+from flowgrpo_jax.rollout_settings import make_advantage, make_window, window
 from flowgrpo_jax.scoring import differentiable
 from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.scoring.scorer import Scorer
-from flowgrpo_jax.settings import check, guidance, make_window, require, window
+from flowgrpo_jax.settings import check, guidance, require
+from flowgrpo_jax.training_data import Data
 from flowgrpo_jax.types import (
     Conditioning,
     Metadata,
     NamedScores,
     Params,
     Pictures,
+    PromptBatch,
     Rollout,
     TrainState,
 )
+
+
+def absent(*_: Any) -> Any:
+    raise ValueError("this run has no loss on data: set data.source")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,10 @@ class Programs:
     apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     end_epoch: Callable[[TrainState, jax.Array], TrainState]
     generate: Callable[..., Pictures]
+    # Of a loss on data alone
+    to_latents: Callable[[Params, jax.Array], jax.Array] = absent
+    draw_base: Callable[..., jax.Array] = absent
+    add_data: Callable[..., tuple[Params, jax.Array]] = absent
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,9 @@ class Recipe:
     setup: Setup
     algorithm: Algorithm
     advantage: Advantage
+    features: diversity.Features | None
+    control: Control | None
+    data: Data | None
     window_start: windows.Start
     optimiser: Any
     programs: Programs
@@ -75,10 +91,22 @@ class Recipe:
         """Frozen weights that sampling takes."""
         return {"transformer": self.model.base, "vae": self.model.params["vae"]}
 
+    @property
+    def keep_pixels(self) -> bool:
+        """Whether an epoch's pictures are looked at once more after they were scored."""
+        return diversity.needs_pixels(self.config.advantage.get("diversity", ""))
+
     @cached_property
     def empty(self) -> Conditioning:
         """The empty prompt, which guidance moves away from."""
         return self.encode([""])
+
+    def places(self, key: jax.Array, epoch: int) -> list[tuple[jax.Array, int]]:
+        """Return where the window of each of the epoch's parts begins, and which tail follows."""
+        tails = self.setup.process.tails
+        count = self.plan.parts // tails
+        starts = [self.window_start(key, epoch, part, count) for part in range(count)]
+        return [(start, tail) for start in starts for tail in range(tails)]
 
     def encode(self, texts: list[str]) -> Conditioning:
         return parts.encode(self.config, self.model, self.mesh, texts)
@@ -93,6 +121,16 @@ class Recipe:
     def put(self, state: Any) -> Any:
         """Put a training state, or a part of it, onto the devices."""
         return sharding.put_state(self.mesh, state, self.model.rules)
+
+    def micro_batches(self, batch: PromptBatch) -> Iterator[tuple[jax.Array, ...]]:
+        """Yield each micro-batch's prompt ids, rows of the conditioning and places in the group,
+        i32 [M]."""
+        plan = self.plan
+        rows = np.repeat(np.arange(plan.groups, dtype=np.int32), plan.group_size)
+        places = np.tile(np.arange(plan.group_size, dtype=np.int32), plan.groups)
+        for i in range(0, plan.images, plan.micro_batch):
+            part = slice(i, i + plan.micro_batch)
+            yield sharding.split_rows(self.mesh, (batch.ids[rows[part]], rows[part], places[part]))
 
     def named_policy(self, state: TrainState, name: str) -> Params:
         """Return the parameters of "policy", of "reference" or of a copy."""
@@ -109,7 +147,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     Raises ValueError or FileNotFoundError that names the value, the constraint and the fix.
     """
     check(config)
-    _check_monitors(config)
+    monitor_settings.check_monitors(config)
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
     parts.check_size(config, parts.describe_model(config, mesh))
@@ -119,11 +157,14 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     if algorithm.reward_gradient:
         differentiable.check(trained, config.algorithm.name)
     model = parts.load_model(config, mesh)
-    setup = parts.make_setup(config, model, algorithm)
+    setup = parts.make_setup(config, model, algorithm, sharding.row_shards(mesh))
     optimiser = parts.make_optimiser(config)
     score = trained.inside_program() if config.reward.host_call == "callback" else None
     judge = parts.make_judge(model, algorithm, trained.trained)
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score, judge)
+    data = parts.make_data(config, plan, sharding.row_shards(mesh)) if training else None
+    if data:
+        built = with_data(built, config, model, mesh, setup, data)
     return Recipe(
         config,
         model,
@@ -131,7 +172,10 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
         plan,
         setup,
         algorithm,
-        parts.make_advantage(config),
+        make_advantage(config, algorithm),
+        parts.make_features(config),
+        parts.make_control(config),
+        data,
         make_window(config, algorithm),
         optimiser,
         built,
@@ -171,7 +215,6 @@ def make_programs(
             mesh,
             setup.process,
             latent=latent,
-            same_noise=s.same_noise,
             neighbor_noise=s.neighbor_noise,
             score=score,
         ),
@@ -191,32 +234,24 @@ def make_programs(
     )
 
 
-def _check_monitors(config: ConfigDict) -> None:
-    """Raise ValueError where an alarm of the monitors is to raise a KL that there cannot be, or
-    where there are no true pictures to watch."""
-    name, rank, weight = config.algorithm.name, config.lora.rank, config.monitor.kl_beta
-    if config.monitor.on_alarm == "raise_kl":
-        require(
-            "kl_beta" in config.algorithm.options and rank > 0,
-            f"monitor.on_alarm='raise_kl' needs an algorithm with a kl_beta and an adapter,"
-            f" and the recipe has {name} with lora.rank={rank}: choose 'stop' or 'note'",
-        )
-        require(weight > 0, f"monitor.kl_beta={weight}: must be above 0, or nothing is raised")
-    if config.monitor.pictures:
-        true_loss.load(config.monitor.pictures, config.model.height, config.model.width)
-
-
-def with_options(run: Recipe, options: dict[str, Any]) -> Recipe:
-    """Return the run with other options of its algorithm, which keeps the same copies and draws the
-    same images. `config` stays as it was."""
-    config = run.config.copy_and_resolve_references()
-    config.algorithm.options.update(options)
-    algorithm = parts.make_algorithm(config)
-    judge = parts.make_judge(run.model, algorithm, run.scorer.trained)
-    same = run.model, run.mesh, run.plan, run.setup
-    made = make_programs(config, *same, algorithm, run.optimiser, judge=judge)
-    changed = replace(run.programs, accumulate=made.accumulate, end_epoch=made.end_epoch)
-    return replace(run, algorithm=algorithm, programs=changed)
+def with_data(
+    built: Programs, config: ConfigDict, model: Model, mesh: Mesh, setup: Setup, data: Data
+) -> Programs:
+    """Return the programs with those of the loss on data. Guidance is none, or else an input."""
+    s = config.sample
+    scale = s.guidance_scale if model.guidance == "input" else 1.0
+    plain = sampler.guided(model.velocity, scale, model.guidance)
+    latent = model.latent_shape(config.model.height, config.model.width)
+    solver = setup.process.solver
+    draw = {"latent": latent, "sigmas": setup.process.sigmas, "solver": solver}
+    return replace(
+        built,
+        to_latents=programs.to_latents(model.to_latents) if data.source else absent,
+        draw_base=programs.draw_base(plain, mesh, **draw),
+        add_data=programs.add_data(
+            plain, images=data.images, weight=data.weight, same_noise=s.same_noise
+        ),
+    )
 
 
 def summary(recipe: Recipe) -> str:

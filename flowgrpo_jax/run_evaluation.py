@@ -6,30 +6,30 @@ Here a run also leaves what its page shows: pictures with their scores, and moni
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from flowgrpo_jax import cli, logs, parts, recipe, sampler, settings, sharding
+from flowgrpo_jax import cli, logs, parts, sampler, settings, sharding
+from flowgrpo_jax.alarms import heed
 from flowgrpo_jax.evaluate import draw, draw_balanced, figures_of, save_grid, summarise
-from flowgrpo_jax.lifecycle import RunFailed, offer_best
-from flowgrpo_jax.monitors import move, picture_figures, true_loss, verdicts
+from flowgrpo_jax.lifecycle import offer_best
+from flowgrpo_jax.monitors import move, picture_figures, true_loss
 from flowgrpo_jax.recipe import Recipe
-from flowgrpo_jax.report import page, pictures
+from flowgrpo_jax.report import pictures
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.scoring.scores import Scores
-from flowgrpo_jax.types import PromptBatch, TrainState
+from flowgrpo_jax.types import Credit, PromptBatch, TrainState
 
-log = logging.getLogger(__name__)
+# What is given an epoch's prompts, scores and advantages, f32 [B] or, by step, [W, B]
+Record = Callable[[PromptBatch, Scores, jax.Array | Credit], None]
 PROMPTS, REPEATS = 6, 4  # whose pictures tell the diversity, where the evaluation repeats none
-ALARMS = "monitor/alarms"  # the figure that counts an evaluation's alarms
 SHEET = "samples"  # the name of an evaluation's pictures in TensorBoard and Weights & Biases
 
 
@@ -83,75 +83,6 @@ def show(
         metrics.show(epoch, SHEET, lambda: logs.grid(pixels[:n], batch.prompts[:n]))
     with logs.warn_on_error("the pictures of the run's page"):
         pictures.save_evaluation(workdir, epoch, pixels, batch, scores, n)
-
-
-def heed(
-    workdir: epath.Path,
-    run: Recipe,
-    state: TrainState,
-    epoch: int,
-    checkpoints: RunCheckpoints,
-    metrics: logs.Metrics,
-    report: dict[str, float],
-) -> None:
-    """Say what the monitors find alarming, and do what `monitor.on_alarm` asks for.
-
-    Raises RunFailed where that is to stop. The evaluation is then in the metrics and on the page.
-    """
-    found: list[verdicts.Verdict] = []
-    with logs.warn_on_error("the verdicts of the monitors"):
-        found = judged(metrics, epoch, report, run.config.reward.weights)
-    words = verdicts.in_words(found)
-    if words:
-        log.warning("epoch %d: alarm: %s", epoch, words)
-    count = sum(verdict.level == verdicts.ALARM for verdict in found)
-    report[ALARMS] = sharding.from_first_process([count])[0]
-    if run.config.monitor.on_alarm != "stop":
-        return
-    if not report[ALARMS]:
-        checkpoints.keep_good(epoch, state)
-        return
-    metrics.write(epoch, report)
-    page.save(workdir)
-    raise RunFailed(
-        f"the monitors raise an alarm at epoch {epoch}: {words or 'see the first process'}. The"
-        f" last state without one is in {workdir / 'good'}, and {workdir / page.FILE} shows what"
-        " changed: train again with a KL term or another reward, or go on in spite of it with"
-        " --resume and --config.monitor.on_alarm=note"
-    )
-
-
-def raise_kl(run: Recipe, metrics: logs.Metrics, epoch: int, report: Mapping[str, float]) -> Recipe:
-    """Return the run with the KL weight that its alarms so far ask for, where `monitor.on_alarm` is
-    "raise_kl": twice as much for every evaluation with an alarm, from `monitor.kl_beta` on where
-    there was none. It depends on the metrics alone, so that a resumed run has the same.
-
-    Args:
-      report: the figures of an evaluation at `epoch`, which are not in the metrics yet.
-    """
-    if run.config.monitor.on_alarm != "raise_kl":
-        return run
-    before = [row for row in logs.read(metrics.file) if row["epoch"] < epoch]
-    here = sum(bool(row.get(ALARMS)) for row in [*before, report])
-    times = sharding.from_first_process([here])[0]  # others may see the file later
-    if not times:
-        return run
-    given = run.config.algorithm.options.kl_beta
-    weight = given * 2**times if given else run.config.monitor.kl_beta * 2 ** (times - 1)
-    log.warning("epoch %d: algorithm.options.kl_beta is %g after %d alarms", epoch, weight, times)
-    return recipe.with_options(run, {"kl_beta": weight})
-
-
-def judged(
-    metrics: logs.Metrics, epoch: int, report: Mapping[str, float], weights: Mapping[str, float]
-) -> list[verdicts.Verdict]:
-    """Return the verdicts on an evaluation; none on the first one, or in another process than the
-    one that writes the metrics."""
-    if not metrics.active:
-        return []
-    before = [row for row in logs.read(metrics.file) if row["epoch"] < epoch]
-    now = {"epoch": epoch, **logs.plain(report)}
-    return verdicts.verdicts([*before, now], weights).get(epoch, [])
 
 
 def monitored(
@@ -246,15 +177,19 @@ def repeated(batch: PromptBatch, n: int) -> tuple[PromptBatch, np.ndarray]:
     return again, np.tile(np.arange(REPEATS, dtype=np.int32), n)
 
 
-def record_training(
-    workdir: epath.Path,
-    run: Recipe,
-    epoch: int,
-    batch: PromptBatch,
-    scores: Scores,
-    advantage: np.ndarray,
-) -> None:
-    """Leave some of an epoch's training pictures. Advantages: f32 [B] or, by step, [W, B]."""
-    with logs.warn_on_error("the training pictures of the run's page"):
-        size = run.plan.group_size
-        pictures.save_training(workdir, epoch, batch, size, scores, np.atleast_2d(advantage))
+def nobody(batch: PromptBatch, scores: Scores, given: jax.Array | Credit) -> None:
+    """Record nothing."""
+
+
+def recorder(
+    workdir: epath.Path, run: Recipe, epoch: int, evaluated: Mapping[str, float]
+) -> Record:
+    """Return what leaves some of the pictures of an epoch after an evaluation, else nobody."""
+
+    def record(batch: PromptBatch, scores: Scores, given: jax.Array | Credit) -> None:
+        with logs.warn_on_error("the training pictures of the run's page"):
+            advantage = given.advantage if isinstance(given, Credit) else given
+            each = np.atleast_2d(np.asarray(advantage))
+            pictures.save_training(workdir, epoch, batch, run.plan.group_size, scores, each)
+
+    return record if evaluated else nobody

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgrpo_jax import sde, solvers
+from flowgrpo_jax.branching import ALONE, Branches, Sets, once_a_set
 from flowgrpo_jax.types import Rollout
 
 # What keys are folded with. An image's key: for its first noise, for the noise of step t
@@ -26,6 +27,8 @@ from flowgrpo_jax.types import Rollout
 # part of a first noise that its group shares, and for the anchors of the group that it begins.
 ODE_KEY, SDE_KEY = 0, 1
 RENOISE_KEY, LEVEL_KEY, OWN_KEY, ANCHOR_KEY = (2**30 + i for i in range(4))
+# For the base's own samples an image's key, and for the levels of a loss on data an epoch's.
+DATA_KEY = 2**30 + 4
 # An epoch's key: for the window's place, and for the terms that are trained.
 WINDOW_KEY, TERMS_KEY = 2**31 - 1, 2**31 - 2
 
@@ -35,8 +38,9 @@ class Process:
     """The stochastic process of a recipe: its schedule, kernel and window. Static under jit.
 
     The sigmas after the window may depend on where it lies: `by_start` then has a whole schedule
-    for each start, equal to `sigmas` up to the window's end (`windows.compressed`). A shorter one
-    ends in further zeros; nothing is computed there.
+    for each start, equal to `sigmas` up to the window's end (`tails.compressed`). A shorter one
+    ends in further zeros; nothing is computed there. With `tails` ways to go on after the window it
+    has such schedules for each of them, one way after the other (`tails.strided`).
     """
 
     sigmas: tuple[float, ...]  # T + 1 of them
@@ -48,6 +52,10 @@ class Process:
     reduction: str = "mean"
     solver: solvers.Solver = solvers.EULER
     by_start: tuple[tuple[float, ...], ...] = ()
+    tails: int = 1
+    span: tuple[int, int] | None = None  # the steps [low, high) among which windows lie, if not
+    # the window's alone
+    branches: Branches = ALONE
 
     @property
     def steps(self) -> int:
@@ -58,11 +66,12 @@ class Process:
         """The number of steps between whose latents a rollout keeps: `Rollout.x` has one more."""
         return self.steps if self.path else self.window
 
-    def schedule(self, start: jax.Array) -> jax.Array:
+    def schedule(self, start: jax.Array, tail: jax.Array | int = 0) -> jax.Array:
         """Return the sigmas of a rollout whose window begins at `start`."""
         if not self.by_start:
             return jnp.asarray(self.sigmas, jnp.float32)
-        return jnp.asarray(self.by_start, jnp.float32)[start]
+        row = tail * (len(self.by_start) // self.tails) + start
+        return jnp.asarray(self.by_start, jnp.float32)[row]
 
     def transition(self, x: jax.Array, v: jax.Array, step: jax.Array, **drawn: jax.Array):
         """Draw (`noise=`) or score (`x_next=`) the transition of a step."""
@@ -142,6 +151,8 @@ def rollout(
     keys: jax.Array,
     start: jax.Array,
     prompt: jax.Array,
+    tail: jax.Array | int = 0,
+    sets: Sets | None = None,
 ) -> Rollout:
     """Sample M images and record the window's transitions; without a window, by the plain ODE,
     and with `process.path` all of its latents.
@@ -152,18 +163,28 @@ def rollout(
       keys: [M] image keys; step t draws from fold_in(key, SDE_KEY + t).
       start: i32, first stochastic step; the window is [start, start + process.window).
       prompt: i32 [M], kept with the rollout.
+      tail: i32, which of the process's ways goes on after the window.
+      sets: the images that share a part of their path, of a process with branches; `velocity` is
+        then also given M / n images, the first of every n.
     """
     start = jnp.asarray(start, jnp.int32)
     if not process.window:
         last, path = solve(velocity, process.sigmas, x, process.solver, keep=process.path)
         xs = last[None] if path is None else jnp.concatenate([x[None], path])
         return Rollout(last, prompt, keys, start, xs, jnp.zeros((0, x.shape[0])))
-    sigmas = process.schedule(start)
+    sigmas, branches = process.schedule(start, tail), process.branches
+
+    def velocity_and_noise(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if sets is None:
+            return velocity(x, sigmas[t]), normal(keys, SDE_KEY + t, x.shape[1:])
+        level, after = (branches.level(step, start) for step in (t, t + 1))
+        v = once_a_set(velocity, sets.sizes, level, x, sigmas[t])
+        scale = jnp.where(after > level, branches.noise, 1.0)
+        return v, scale * normal(sets.keys[after], SDE_KEY + t, x.shape[1:])
 
     def step(carry: tuple[jax.Array, solvers.Memory], t: jax.Array):
         x, memory = carry
-        v = velocity(x, sigmas[t])
-        noise = normal(keys, SDE_KEY + t, x.shape[1:])
+        v, noise = velocity_and_noise(x, t)
         drawn = process.transition(x, v, t, noise=noise)
         inside = (t >= start) & (t < start + process.window)
         x_next, memory = process.solver.step(memory, x, v, sigmas[t], sigmas[t + 1])

@@ -13,18 +13,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
-    advantages,
     algorithms,
     files,
+    kl_control,
     rewards,
     sde,
     seeds,
     solvers,
-    windows,
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.models import attention
 from flowgrpo_jax.prompts import tasks
+from flowgrpo_jax.rollout_settings import branches, make_advantage, make_window, window
 from flowgrpo_jax.sampler import Process
 
 
@@ -87,10 +87,13 @@ def check(config: ConfigDict) -> None:
     )
     _check_numbers(config)
     _check_ranges(config)
-    a = config.advantage
-    advantages.load(a.name, a.options.to_dict(), group_size=config.sample.group_size, clip=a.clip)
     algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
+    resets = "reference" in algorithm.copies
+    kl_control.check(
+        tuple(config.reward.weights), algorithm.weighs_kl, resets, **config.kl.to_dict()
+    )
     _check_sampling(config, algorithm)
+    make_advantage(config, algorithm)
     _check_terms(config, algorithm)
     _check_training(config)
     _check_evaluation(config)
@@ -200,9 +203,9 @@ def _check_sampling(config: ConfigDict, algorithm: Algorithm) -> None:
         " most 1; MixGRPO-Flash's is 0.4",
     )
     require(
-        0 <= s.neighbor_noise < 1 and (s.same_noise or not s.neighbor_noise),
+        0 <= s.neighbor_noise < 1 and (s.branches == 1 or not s.neighbor_noise),
         f"sample.neighbor_noise={s.neighbor_noise}: an image's own share of the noise that its"
-        " group shares, must be in [0, 1), and needs sample.same_noise=True above 0",
+        " group shares, must be in [0, 1), and above 0 needs sample.branches=1",
     )
     if algorithm.records != "window":  # the ODE, which has no noise
         require(
@@ -228,7 +231,8 @@ def _check_terms(config: ConfigDict, algorithm: Algorithm) -> None:
     sigmas = tuple(np.linspace(1, 0, config.sample.steps + 1).tolist())
     size = window(config, algorithm).size
     solver = solvers.load(config.sample.solver)
-    setup = Setup(Process(sigmas, window=size, solver=solver), config.sample.group_size)
+    process = Process(sigmas, window=size, solver=solver, branches=branches(config))
+    setup = Setup(process, config.sample.group_size)
     jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0))
 
 
@@ -269,25 +273,9 @@ def _check_prompts(config: ConfigDict) -> None:
         not (chosen and (p.train or p.test)),
         "prompts.tasks takes the place of prompts.train and prompts.test: leave those empty",
     )
-    tasks.check(chosen, config.reward.weights.to_dict(), config.eval.rewards)
+    weights = config.reward.weights.to_dict()
+    tasks.check(chosen, weights, config.eval.rewards, alternate=p.alternate)
     shares = {f"prompts.tag_weights.{tag}": share for tag, share in p.tag_weights.items()}
     shares |= {f"prompts.tasks.{name}.weight": w for name, w in tasks.weights(chosen).items()}
     for path, share in shares.items():
         require(share >= 0, f"{path}={share}: a relative frequency, must be at least 0")
-
-
-def window(config: ConfigDict, algorithm: Algorithm) -> windows.Window:
-    """Return the window: all steps but the last unless the config says fewer, and none for an
-    algorithm that draws by the ODE alone."""
-    s = config.sample
-    if algorithm.records != "window":
-        return windows.Window(0, 0, 0)
-    return windows.find(s.steps, s.window, s.window_range)
-
-
-def make_window(config: ConfigDict, algorithm: Algorithm) -> windows.Start:
-    """Return the first step of an epoch's window, as a function of the run's key and the epoch."""
-    s, chosen = config.sample, window(config, algorithm)
-    if not chosen.size:
-        return windows.frozen(chosen)
-    return windows.load(s.window_schedule, s.window_options.to_dict(), chosen)

@@ -18,8 +18,6 @@ import dataclasses
 import logging
 import signal
 import time
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -32,6 +30,8 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     advantages,
     cli,
+    credit,
+    data_loss,
     lifecycle,
     logs,
     parts,
@@ -41,27 +41,24 @@ from flowgrpo_jax import (
     sharding,
     update,
 )
+from flowgrpo_jax.alarms import raise_kl
+from flowgrpo_jax.data_loss import EpochData
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.report import about, page
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
-from flowgrpo_jax.run_evaluation import evaluate_into, raise_kl, record_training
+from flowgrpo_jax.run_evaluation import Record, evaluate_into, nobody, recorder
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
-from flowgrpo_jax.types import Conditioning, PromptBatch, Rollout, TrainState
+from flowgrpo_jax.types import Conditioning, Credit, PromptBatch, Rollout, TrainState
 
 log = logging.getLogger(__name__)
-Record = Callable[[PromptBatch, Scores, np.ndarray], None]
 
 
 def one_epoch(
-    run: Recipe, state: TrainState, epoch: int, stop: cli.Stop, record: Record | None = None
+    run: Recipe, state: TrainState, epoch: int, stop: cli.Stop, record: Record = nobody
 ) -> tuple[TrainState, dict[str, float]]:
-    """Train for one epoch and return the new state and figures. A signal raises cli.Stopped.
-
-    Args:
-      record: is given the epoch's prompts, scores and advantages.
-    """
+    """Train for one epoch and return the new state and figures. A signal raises cli.Stopped."""
     config, plan, begun = run.config, run.plan, time.perf_counter()
 
     # Prompts, encoded once each.
@@ -69,27 +66,27 @@ def one_epoch(
     cond = run.encode(batch.prompts)
 
     # Rollouts, micro-batch by micro-batch; each is scored while the next one is drawn.
-    rollouts, scores = draw(run, state, cond, batch, epoch, stop)
+    rollouts, scores, pixels = draw(run, state, cond, batch, epoch, stop)
 
     # Rewards and advantages.
-    values, weights = jnp.asarray(scores.values), jnp.asarray(scores.weights)
-    total, valid = map(np.asarray, advantages.weighted(values, weights))
+    values, weights = scores.values, scores.weights
+    total, valid = map(np.asarray, advantages.weighted(jnp.asarray(values), jnp.asarray(weights)))
     failed, most = 1.0 - float(np.mean(valid)), config.reward.max_failed
     lifecycle.check_failed(epoch, failed, scores.broken, most=most)
-    advantage, memory = run.advantage.compute(state.memory, values, weights, jnp.asarray(batch.ids))
-    state = dataclasses.replace(state, memory=run.put(memory))
-    if record:
-        record(batch, scores, np.asarray(advantage))
+    state, given = credit.assign(run, state, values, weights, batch.ids, rollouts, pixels)
+    record(batch, scores, given)
     drawn = time.perf_counter()
 
     # Policy updates, each on its own groups.
+    data = data_loss.of_epoch(run, state, cond, batch, rollouts, epoch)
     judged = run.judged(batch.ids)
-    state, figures = improve(run, state, cond, rollouts, advantage, judged, epoch, stop)
+    state, figures = improve(run, state, cond, rollouts, given, judged, data, epoch, stop)
+    state, held = credit.settle(run, state, figures)
+    figures |= held
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
-    figures |= {"window_start": int(rollouts[0].start), "broken": scores.broken}
-    seconds = {"seconds_draw": drawn - begun, "seconds_update": time.perf_counter() - drawn}
-    return state, figures | seconds
+    figures |= {"seconds_draw": drawn - begun, "seconds_update": time.perf_counter() - drawn}
+    return state, figures | {"window_start": int(rollouts[0].start), "broken": scores.broken}
 
 
 def draw(
@@ -99,22 +96,37 @@ def draw(
     batch: PromptBatch,
     epoch: int,
     stop: cli.Stop,
-) -> tuple[list[Rollout], Scores]:
-    """Draw and score the epoch's images. Returns each micro-batch's rollout, and the scores."""
+) -> tuple[list[Rollout], Scores, np.ndarray]:
+    """Draw and score the epoch's images.
+
+    Returns each micro-batch's rollout, the scores, and the pixels where the recipe looks at them.
+    """
     policy = run.named_policy(state, run.algorithm.draws)
-    start = run.window_start(state.key, epoch)
+    places = run.places(state.key, epoch)  # of the windows of the epoch's parts
     prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
-    with PendingScores(run.scorer, np.repeat(batch.ids, run.plan.group_size)) as pending:
-        for ids, rows, images_of in micro_batches(run, batch):
+    each, keep = np.repeat(batch.ids, run.plan.group_size), run.keep_pixels
+    with PendingScores(run.scorer, each, keep_pixels=keep) as pending:
+        for m, (ids, rows, images_of) in enumerate(run.micro_batches(batch)):
             stop.check()
+            start, tail = places[run.plan.part(m)]
             rollout, pictures, scored = run.programs.sample(
-                policy, run.weights, cond, run.empty, state.key, epoch, start, ids, rows, images_of
+                policy,
+                run.weights,
+                cond,
+                run.empty,
+                state.key,
+                epoch,
+                start,
+                ids,
+                rows,
+                images_of,
+                tail,
             )
             jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
             rollouts.append(rollout)
             pending.add(pictures, prepared, rows, scored)
-        return rollouts, pending.collect(stop.wait)
+        return rollouts, pending.collect(stop.wait), pending.pictures.pixels
 
 
 def improve(
@@ -122,23 +134,27 @@ def improve(
     state: TrainState,
     cond: Conditioning,
     rollouts: list[Rollout],
-    advantage: jax.Array,
+    given: jax.Array | Credit,
     judged: dict[str, Any],
+    data: EpochData,
     epoch: int,
     stop: cli.Stop,
 ) -> tuple[TrainState, dict[str, float]]:
     """Take the epoch's policy updates, each on its own groups.
 
     Args:
-      rollouts: of each micro-batch; advantage: f32 [B] or, for each transition, [W, B].
+      rollouts: of each micro-batch; given: advantages f32 [B] or, for each transition, [W, B], or
+        a Credit of them.
       judged: what an algorithm that differentiates the rewards takes them from.
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
-    per_micro = np.split(np.asarray(advantage), plan.updates * plan.micro_batches, axis=-1)
+    per_micro = credit.cut(given, plan.updates * plan.micro_batches)
     figures: dict[str, float] = {}
     begun = state.step
-    for u in range(plan.updates):
+    parts = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
+    steps = [(u, part) for u in range(plan.updates) for part in parts]
+    for i, (u, part) in enumerate(steps):
         others = {name: run.named_policy(state, name) for name in algorithm.reads}
         # Where the program leaves them, or it would be compiled once more for the second call.
         gradient, sums = run.put(update.empty(algorithm, state.policy))
@@ -155,35 +171,27 @@ def improve(
                 run.empty,
                 rollouts[m],
                 sharding.split_rows(run.mesh, per_micro[m], axis=-1),
-                terms,
+                part,
                 judged,
             )
             jax.block_until_ready(before)  # two at a time, as in sampling
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
-        if u == 0:  # only before the first update is the policy the one that drew the images
+        if i == 0:  # only before the first update is the policy the one that drew the images
             figures |= worst
             if problem := algorithm.warning(worst | {k: float(v) for k, v in sums.items()}):
                 log.warning("epoch %d: %s", epoch, problem)
+        gradient, on_data = data_loss.add(run, data, u, state, epoch, gradient)
         state, applied = run.programs.apply(state, gradient)
-        for name, value in (sums | applied).items():
-            figures[name] = figures.get(name, 0.0) + float(value) / plan.updates
-    return run.programs.end_epoch(state, begun), figures
-
-
-def micro_batches(run: Recipe, batch: PromptBatch):
-    """(prompt ids, rows of the conditioning, places in the group) of each micro-batch, i32 [M]."""
-    plan = run.plan
-    rows = np.repeat(np.arange(plan.groups, dtype=np.int32), plan.group_size)
-    places = np.tile(np.arange(plan.group_size, dtype=np.int32), plan.groups)
-    for i in range(0, plan.images, plan.micro_batch):
-        part = slice(i, i + plan.micro_batch)
-        yield sharding.split_rows(run.mesh, (batch.ids[rows[part]], rows[part], places[part]))
+        for name, value in (sums | applied | on_data).items():
+            figures[name] = figures.get(name, 0.0) + float(value) / len(steps)
+    state, alone = data_loss.step(run, data, state, epoch)
+    return run.programs.end_epoch(state, begun), figures | alone
 
 
 def initial_state(run: Recipe) -> TrainState:
     """The state before the first update, on the devices."""
     key = jax.random.key(run.config.seed)
-    memory = run.advantage.initial(len(run.train_prompts))
+    memory = credit.initial(run)
     # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
     state = update.init(
         run.put(run.model.init_trained(key)),
@@ -237,17 +245,15 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                     report = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
                     run = raise_kl(run, metrics, epoch, report)
                 begun = time.perf_counter()
-                record = partial(record_training, workdir, run, epoch) if report else None
+                record = recorder(workdir, run, epoch, report)
                 trained, figures = one_epoch(run, state, epoch, stop, record)
                 checkpoints.lost = lifecycle.count_lost(
                     checkpoints.lost, figures["skipped"], config.train.max_skipped
                 )
                 state, epoch = trained, epoch + 1
-                figures["seconds"] = time.perf_counter() - begun
-                figures["images_per_second"] = run.plan.images / figures["seconds"]
+                figures |= lifecycle.speed(time.perf_counter() - begun, run.plan.images)
                 metrics.write(epoch - 1, figures | report)
-                if report:
-                    page.save(workdir)
+                page.save(workdir, report)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
                     checkpoints.save(epoch, state)
@@ -255,7 +261,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
             if every and epoch == config.epochs:
                 last = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
                 metrics.write(epoch, last)
-                page.save(workdir)
+                page.save(workdir, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
             if epoch > first:
@@ -267,8 +273,7 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
         bar.close()
         checkpoints.close()
         metrics.close()
-        if first_process:
-            lifecycle.show_end(last, epoch, config.epochs)
+        lifecycle.show_end(last, epoch, config.epochs, active=first_process)
         if asked:  # still within `stop`, where the signal's echo does not interrupt
             raise SystemExit(cli.RESTART if asked == signal.SIGTERM else 0)
     return state

@@ -66,6 +66,14 @@ class Rollout:
 
 
 @flax.struct.dataclass
+class Credit:
+    """What images are worth to the update, where their KL has weights of its own."""
+
+    advantage: jax.Array  # f32 [M], or [W, M] with one value for each transition of the window
+    kl: jax.Array  # f32 [M], by which an image's KL is multiplied, beside the algorithm's beta
+
+
+@flax.struct.dataclass
 class TrainState:
     """The arrays that change in training. The frozen base weights are not part of it."""
 

@@ -75,6 +75,37 @@ def accumulate(
     return jax.lax.scan(add, carry, terms)[0]
 
 
+def add_matching(
+    velocity: Callable[..., jax.Array],
+    policy: Params,
+    pairs: tuple[jax.Array, jax.Array],
+    levels: jax.Array,
+    scale: float,
+    weight: float,
+    carry: tuple[Params, jax.Array],
+) -> tuple[Params, jax.Array]:
+    """Add weight x scale x the sum over images and levels of |v - (noise - x_0)|^2 to a gradient.
+
+    Args:
+      velocity: v(policy, x [M, H, W, C], sigma scalar) -> f32 [M, H, W, C].
+      pairs: x_0 and noise, f32 [M, H, W, C]; levels: sigmas f32 [K].
+      carry: the gradient, and the sum without its weight, so far.
+    """
+    x_0, noise = pairs
+
+    def loss(policy: Params, sigma: jax.Array) -> jax.Array:
+        miss = velocity(policy, (1 - sigma) * x_0 + sigma * noise, sigma) - (noise - x_0)
+        return scale * jnp.square(miss).mean((1, 2, 3)).sum()
+
+    def add(carry: tuple[Params, jax.Array], sigma: jax.Array) -> tuple[Any, None]:
+        gradient, total = carry
+        value, grads = jax.value_and_grad(loss)(policy, sigma)
+        gradient = jax.tree.map(lambda a, g: a + weight * g, gradient, grads)
+        return (gradient, total + value), None
+
+    return jax.lax.scan(add, carry, levels)[0]
+
+
 def empty(algorithm: Algorithm, policy: Params) -> Carry:
     """Return the gradient and figures that `accumulate` starts from."""
     return jax.tree.map(jnp.zeros_like, policy), {name: jnp.zeros(()) for name in algorithm.figures}

@@ -1,15 +1,15 @@
 """Windows: the steps of an epoch's rollouts that are stochastic. One row each in `TABLE`.
 
 A row says where in its range an epoch's window lies. It gives the window's first step as a pure
-function of the run's key and the epoch, so that all groups, all hosts and a resumed run agree.
+function of the run's key and the epoch, so that all groups, all hosts and a resumed run agree. The
+parts of an epoch may have windows of their own: of TempFlow-GRPO (arXiv 2508.04324) each has the
+same prompts at another step, of Flash-GRPO (2605.15980) other prompts.
 
 Source: MixGRPO (arXiv 2507.21802), with the constants of Tencent-Hunyuan/MixGRPO, whose high is the
 number of steps less 2, and whose iteration is an epoch here.
 
-Deviations from there:
-  * A window keeps its size, so that its last place is high - window. Upstream moves on to high,
-    trains the steps that are left, and at high none.
-  * A compressed tail has at least one step. Upstream's last ones have none and stop above sigma 0.
+Deviation from there: a window keeps its size, so that its last place is high - window. Upstream
+moves on to high, trains the steps that are left, and at high none.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ class Window(NamedTuple):
     high: int
 
 
-# (run key, epoch) -> i32, the first step of the epoch's window
-Start = Callable[[jax.Array, int], jax.Array]
+# (run key, epoch, part=0, parts=1) -> i32, the first step of the window of one of an epoch's parts
+Start = Callable[..., jax.Array]
 
 TABLE = {
     "random": "flowgrpo_jax.windows:uniform",
+    "distinct": "flowgrpo_jax.windows:distinct",
+    "each": "flowgrpo_jax.windows:each",
     "frozen": "flowgrpo_jax.windows:frozen",
     "progressive": "flowgrpo_jax.windows:progressive",
     "decay": "flowgrpo_jax.windows:decay",
@@ -86,13 +88,49 @@ def find(steps: int, size: int, span: Sequence[int]) -> Window:
 
 
 def uniform(window: Window) -> Start:
-    """Each epoch's window lies anywhere in the range, with equal probability."""
+    """Each window lies anywhere in the range, with equal probability."""
 
-    def start(key: jax.Array, epoch: int) -> jax.Array:
+    def start(key: jax.Array, epoch: int, part: int = 0, parts: int = 1) -> jax.Array:
         key = sampler.epoch_key(key, epoch, sampler.WINDOW_KEY)
+        key = jax.random.fold_in(key, part) if part else key
         return jax.random.randint(key, (), window.low, window.high - window.size + 1)
 
     return start
+
+
+def distinct(window: Window) -> Start:
+    """The windows of an epoch lie anywhere in the range, no two of them in the same place."""
+    places = window.high - window.size + 1 - window.low
+
+    def start(key: jax.Array, epoch: int, part: int = 0, parts: int = 1) -> jax.Array:
+        _check_places(window, parts)
+        key = sampler.epoch_key(key, epoch, sampler.WINDOW_KEY)
+        return window.low + jax.random.permutation(key, places)[part]
+
+    return start
+
+
+def each(window: Window) -> Start:
+    """The windows go through all places of the range in order, from part to part and on to the next
+    epoch; with as many parts as places every epoch has all of them (TempFlow-GRPO)."""
+    places = window.high - window.size + 1 - window.low
+
+    def start(key: jax.Array, epoch: int, part: int = 0, parts: int = 1) -> jax.Array:
+        _check_places(window, parts)
+        return jnp.asarray(window.low + (epoch * parts + part) % places, jnp.int32)
+
+    return start
+
+
+def _check_places(window: Window, parts: int) -> None:
+    size, low, high = window
+    places = high - size + 1 - low
+    if parts > places:
+        raise ValueError(
+            f"sample.windows={parts}: a window of {size} steps has {places} places in"
+            f" sample.window_range={(low, high)}; choose at most {places}, or"
+            " sample.window_schedule='random'"
+        )
 
 
 def frozen(window: Window) -> Start:
@@ -103,7 +141,7 @@ def frozen(window: Window) -> Start:
             f"sample.window_range={(low, high)} is wider than the window of {size} steps, which"
             f" sample.window_schedule='frozen' does not move: set it to {(low, low + size)}"
         )
-    return lambda key, epoch: jnp.int32(window.low)
+    return lambda key, epoch, part=0, parts=1: jnp.int32(window.low)
 
 
 def progressive(window: Window, every: int = 25, stride: int = 1, roll_back: bool = True) -> Start:
@@ -164,7 +202,7 @@ def _moving(
     roll_back: bool,
     stay: Callable[[int], int],
 ) -> Start:
-    """A window that stays for stay(place) epochs at each of its places."""
+    """A window that stays for stay(place) epochs at each of its places, the same for all parts."""
     _check_positive("stride", stride)
     size, low, high = window
     if high - low <= size:
@@ -177,7 +215,7 @@ def _moving(
     ends = np.cumsum([stay(int(place)) for place in places])
     total = int(ends[-1])
 
-    def start(key: jax.Array, epoch: int) -> jax.Array:
+    def start(key: jax.Array, epoch: int, part: int = 0, parts: int = 1) -> jax.Array:
         at = epoch % total if roll_back else jnp.minimum(epoch, total - 1)
         return jnp.asarray(places, jnp.int32)[jnp.searchsorted(ends, at, side="right")]
 
@@ -187,31 +225,3 @@ def _moving(
 def _check_positive(option: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"sample.window_options.{option}={value}: must be at least 1")
-
-
-def compressed(
-    sigmas: Sequence[float], shift: float, size: int, share: float
-) -> tuple[tuple[float, ...], ...]:
-    """Return a schedule for each start of the window, with fewer steps after it (MixGRPO-Flash).
-
-    The steps after the window lead evenly, in time before the shift, from the window's end to 0.
-    With l the window's last step they have int((T - l) share) points, as in upstream's code; that
-    is one step fewer than in the paper's text, which has as many steps.
-
-    Args:
-      sigmas: T + 1 of them, with the shift f(u) = shift u / (1 + (shift - 1) u).
-      size: of the window.
-
-    Returns T - size schedules, filled up with zeros to the same length; none where the share is 1.
-    """
-    steps = len(sigmas) - 1
-    if share == 1:
-        return ()
-    schedules = []
-    for end in range(size, steps):
-        points = max(int((steps - end + 1) * share), 2)
-        time = np.linspace(sigmas[end] / (shift - (shift - 1) * sigmas[end]), 0, points)
-        tail = shift * time / (1 + (shift - 1) * time)
-        schedules.append((*sigmas[: end + 1], *map(float, tail[1:])))
-    longest = max(map(len, schedules))
-    return tuple(s + (0.0,) * (longest - len(s)) for s in schedules)

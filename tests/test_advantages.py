@@ -345,3 +345,14 @@ def test_a_group_without_any_score_has_no_advantage(name, dead):
 def test_a_wrong_row_is_named(name, options, problem):
     with pytest.raises(ValueError, match=problem):
         advantages.load(name, options, group_size=2, clip=5.0)
+
+
+def test_the_exponential_transform_is_minus_exp_of_minus_a():
+    """It keeps the order, is cut as advantages are, and leaves images without a score at 0."""
+    row = advantages.load("none", {}, group_size=4, clip=5.0)
+    pushed = advantages.TRANSFORMS["exp"](row, 5.0)
+    scores = jnp.array([[1.0, 3.0, jnp.nan, -4.0, 2.0, 2.0, 2.0, 2.0]])
+    found, _ = pushed.compute({}, scores, jnp.ones_like(scores), jnp.arange(2))
+    wanted = [-np.exp(-1.0), -np.exp(-3.0), 0, -5.0, -1, -1, -1, -1]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert advantages.TRANSFORMS["none"](row, 5.0) is row

@@ -80,3 +80,29 @@ def test_a_run_of_mixgrpo_flash_goes_on_bit_for_bit(runs, tmp_path):
         assert timeless(a, prefix="eval/") == timeless(b, prefix="eval/")
     plain = [state.replace(key=0) for state in (whole, resumed)]
     jax.tree.map(np.testing.assert_array_equal, *plain)
+
+
+def test_tasks_take_turns_with_a_step_for_each_term(runs, tmp_path):
+    """Pinterest's recipe in small: each epoch has one task's prompts and reward, and as many
+    optimiser steps as terms. Only before the first of them is the policy the one that drew."""
+    c = load(runs, epochs=2, eval__every=0, train__updates_per_epoch=1)
+    c.sample.micro_batch = 8
+    c.prompts.train = c.prompts.test = ""
+    with c.prompts.unlocked():
+        c.prompts.tag_weights = ConfigDict()
+        c.prompts.tasks = ConfigDict(
+            {
+                "large": {"train": "shapes:train:position", "rewards": ("jpeg_incompressibility",)},
+                "small": {"train": "shapes:train:counting", "rewards": ("jpeg_compressibility",)},
+            }
+        )
+    c.reward.weights = ConfigDict({"jpeg_incompressibility": 20.0, "jpeg_compressibility": 20.0})
+    c.checkpoint.best, c.eval.rewards = "", ()
+    c.prompts.alternate = c.train.step_each_term = True
+    c.advantage.name = "batch"
+    state = train(c, tmp_path / "run")
+    found = rows(tmp_path / "run")
+    assert int(state.step) == 2 * 2  # a window of two steps
+    assert [row["reward"] > 0 for row in found] == [True, False]
+    for row in found:
+        assert row["ratio_gap"] < 1e-5 and row["grad_norm"] > 0 and row["approx_kl"] > 0

@@ -42,6 +42,8 @@ ROWS = {  # case: row, options that suit a rollout of eight steps
     "ram": ("ram", {}),
     "crd": ("crd", {"levels": 8}),
     "crd_by_group": ("crd", {"levels": 8, "center": "group"}),
+    "crd_softmax": ("crd", {"levels": 8, "center_weights": "softmax"}),
+    "crd_hard": ("crd", {"levels": 8, "center_weights": "hard"}),
     "dpo": ("dpo", {"beta": 1.0}),
     "sft": ("sft", {"kl_beta": 0.1}),
     "rwr": ("rwr", {}),

@@ -83,8 +83,19 @@ def test_imports_have_a_direction():
         {"hardware", "program_time"},
         {"configs", "recipe_files"},
         {"program_costs", "knobs", "user_errors", "compilation_cache", "compilation_report"},
-        {"sde", "advantages", "sharding", "logs", "models", "detection", "transport"},
-        {"solvers", "sampler", "windows", "excess_noise", "text_cache", "scoring", "cli", "usage"},
+        {"branching", "sde", "advantages", "sharding", "logs", "models", "detection", "transport"},
+        {"diversity", "kl_control"},
+        {
+            "solvers",
+            "sampler",
+            "tails",
+            "windows",
+            "excess_noise",
+            "text_cache",
+            "scoring",
+            "cli",
+            "usage",
+        },
         {"monitors"},
         {"run_record", "checkpoint", "policies"},
         {"run_checkpoints"},
@@ -94,11 +105,13 @@ def test_imports_have_a_direction():
         {"worlds"},
         {"rewards"},
         {"prompts"},
-        {"programs", "settings", "lifecycle"},
+        {"training_data"},
+        {"rollout_settings"},
+        {"monitor_settings", "programs", "settings", "lifecycle"},
         {"batch_plan"},
         {"parts"},
         {"recipe"},
-        ENTRY_POINTS | {"run_evaluation"},
+        ENTRY_POINTS | {"run_evaluation", "alarms", "credit", "data_loss"},
     ]
     height = {name: i for i, layer in enumerate(layers) for name in layer} | {"": 0}
     for module in FILES:
@@ -150,7 +163,18 @@ def test_recipes_import_recipes_alone():
 
 def test_configs_stop_at_the_entry_points():
     users = {module for module in FILES if libraries(module) & {"ml_collections", "absl"}}
-    assert users <= ENTRY_POINTS | {"recipe", "parts", "batch_plan", "settings", "cli", "usage"}
+    assert users <= ENTRY_POINTS | {
+        *(
+            "recipe",
+            "parts",
+            "batch_plan",
+            "settings",
+            "rollout_settings",
+            "monitor_settings",
+            "cli",
+            "usage",
+        )
+    }
 
 
 def test_only_sharding_names_a_mesh_axis():

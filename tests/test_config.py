@@ -238,9 +238,12 @@ def test_an_update_that_the_devices_do_not_divide(batch, devices, of, parts, mic
         ({"eval.solver": "heun"}, r"solver 'heun' is unknown: choose from dpmpp_2m, euler"),
         ({"sample.tail": 0.0}, r"sample\.tail=0\.0: .*above 0 and at most 1"),
         ({"sample.tail": 1.5}, r"sample\.tail=1\.5: .*above 0 and at most 1"),
-        ({"sample.neighbor_noise": 0.3}, r"neighbor_noise=0\.3: .*needs sample\.same_noise=True"),
         (
-            {"sample.neighbor_noise": 1.0, "sample.same_noise": True},
+            {"sample.neighbor_noise": 0.3, "sample.branches": 4},
+            r"neighbor_noise=0\.3: .*needs sample\.branches=1",
+        ),
+        (
+            {"sample.neighbor_noise": 1.0},
             r"neighbor_noise=1\.0: .*must be in \[0, 1\)",
         ),
         (

@@ -20,11 +20,11 @@ from linear_policy import (
     weights,
 )
 from scipy.optimize import approx_fprime
-from scipy.special import expit, logit
+from scipy.special import expit, logit, softmax
 from scipy.stats import norm
 
 from flowgrpo_jax import algorithms
-from flowgrpo_jax.algorithms import renoise, selection
+from flowgrpo_jax.algorithms import crd, renoise, selection
 
 ADVANTAGE = jnp.array([1.0, -2.0, 0.4, 0.6])  # its mean is 0
 STEP = 3
@@ -191,6 +191,43 @@ def test_crd_by_hand():
         least = 1e-4 / 0.1
         kl = 0.1 * (least + reward * (1 - least)) * np.asarray(figures["kl"])
         np.testing.assert_allclose(loss, policy + kl, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights, temperature", [("softmax", 0.5), ("hard", 1.0)])
+def test_crd_centred_in_both_directions_by_hand(weights, temperature):
+    rollout, a = finished(), np.asarray(ADVANTAGE)
+    reward = a / 10 + 0.5
+    new, old = (
+        (error / size) for error, size in (errors(rollout, p, SIGMAS[STEP]) for p in (POLICY, OLD))
+    )
+    implicit = old - new
+    if weights == "softmax":
+        towards = [softmax(reward / temperature), softmax(-reward / temperature)]
+    else:
+        towards = [softmax(np.where(sign * a > 0, sign * reward, -np.inf)) for sign in (1, -1)]
+    policy = np.mean(
+        [np.square(implicit - p @ implicit - (reward - p @ reward)) for p in towards], axis=0
+    )
+    options = {"center_weights": weights, "temperature": temperature, "levels": 8}
+    others = {"old": OLD, "reference": REFERENCE}
+    _, figures = loss_of(algorithms.load("crd", options), rollout, POLICY, others, group_size=2)
+    np.testing.assert_allclose(figures["policy_loss"], 5 * policy, rtol=1e-3, atol=1e-5)
+
+
+def test_crd_softmax_at_a_high_temperature_is_uniform():
+    rollout, others = finished(), {"old": OLD, "reference": REFERENCE}
+    losses = [
+        loss_of(algorithms.load("crd", options), rollout, POLICY, others)[0]
+        for options in ({}, {"center_weights": "softmax", "temperature": 1e6})
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_crd_hard_weighs_all_alike_where_a_pool_is_empty():
+    reward = jnp.array([[0.5, 0.7, 0.9]])
+    good, bad = crd.WEIGHTS["hard"](reward, jnp.array([[0.0, 2.0, 4.0]]), 1.0)
+    np.testing.assert_allclose(good, [[0, *softmax([0.7, 0.9])]], rtol=1e-6)
+    np.testing.assert_allclose(bad, np.full((1, 3), 1 / 3), rtol=1e-6)
 
 
 def test_the_copies_of_crd_and_dgpo_keep_what_is_published():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from short_runs import load, rows
 
-from flowgrpo_jax import lifecycle, policies, recipe, sampler, sharding
+from flowgrpo_jax import alarms, lifecycle, policies, recipe, sampler, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.monitors import move, picture_figures, true_loss, verdicts
 from flowgrpo_jax.train import train
@@ -223,8 +223,8 @@ def test_an_alarm_raises_the_kl_also_after_a_restart(runs, tmp_path, monkeypatch
     assert first["kl"] == 0 < second["kl"]
     assert [row["monitor/alarms"] for row in (first, second, last)] == [0, 1, 1]
     seen = []
-    made = recipe.with_options
-    monkeypatch.setattr(recipe, "with_options", lambda run, o: seen.append(o) or made(run, o))
+    made = alarms.with_options
+    monkeypatch.setattr(alarms, "with_options", lambda run, o: seen.append(o) or made(run, o))
     train(load(runs, epochs=3, **settings | {"eval__every": 2}), tmp_path, resume=True)
     assert seen == [{"kl_beta": 0.04}, {"kl_beta": 0.08}]  # epoch 1's; with that of epoch 2
     assert rows(tmp_path)[2]["kl"] > 0

@@ -10,6 +10,7 @@ from scipy.special import log_softmax
 
 from flowgrpo_jax import algorithms, programs, sharding
 from flowgrpo_jax.algorithms import neighbor
+from flowgrpo_jax.branching import Branches
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.types import Pictures
 
@@ -111,9 +112,8 @@ def test_neighbouring_noises():
             still,
             decode,
             mesh,
-            Process((1.0, 0.5, 0.0)),
+            Process((1.0, 0.5, 0.0), branches=Branches(1 if spread else 4)),
             latent=(32, 32, 4),
-            same_noise=True,
             neighbor_noise=spread,
             score=None,
         )

@@ -150,7 +150,7 @@ def test_training_pictures_have_the_prompt_and_advantage_of_their_row(tmp_path):
 
 
 def test_an_error_of_the_page_ends_no_run(tmp_path, caplog):
-    page.save(epath.Path(tmp_path))  # where no run is
+    page.save(epath.Path(tmp_path), {"eval/own": 0.5})  # where no run is
     about.save(epath.Path(tmp_path) / "file" / "below", {})
     assert "the run's page could not be written" in caplog.text
 
@@ -191,7 +191,7 @@ def test_the_page_is_dark_in_the_dark_and_fits_a_phone(half, tmp_path):
 @pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
 def test_a_run_without_an_epoch_has_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    page.save(epath.Path(tmp_path))
+    page.save(epath.Path(tmp_path), {"eval/own": 0.5})
     drawn = chromium.call((tmp_path / page.FILE).as_uri(), "--dump-dom")
     assert 'data-ready="yes"' in drawn and "come with the first evaluation" in drawn
 

@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import kstest
 
 from flowgrpo_jax import programs, sampler, sde, sharding
+from flowgrpo_jax.branching import Branches
 from flowgrpo_jax.sampler import ODE_KEY, SDE_KEY, Process
 from flowgrpo_jax.types import Pictures
 
@@ -190,9 +191,8 @@ def test_a_group_may_start_from_the_same_noise(same_noise):
         sampler.guided(lambda policy, frozen, x, sigma, text: x - 1, 1.0),
         lambda vae, latents: Pictures(latents, jnp.ones(4, bool)),
         mesh,
-        Process(SIGMAS, sde.CPS, window=2),
+        Process(SIGMAS, sde.CPS, window=2, branches=Branches(2 if same_noise else 1)),
         latent=(2, 2, 1),
-        same_noise=same_noise,
         score=None,
     )
     cond = {"text": jnp.zeros((2, 1))}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import sampler, sde, solvers, windows
+from flowgrpo_jax import sampler, sde, solvers, tails
 from flowgrpo_jax.sampler import ODE_KEY, Process
 
 M, S0 = 0.8, 0.5  # data ~ N(M, S0^2)
@@ -152,7 +152,7 @@ def test_after_the_window_a_solver_goes_on_from_its_last_prediction(start):
 @pytest.mark.parametrize("start", [0, 3])
 def test_the_windows_transitions_are_the_kernels_whatever_the_solver(start):
     """Bit for bit, so that the update scores what was drawn."""
-    for by_start in ((), windows.compressed(SIGMAS, 3.0, 3, 0.6)):
+    for by_start in ((), tails.compressed(SIGMAS, 3.0, 3, 0.6)):
         process = Process(SIGMAS, sde.CPS, window=3, solver=solvers.DPMPP_2M, by_start=by_start)
         out = sample(process, start)
         scored = [
@@ -168,7 +168,7 @@ def test_the_windows_transitions_are_the_kernels_whatever_the_solver(start):
 @pytest.mark.parametrize("start", [0, 2, 4])
 def test_a_compressed_tail_is_the_ode_on_fewer_steps(start, solver):
     """Up to the window's end the rollout is the same, bit for bit."""
-    table = windows.compressed(SIGMAS, 3.0, 3, 0.6)
+    table = tails.compressed(SIGMAS, 3.0, 3, 0.6)
     whole = Process(SIGMAS, sde.CPS, window=3, solver=solvers.load(solver))
     short = Process(SIGMAS, sde.CPS, window=3, solver=solvers.load(solver), by_start=table)
     out, expected = sample(short, start), sample(whole, start)
@@ -194,7 +194,7 @@ def test_steps_beyond_a_short_schedule_are_not_computed():
         jax.debug.callback(lambda s: asked.append(float(s)), sigma)
         return velocity(x, sigma)
 
-    table = windows.compressed(SIGMAS, 3.0, 2, 0.5)
+    table = tails.compressed(SIGMAS, 3.0, 2, 0.5)
     process = Process(SIGMAS, sde.CPS, window=2, by_start=table)
     keys = sampler.image_keys(jax.random.key(0), 0, IDS, PLACES)
     x = sampler.normal(keys, ODE_KEY, SHAPE)

@@ -143,3 +143,24 @@ def test_tasks_and_a_single_source():
     c.prompts.train, c.prompts.tasks = "ocr:train", ConfigDict({"a": {"train": "ocr:train"}})
     with pytest.raises(ValueError, match=r"prompts\.tasks takes the place of prompts\.train"):
         settings.check(c)
+
+
+def test_tasks_take_turns_by_their_names(sources):
+    records, weights = tasks.mixture(sources), {"signs": 1.0, "never": 0.0, "scenes": 2.0}
+    turns = [tasks.turn(weights, epoch) for epoch in range(3)]
+    assert [max(turn, key=turn.get) for turn in turns] == ["scenes", "signs", "scenes"]
+    assert [sum(turn.values()) for turn in turns] == [1, 1, 1]
+    turns = [{name: turn[name] for name in sources} for turn in turns]
+    drawn = [prompts.sample(records, 5, seed=0, epoch=0, task_weights=turn) for turn in turns]
+    assert [{r["task"] for r in batch.metadata} for batch in drawn] == [
+        {"scenes"},
+        {"signs"},
+        {"scenes"},
+    ]
+    with pytest.raises(ValueError, match=r"prompts\.alternate=True: .* prompts\.tasks has 1; name"):
+        tasks.check({"signs": {"train": "x"}}, {"jpeg": 1.0}, (), alternate=True)
+
+
+def test_the_shapes_of_one_tag_are_a_source():
+    records = prompts.load("shapes:train:position")
+    assert {record["tag"] for record in records} == {"position"} and len(records) == 96

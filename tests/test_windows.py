@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import algorithms, sde, settings, windows
+from flowgrpo_jax import algorithms, sde, settings, tails, windows
 from flowgrpo_jax.configs.algorithms import mixgrpo as mixgrpo_recipe
 from flowgrpo_jax.windows import Window
 
@@ -25,6 +25,28 @@ def test_the_random_window_wanders_over_its_range():
     np.testing.assert_array_equal(drawn, starts("random", Window(3, 1, 7), 300))
     assert (drawn != starts("random", Window(3, 1, 7), 300, jax.random.key(1))).any()
     assert windows.load("random", {}, Window(3, 0, 3))(KEY, 5) == 0
+
+
+def of_parts(name, window, epochs, count):
+    start = windows.load(name, {}, window)
+    return np.array([[int(start(KEY, e, p, count)) for p in range(count)] for e in range(epochs)])
+
+
+def test_each_part_has_a_window_of_its_own():
+    window = Window(3, 1, 7)  # four places
+    drawn = of_parts("random", window, 40, 4)
+    np.testing.assert_array_equal(drawn[:, 0], starts("random", window, 40))  # as the only part's
+    values, counts = np.unique(drawn, return_counts=True)
+    assert values.tolist() == [1, 2, 3, 4] and counts.min() > 20  # of 40 expected: 4 sigma
+    assert any(len(set(row)) < 4 for row in drawn.tolist())
+    apart = of_parts("distinct", window, 40, 3)
+    assert all(len(set(row)) == 3 for row in apart.tolist()) and {*apart.ravel()} == {1, 2, 3, 4}
+    assert of_parts("each", window, 2, 4).tolist() == [[1, 2, 3, 4]] * 2
+    assert of_parts("each", window, 4, 3).tolist() == [[1, 2, 3], [4, 1, 2], [3, 4, 1], [2, 3, 4]]
+    assert (of_parts("progressive", window, 26, 2) == [[1, 1]] * 25 + [[2, 2]]).all()
+    for name in ("distinct", "each"):
+        with pytest.raises(ValueError, match=r"sample\.windows=5: .* 4 places .*at most 4"):
+            of_parts(name, window, 1, 5)
 
 
 def test_a_frozen_window_stays():
@@ -132,14 +154,14 @@ def mixgrpo():
 def test_forward_passes_of_mixgrpo_flash(share, passes):
     """As counted in upstream's code for the first place of its window: 4 steps and a tail of 7 for
     Flash, of 3 for Flash*, one fewer than in the paper."""
-    table = windows.compressed(mixgrpo(), 3.0, 4, share)
+    table = tails.compressed(mixgrpo(), 3.0, 4, share)
     assert len(np.trim_zeros(table[0], "b")) == passes
 
 
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.9])
 def test_a_schedule_is_whole_up_to_the_window_and_even_after_it(share):
     sigmas = mixgrpo()
-    table = windows.compressed(sigmas, 3.0, 4, share)
+    table = tails.compressed(sigmas, 3.0, 4, share)
     assert len(table) == 21 and len({len(row) for row in table}) == 1
     for start, row in enumerate(table):
         end = start + 4
@@ -153,11 +175,11 @@ def test_a_schedule_is_whole_up_to_the_window_and_even_after_it(share):
 
 
 def test_a_share_of_all_keeps_the_schedule():
-    assert windows.compressed(mixgrpo(), 3.0, 4, 1.0) == ()
+    assert tails.compressed(mixgrpo(), 3.0, 4, 1.0) == ()
 
 
 def test_on_sd3s_schedule_the_tail_has_no_tiny_step():
-    table = windows.compressed(tuple(sde.sigma_schedule(10).tolist()), 3.0, 3, 0.6)
+    table = tails.compressed(tuple(sde.sigma_schedule(10).tolist()), 3.0, 3, 0.6)
     tail = [*np.trim_zeros(table[0], "b")[3:], 0.0]
     u = np.linspace(0.66766, 0, 4)  # from 1 - 3 (1 - 0.002994) / 9, three of nine steps to 0.002994
     np.testing.assert_allclose(tail, 3 * u / (1 + 2 * u), atol=1e-5)
@@ -171,7 +193,7 @@ def test_the_recipe_of_mixgrpo_has_its_constants(variant, every, share):
     assert settings.window(c, algorithm) == Window(4, 0, c.sample.steps - 2)
     start = settings.make_window(c, algorithm)
     assert [int(start(KEY, e)) for e in (0, every - 1, every, 15 * every)] == [0, 0, 1, 0]
-    assert (c.sample.noise_level, c.sample.tail, c.sample.same_noise) == (0.7, share, True)
+    assert (c.sample.noise_level, c.sample.tail, c.sample.branches) == (0.7, share, 0)
     assert c.sample.solver == ("euler" if variant == "full" else "dpmpp_2m")
     with pytest.raises(ValueError, match="mixgrpo:fast: choose a variant from full, flash"):
         mixgrpo_recipe.get_config("fast")

@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
             "beta": 1.0,
             "advantage_clip": 5.0,
             "center": "update",
+            "center_weights": "uniform",
+            "temperature": 1.0,
             "kl_beta": 0.1,
             "old_first": 0.25,
             "old_rate": 0.005,

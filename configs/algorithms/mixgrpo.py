@@ -24,7 +24,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.sample.window, c.sample.window_range = 4, (0, 18)
     c.sample.window_schedule = "progressive"
     c.sample.window_options = ConfigDict({"every": 25, "stride": 1, "roll_back": True})
-    c.sample.same_noise = True
+    c.sample.branches = 0  # all of a group
     if variant == "flash":
         c.sample.window_options.every = 20
         c.sample.solver, c.sample.tail = "dpmpp_2m", 0.4

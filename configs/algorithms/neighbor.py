@@ -18,5 +18,5 @@ def get_config() -> ConfigDict:
     c.algorithm.options = ConfigDict({"anchors": 4, "steps": 4, "clip_range": 0.0})
     c.advantage.name = "quasi_norm"
     c.sample.steps, c.sample.solver = 8, "dpmpp_2m"
-    c.sample.same_noise, c.sample.neighbor_noise = True, 0.3
+    c.sample.neighbor_noise = 0.3
     return c

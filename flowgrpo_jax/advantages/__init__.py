@@ -7,8 +7,9 @@ user's own is named in the recipe as "package.module:make".
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,10 +30,12 @@ class Advantage:
         images are group-contiguous; a score is NaN where its reward failed or does not apply; the
         weights are those of `weighted`. Images without a valid score get advantage 0.
       initial: (number of training prompts) -> the memory before the first epoch.
+      reads_log_prob: whether `compute` takes the transitions' log-probs f32 [W, B] as well.
     """
 
-    compute: Callable[[Memory, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Memory]]
+    compute: Callable[..., tuple[jax.Array, Memory]]
     initial: Callable[[int], Memory] = lambda prompts: {}
+    reads_log_prob: bool = False
 
 
 TABLE = {
@@ -44,21 +47,62 @@ TABLE = {
     "best_of_n": "flowgrpo_jax.advantages.best_of_n:best_of_n",
     "gdpo": "flowgrpo_jax.advantages.gdpo:gdpo",
     "per_prompt": "flowgrpo_jax.advantages.per_prompt:per_prompt",
+    "tree": "flowgrpo_jax.advantages.tree:tree",
 }
 
 
-def load(name: str, options: Mapping[str, Any], *, group_size: int, clip: float) -> Advantage:
+def load(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    group_size: int,
+    clip: float,
+    transform: str = "none",
+    **paths: Any,
+) -> Advantage:
     """Return the advantage of a row.
 
     Args:
       clip: advantages are cut to [-clip, clip].
+      transform: what becomes of them, a key of `TRANSFORMS`.
+      paths: how the images were drawn, for the rows that take it: `branches` (a
+        branching.Branches) and `steps`, W.
 
     Raises ValueError that names the rows, or the row's options, where one is unknown.
     """
+    if transform not in TRANSFORMS:
+        choices = ", ".join(map(repr, TRANSFORMS))
+        raise ValueError(f"advantage.transform={transform!r}: choose from {choices}")
     factory = tables.find(TABLE, name, "advantage")
     what = f"advantage.options of {name}"
-    made = tables.make(factory, options, what, group_size=group_size, clip=clip)
-    return tables.check(made, Advantage, name)
+    takes = inspect.signature(factory).parameters if callable(factory) else {}
+    given = {"group_size": group_size, "clip": clip}
+    given |= {key: value for key, value in paths.items() if key in takes}
+    made = tables.make(factory, options, what, **given)
+    return TRANSFORMS[transform](tables.check(made, Advantage, name), clip)
+
+
+def exponential(row: Advantage, clip: float) -> Advantage:
+    """Return a row with -exp(-A) in place of A: DDRL's transform (arXiv 2512.04332), by cosmos-rl.
+
+    It keeps the order of the images and pushes all away, the worst most, so that a loss on data has
+    to hold the policy. Equal rewards push too. Images without a valid score keep advantage 0.
+    """
+
+    def compute(
+        memory: Memory, scores: jax.Array, weights: jax.Array, ids: jax.Array, *paths: jax.Array
+    ) -> tuple[jax.Array, Memory]:
+        advantage, memory = row.compute(memory, scores, weights, ids, *paths)
+        pushed = jnp.clip(-jnp.exp(-advantage), -clip, clip)
+        return jnp.where(weighted(scores, weights)[1], pushed, 0.0), memory
+
+    return replace(row, compute=compute)
+
+
+TRANSFORMS: dict[str, Callable[[Advantage, float], Advantage]] = {
+    "none": lambda row, clip: row,
+    "exp": exponential,
+}
 
 
 # ------------------------------------------------------------------------------ arithmetic

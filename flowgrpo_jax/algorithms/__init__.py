@@ -13,7 +13,7 @@ the recipe as "package.module:make" and needs no row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax
 
 from flowgrpo_jax import tables
 from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.types import Credit
 
 # v(x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C]: the guided velocity of one policy. A
 # third argument, i32 [N], says which N of the micro-batch's images x and the velocity are of.
@@ -35,11 +36,13 @@ class Setup:
 
     process: Process
     group_size: int
+    shards: int = 1  # equal parts that a micro-batch is cut into, each on devices of its own
 
 
 # loss(setup, velocities, rollout, term i32, advantage) -> loss [M], {figure: [M]}
-# The advantage is f32 [M], or f32 [W, M] with one value for each transition of the window. With
-# `reward_gradient` there is a last argument, a Score.
+# The advantage is f32 [M], or f32 [W, M] with one value for each transition of the window; with a
+# weight of each image's KL beside it, it is a Credit. With `reward_gradient` there is a last
+# argument, a Score.
 Loss = Callable[..., tuple[jax.Array, Figures]]
 # score(latents [M, H, W, C]) -> f32 [N, M], differentiable: the weighted sum of the rewards of the
 # decoded images, for each of the algorithm's `texts`
@@ -67,6 +70,8 @@ class Algorithm:
         taken before the epoch and after it. A copy named "reference" takes the reference's place.
       whole: what a micro-batch has to hold as a whole, because the loss looks at its images
         together: "group", "update" (all images of an update), or "" where the cut is free.
+      weighs_kl: whether the loss has a KL to "reference" that `weigh_kl` weighs; it is the figure
+        "kl", unweighted.
       worst: figures of which the largest value counts, and not the mean.
       warning: (figures of an epoch's first update) -> a sentence, or "" when all is well.
       summary: one line about the options, for the first lines that a run prints.
@@ -82,6 +87,7 @@ class Algorithm:
     reads: tuple[str, ...] = ()
     copies: Mapping[str, Callable[[jax.Array, jax.Array], Any]] = field(default_factory=dict)
     whole: str = ""
+    weighs_kl: bool = False
     worst: tuple[str, ...] = ()
     warning: Callable[[Mapping[str, float]], str] = lambda figures: ""
     summary: str = ""
@@ -142,6 +148,19 @@ def _check_ranges(options: Mapping[str, Any]) -> None:
             raise ValueError(f"algorithm.options.{name}={value}: must be in [0, 1)")
 
 
-def advantage_of(advantage: jax.Array, term: jax.Array) -> jax.Array:
+@lru_cache(maxsize=32)  # as in `_load`
+def keep_reference(algorithm: Algorithm) -> Algorithm:
+    """Return the algorithm with its reference as a copy, which others move (kl_control.py)."""
+    kept = {**algorithm.copies, "reference": lambda begun, step: 1.0}
+    return replace(algorithm, copies=kept)
+
+
+def advantage_of(advantage: jax.Array | Credit, term: jax.Array) -> jax.Array:
     """Return a term's advantage f32 [M], of advantages [M] or [W, M]."""
-    return advantage[term] if advantage.ndim == 2 else advantage
+    a = advantage.advantage if isinstance(advantage, Credit) else advantage
+    return a[term] if a.ndim == 2 else a
+
+
+def weigh_kl(advantage: jax.Array | Credit, kl: jax.Array) -> jax.Array:
+    """Return the KL [M] of a loss, times each image's own weight where the run gives it one."""
+    return advantage.kl * kl if isinstance(advantage, Credit) else kl

@@ -21,11 +21,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
+from flowgrpo_jax.algorithms import (
+    Algorithm,
+    Figures,
+    Setup,
+    Velocities,
+    advantage_of,
+    copies,
+    weigh_kl,
+)
 from flowgrpo_jax.algorithms.matching import distance, velocity_error
 from flowgrpo_jax.algorithms.renoise import Renoised, renoise_stratum, strata
 from flowgrpo_jax.algorithms.trust_regions import clipped
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 TINY = 1e-10
 
@@ -60,7 +68,7 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         noised = renoise_stratum(setup, rollout, term, levels, share=share)
         velocity = v["policy"](noised.x, noised.sigma)
@@ -78,7 +86,8 @@ def make(
             "anchor_distance": to_anchor,
             "ratio_gap": jnp.abs(ratio - 1),
         }
-        return value + kl_beta * to_reference + anchor_beta * to_anchor, figures
+        held = kl_beta * weigh_kl(advantage, to_reference)
+        return value + held + anchor_beta * to_anchor, figures
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         strata(setup, levels, share=share)
@@ -92,6 +101,7 @@ def make(
         figures=("policy_loss", "kl", "anchor_distance", "ratio_gap"),
         reads=tuple(name for name, used in uses.items() if used),
         copies={name: decay for name, decay in decays.items() if uses[name]},
+        weighs_kl=kl_beta > 0,
         worst=("ratio_gap",),
         summary=f"AWM, {levels} noise levels an image, KL {kl_beta:g}, anchor {anchor_beta:g}",
     )

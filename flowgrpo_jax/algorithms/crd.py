@@ -11,20 +11,38 @@ in which mean r is a constant and m = 1e-4 / kl_beta. The means are those over a
 update: as in that trainer, not those of a group. Two copies move: "old", and "drawer", which draws
 the images.
 
-Deviations: the trainer's other weights for the means (hard, softmax) and its cross-entropy are left
-out; each draw visits the next of the rollout's noise levels, in turn; the reference has the
-guidance of the rollout, and 4.5 there; errors are f32 in place of f64.
+The means may be weighted. The square is then the average of two: in one the means are weighted
+towards good images, by p, in the other towards bad ones, by q,
+
+    softmax    p = softmax(R / T),   q = softmax(-R / T)
+    hard       p = softmax(R) of the images with A > 0 alone, q = softmax(-R) of those with A < 0;
+               all images alike where there are none.
+
+Deviations: the trainer's "hard" asks whether R, which lies in [0, 1], is above or below 0, so that
+its second pool is always empty; here the pools go by the sign of A, and each other's mirror image.
+Its cross-entropy is left out; each draw visits the next of the rollout's noise levels, in turn; the
+reference has the guidance of the rollout, and 4.5 there; errors are f32 in place of f64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
+from flowgrpo_jax.algorithms import (
+    Algorithm,
+    Figures,
+    Setup,
+    Velocities,
+    advantage_of,
+    copies,
+    weigh_kl,
+)
 from flowgrpo_jax.algorithms.matching import distance, normalised_velocity_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 LEAST_KL = 1e-4  # weight of the KL of an image with R = 0
 
@@ -34,6 +52,8 @@ def make(
     beta: float = 1.0,
     advantage_clip: float = 5.0,
     center: str = "update",
+    center_weights: str = "uniform",
+    temperature: float = 1.0,
     kl_beta: float = 0.1,
     old_first: float = 0.25,
     old_rate: float = 5e-3,
@@ -48,6 +68,8 @@ def make(
       beta: scale of the implicit reward.
       advantage_clip: the advantage C at which R is 1; keep it at `advantage.clip`.
       center: whose mean is subtracted, "update" as published, or "group".
+      center_weights: of the images in that mean, "uniform", "hard" or "softmax", as above.
+      temperature: T of "softmax".
       kl_beta: weight of the squared distance to the velocity before training, of an image with
         R = 1; 0 spares its forward pass.
       old_first, old_rate, old_most: after n optimiser steps "old" keeps
@@ -56,24 +78,32 @@ def make(
       drawer_flat, drawer_rate, drawer_most: the same for "drawer", which keeps
         min(max(n - drawer_flat, 0) x drawer_rate, drawer_most).
     """
-    _check(levels, beta, advantage_clip, center, (old_first, old_most, drawer_most))
+    numbers = {"levels": levels, "beta": beta, "temperature": temperature}
+    _check({**numbers, "advantage_clip": advantage_clip}, (old_first, old_most, drawer_most))
+    _check_choices(center=(center, ("update", "group")), center_weights=(center_weights, WEIGHTS))
 
     def loss(
         setup: Setup,
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         sigma = jnp.asarray(setup.process.sigmas, jnp.float32)[term % setup.process.steps]
         noised = renoise(rollout, jnp.broadcast_to(sigma, rollout.prompt.shape), term)
         velocity, old = (v[name](noised.x, noised.sigma) for name in ("policy", "old"))
         errors = [normalised_velocity_error(u, noised) for u in (old, velocity)]
         implicit = errors[0] - errors[1]
-        reward = jnp.clip(advantage_of(advantage, term) / (2 * advantage_clip) + 0.5, 0, 1)
+        a = advantage_of(advantage, term)
+        reward = jnp.clip(a / (2 * advantage_clip) + 0.5, 0, 1)
         size = setup.group_size if center == "group" else len(reward)
-        gap = beta * _centred(implicit, size) - _centred(reward, size)
-        value = jnp.square(gap) * advantage_clip / beta
+        directions = WEIGHTS[center_weights](
+            reward.reshape(-1, size), a.reshape(-1, size), temperature
+        )
+        squares = [
+            jnp.square(beta * _centred(implicit, p) - _centred(reward, p)) for p in directions
+        ]
+        value = jnp.stack(squares).mean(0) * advantage_clip / beta
         to_reference = distance(v, "reference", kl_beta, velocity, noised)
         figures = {
             "policy_loss": value,
@@ -81,7 +111,8 @@ def make(
             "old_distance": mean(jnp.square(velocity - old)),
         }
         least = min(LEAST_KL, kl_beta)  # kl_beta x m
-        return value + (least + reward * (kl_beta - least)) * to_reference, figures
+        held = (least + reward * (kl_beta - least)) * weigh_kl(advantage, to_reference)
+        return value + held, figures
 
     return Algorithm(
         loss,
@@ -94,24 +125,49 @@ def make(
             "drawer": copies.rising(drawer_rate, drawer_most, flat=drawer_flat),
         },
         whole=center,
-        summary=f"CRD, {levels} noise levels an image, centred over the {center}, KL {kl_beta:g}",
+        weighs_kl=kl_beta > 0,
+        summary=f"CRD, {levels} noise levels an image, centred over the {center}"
+        f" ({center_weights}), KL {kl_beta:g}",
     )
 
 
-def _centred(x: jax.Array, size: int) -> jax.Array:
-    """Subtract from x [M] the mean of every `size` values in a row, as a constant."""
-    means = jax.lax.stop_gradient(x.reshape(-1, size).mean(1))
-    return x - jnp.repeat(means, size)
+def _centred(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Subtract from x [M] its weighted mean, as a constant, over each row of weights [M / N, N]."""
+    rows = x.reshape(weights.shape)
+    means = jax.lax.stop_gradient((weights * rows).sum(1, keepdims=True))
+    return (rows - means).reshape(-1)
 
 
-def _check(
-    levels: int, beta: float, advantage_clip: float, center: str, kept: tuple[float, ...]
-) -> None:
-    for name, value in {"levels": levels, "beta": beta, "advantage_clip": advantage_clip}.items():
+def _pool(reward: jax.Array, member: jax.Array) -> jax.Array:
+    """Return softmax(reward) over the members of each row, and equal weights where there are none.
+
+    Args:
+      reward: f32 [N, size]; member: bool [N, size].
+    """
+    some = member.any(1, keepdims=True)
+    return jax.nn.softmax(jnp.where(member, reward, jnp.where(some, -jnp.inf, 0.0)), axis=1)
+
+
+# The weights of the images in the means, one array for each direction, each of sum 1 along a row:
+# f(R [N, size], A [N, size], temperature).
+WEIGHTS: dict[str, Callable[[jax.Array, jax.Array, float], tuple[jax.Array, ...]]] = {
+    "uniform": lambda r, a, t: (jnp.full_like(r, 1 / r.shape[1]),),
+    "hard": lambda r, a, t: (_pool(r, a > 0), _pool(-r, a < 0)),
+    "softmax": lambda r, a, t: (jax.nn.softmax(r / t, axis=1), jax.nn.softmax(-r / t, axis=1)),
+}
+
+
+def _check(positive: Mapping[str, float], kept: tuple[float, ...]) -> None:
+    for name, value in positive.items():
         if not value > 0:
             raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    if center not in ("update", "group"):
-        raise ValueError(f"algorithm.options.center={center!r}: choose from 'update', 'group'")
     for name, value in zip(("old_first", "old_most", "drawer_most"), kept):
         if not 0 <= value < 1:
             raise ValueError(f"algorithm.options.{name}={value}: must be in [0, 1)")
+
+
+def _check_choices(**chosen: tuple[str, Iterable[str]]) -> None:
+    for name, (value, known) in chosen.items():
+        if value not in known:
+            choices = ", ".join(map(repr, known))
+            raise ValueError(f"algorithm.options.{name}={value!r}: choose from {choices}")

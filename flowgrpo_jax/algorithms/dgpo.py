@@ -21,10 +21,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
+from flowgrpo_jax.algorithms import (
+    Algorithm,
+    Figures,
+    Setup,
+    Velocities,
+    advantage_of,
+    copies,
+    weigh_kl,
+)
 from flowgrpo_jax.algorithms.matching import group_sum, velocity_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise, share_keys
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 
 def make(
@@ -56,7 +64,7 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         size, a = setup.group_size, advantage_of(advantage, term)
         sigma = jnp.asarray(setup.process.sigmas, jnp.float32)[term]
@@ -79,7 +87,7 @@ def make(
             "clip_fraction": outside.astype(jnp.float32),
             "group_weight": weight,
         }
-        return value + kl_beta * to_reference, figures
+        return value + kl_beta * weigh_kl(advantage, to_reference), figures
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         if first_steps > setup.process.steps:
@@ -102,6 +110,7 @@ def make(
         reads=("reference", "average") if clip_range else ("reference",),
         copies=moving,
         whole="group",
+        weighs_kl=kl_beta > 0,
         summary=f"DGPO, {levels} noise levels, beta {beta:g}, KL {kl_beta:g}",
     )
 

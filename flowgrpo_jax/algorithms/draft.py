@@ -9,8 +9,6 @@ through all of them and through the latents between,
 K = 1 is ReFL at the rollout's last step; with all steps it is the gradient of the whole ODE. The
 velocities are computed once more in the backward pass, step by step, so that memory does not grow
 with K but for the latents.
-
-Deviation: guidance is differentiated like the rest, with the scale of the rollout.
 """
 
 from __future__ import annotations

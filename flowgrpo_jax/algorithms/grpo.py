@@ -30,9 +30,11 @@ from flowgrpo_jax.algorithms import (
     copies,
     step_weights,
     trust_regions,
+    weigh_kl,
 )
+from flowgrpo_jax.branching import shared
 from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 STEP_CHOICES = ("random", "first")
 KL_WEIGHTINGS = (*sde.KL_WEIGHTINGS, "velocity")
@@ -77,11 +79,12 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         process = setup.process
         sigmas = jnp.asarray(process.sigmas, jnp.float32)
         step, x, x_next = rollout.start + term, rollout.x[term], rollout.x[term + 1]
+        v = shared(v, process.branches, process.window, setup.shards, step, rollout.start)
         velocity = v["policy"](x, sigmas[step])
         new = process.transition(x, velocity, step, x_next=x_next)
         move = trust_regions.measure(process, rollout, term, new, centering)
@@ -98,16 +101,17 @@ def make(
             "clip_fraction": outside.astype(jnp.float32),
             "ratio_gap": jnp.abs(ratio - 1),
         }
-        return value + kl_beta * kl, figures
+        return value + kl_beta * weigh_kl(advantage, kl), figures
 
     weights = "" if step_weight == "none" else f", {step_weight} weights"
     return Algorithm(
         loss,
-        terms=partial(_terms, steps, step_choice),
+        terms=partial(_terms, steps, step_choice, "centering" if centering else trust_region),
         figures=("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_gap"),
         records="window",
         reads=("reference",) if kl_beta else (),
         copies={"reference": copies.reset(reset_every)} if reset_every else {},
+        weighs_kl=kl_beta > 0,
         worst=("ratio_gap",),
         warning=partial(_warning, jnp.inf if trust_region == "dppo" else clip_range),
         summary=f"{steps or 'all'} steps of the window{weights}, {trust_region} {limit:g},"
@@ -133,13 +137,21 @@ def _kl(
     return sde.kl(new.mean, ref.mean, new.std, dt, **forms)
 
 
-def _terms(steps: int, step_choice: str, setup: Setup, key: jax.Array) -> jax.Array:
+def _terms(
+    steps: int, step_choice: str, trust_region: str, setup: Setup, key: jax.Array
+) -> jax.Array:
     """Return the transitions that an epoch trains, as places in the window."""
     size = setup.process.window
     if steps > size:
         raise ValueError(
             f"algorithm.options.steps={steps}: the window has {size} steps to train; choose 1"
             f" to {size}, or 0 for all of them"
+        )
+    if trust_region != "clip" and setup.process.branches.splits:
+        raise ValueError(
+            f"sample.splits={setup.process.branches.splits}: {trust_region} draws the noise of each"
+            " image anew, which in a tree is that of others; set algorithm.options.trust_region to"
+            " 'clip' and centering to False"
         )
     if steps in (0, size) or step_choice == "first":
         return jnp.arange(steps or size)

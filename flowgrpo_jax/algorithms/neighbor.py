@@ -4,7 +4,7 @@ Source: Neighbor GRPO (arXiv 2511.16955). Neither the paper nor code was at hand
 anew from two independent notes on it.
 
 A group starts from neighbouring noises, e_i = sqrt(1 - s^2) e + s d_i with e shared by the group
-(`sample.same_noise` and `sample.neighbor_noise`, s), and follows the plain ODE by any solver. At
+(`sample.neighbor_noise`, s), and follows the plain ODE by any solver. At
 step t some images j of the group are anchors: from their latents the policy takes one Euler step,
 to y_j. The latents x_i of all of the group's images after that step are the candidates, and
 

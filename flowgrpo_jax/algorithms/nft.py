@@ -20,10 +20,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
+from flowgrpo_jax.algorithms import (
+    Algorithm,
+    Figures,
+    Setup,
+    Velocities,
+    advantage_of,
+    copies,
+    weigh_kl,
+)
 from flowgrpo_jax.algorithms.matching import distance, image_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 
 def make(
@@ -51,7 +59,7 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         sigmas = jnp.asarray(setup.process.sigmas, jnp.float32)
         level = jnp.broadcast_to(sigmas[term], rollout.prompt.shape)
@@ -68,7 +76,7 @@ def make(
             "kl": to_reference,
             "old_distance": mean(jnp.square(new - old)),
         }
-        return value + anchor * to_reference, figures
+        return value + anchor * weigh_kl(advantage, to_reference), figures
 
     return Algorithm(
         loss,
@@ -77,6 +85,7 @@ def make(
         draws="old",
         reads=("old", "reference") if anchor else ("old",),
         copies={"old": copies.rising(old_rate, old_most, flat=old_flat)},
+        weighs_kl=anchor > 0,
         summary=f"DiffusionNFT, beta {beta:g}, anchor {anchor:g}, old policy keeps {old_most:g}",
     )
 

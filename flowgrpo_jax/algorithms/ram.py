@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
 from flowgrpo_jax.algorithms.renoise import mean, renoise_stratum, spread, strata
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 
 def make(levels: int = 4, share: float = 0.9, scale: float = 1.0) -> Algorithm:
@@ -41,14 +41,17 @@ def make(levels: int = 4, share: float = 0.9, scale: float = 1.0) -> Algorithm:
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         x, sigma, target = renoise_stratum(setup, rollout, term, levels, share=share)
         velocity, reference = v["policy"](x, sigma), v["reference"](x, sigma)
+        to_reference = mean(jnp.square(velocity - reference))
         push = spread(scale * advantage_of(advantage, term), x) * (target - velocity)
+        if isinstance(advantage, Credit):  # w |v - v_ref|^2 in place of |v - v_ref|^2
+            reference += spread(1 - advantage.kl, x) * (velocity - reference)
         moved = jax.lax.stop_gradient(reference + push)
         value = mean(jnp.square(velocity - moved))
-        figures = {"policy_loss": value, "kl": mean(jnp.square(velocity - reference))}
+        figures = {"policy_loss": value, "kl": to_reference}
         return value, figures
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
@@ -60,5 +63,6 @@ def make(levels: int = 4, share: float = 0.9, scale: float = 1.0) -> Algorithm:
         terms,
         figures=("policy_loss", "kl"),
         reads=("reference",),
+        weighs_kl=True,
         summary=f"RAM, {levels} noise levels an image, scale {scale:g}",
     )

@@ -4,6 +4,9 @@ They have no policy gradient and read no advantage: the loss is the reward itsel
 are a differentiable function of the policy's weights at some steps of its rollout. The rollout by
 the plain ODE is recorded without a gradient. With several updates an epoch the later ones start
 from latents that the policy before the epoch's first update drew.
+
+Deviation from RuoyuWang-2077/FlowBP, for its rows: with guidance the branch of the empty prompt is
+differentiated like that of the prompt, where theirs is a constant.
 """
 
 from __future__ import annotations

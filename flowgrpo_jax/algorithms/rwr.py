@@ -21,10 +21,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, weigh_kl
 from flowgrpo_jax.algorithms.matching import distance, velocity_error
 from flowgrpo_jax.algorithms.renoise import Renoised, renoise_logit_normal
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 WEIGHTINGS = ("exp", "softmax")
 
@@ -81,7 +81,7 @@ def regression(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         noised = noise(setup, rollout, term)
         velocity = v["policy"](noised.x, noised.sigma)
@@ -89,7 +89,7 @@ def regression(
         value = weight * velocity_error(velocity, noised)
         to_reference = distance(v, "reference", kl_beta, velocity, noised)
         figures = {"policy_loss": value, "kl": to_reference}
-        return value + kl_beta * to_reference, figures
+        return value + kl_beta * weigh_kl(advantage, to_reference), figures
 
     return Algorithm(
         loss,
@@ -97,6 +97,7 @@ def regression(
         figures=("policy_loss", "kl"),
         reads=("reference",) if kl_beta else (),
         whole=whole,
+        weighs_kl=kl_beta > 0,
         summary=summary,
     )
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, weigh_kl
 from flowgrpo_jax.algorithms.matching import distance, velocity_error
 from flowgrpo_jax.algorithms.renoise import renoise_logit_normal
 from flowgrpo_jax.algorithms.selection import best
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 
 def make(levels: int = 1, kl_beta: float = 0.0) -> Algorithm:
@@ -37,7 +37,7 @@ def make(levels: int = 1, kl_beta: float = 0.0) -> Algorithm:
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         chosen, weight = best(rollout, advantage_of(advantage, term), setup.group_size)
         noised = renoise_logit_normal(setup, chosen, term)
@@ -45,7 +45,7 @@ def make(levels: int = 1, kl_beta: float = 0.0) -> Algorithm:
         value = weight * velocity_error(velocity, noised)
         to_reference = distance(v, "reference", kl_beta, velocity, noised)
         figures = {"policy_loss": value, "kl": to_reference}
-        return value + kl_beta * to_reference, figures
+        return value + kl_beta * weigh_kl(advantage, to_reference), figures
 
     return Algorithm(
         loss,
@@ -53,5 +53,6 @@ def make(levels: int = 1, kl_beta: float = 0.0) -> Algorithm:
         figures=("policy_loss", "kl"),
         reads=("reference",) if kl_beta else (),
         whole="group",
+        weighs_kl=kl_beta > 0,
         summary=f"fine-tuning on the best of each group, KL {kl_beta:g}",
     )

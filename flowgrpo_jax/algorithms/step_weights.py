@@ -7,8 +7,8 @@ large at the end of the schedule as at its beginning. A row weighs it:
   none      1
   tempflow  2.25 std: TempFlow-GRPO (arXiv 2508.04324), with the constant of
             Shredded-Pork/TempFlow-GRPO, whose weights do not have the mean 1
-  flash     the inverse of the growth above, over its mean in the window: Flash-GRPO (2605.15980);
-            Shredded-Pork/Flash-GRPO has it with the diffusion s = sigma_max sigma
+  flash     the inverse of the growth above, over its mean in the range of windows: Flash-GRPO
+            (2605.15980); Shredded-Pork/Flash-GRPO has it with the diffusion s = sigma_max sigma
   guard     1 / h: GRPO-Guard (2510.22319), which pairs it with the trust region of that name
 
 Deviation: in GRPO-Guard's code s and sqrt(h) are means over the batch, whose images share the step;
@@ -40,8 +40,9 @@ def flash(process: Process, start: jax.Array, step: jax.Array) -> jax.Array:
         sigma, h, std = _sigma(process, step), _length(process, step), _std(process, step)
         return 1 / (h / std + std * (1 - sigma) / (2 * sigma))
 
-    window = jax.vmap(inverse)(start + jnp.arange(process.window))
-    return inverse(step) / window.mean()
+    low, high = process.span or (0, process.window)
+    steps = jnp.arange(low, high) + (0 if process.span else start)
+    return inverse(step) / jax.vmap(inverse)(steps).mean()
 
 
 def guard(process: Process, start: jax.Array, step: jax.Array) -> jax.Array:

@@ -19,11 +19,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
+from flowgrpo_jax.algorithms import (
+    Algorithm,
+    Figures,
+    Setup,
+    Velocities,
+    advantage_of,
+    copies,
+    weigh_kl,
+)
 from flowgrpo_jax.algorithms.matching import distance, image_error
 from flowgrpo_jax.algorithms.renoise import renoise_stratum, share_keys, strata
 from flowgrpo_jax.algorithms.trust_regions import clipped
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 
 def make(
@@ -54,7 +62,7 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        advantage: jax.Array | Credit,
     ) -> tuple[jax.Array, Figures]:
         shared = share_keys(rollout, setup.group_size)
         noised = renoise_stratum(setup, shared, term, levels, first=0)
@@ -73,7 +81,7 @@ def make(
             "kl": to_reference,
             "ratio_gap": jnp.abs(ratio - 1),
         }
-        return value + kl_beta * to_reference, figures
+        return value + kl_beta * weigh_kl(advantage, to_reference), figures
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         strata(setup, levels, first=0)
@@ -87,6 +95,7 @@ def make(
         reads=tuple(name for name, used in uses.items() if used),
         copies={"old": copies.fresh} if clip_range else {},
         whole="group",
+        weighs_kl=kl_beta > 0,
         worst=("ratio_gap",),
         summary=f"V-GRPO, {levels} noise levels a group, soft clip {soft_clip:g}, KL {kl_beta:g}",
     )

@@ -46,8 +46,6 @@ class Model:
       decode: (params["vae"], latents [B, H, W, C]) -> Pictures.
       levels: (params["vae"], latents [B, H, W, C]) -> f32 [B, H, W, 3], the pixels from 0 to 255
         before they are rounded, for algorithms that differentiate the rewards; None without one.
-      to_latents: (params["vae"], f32 images [B, H, W, 3] in [-1, 1]) -> the latents that decode to
-        them, for the monitors; None without one.
       encode_text: (weights of the text encoders, `tokenize(prompts)`) -> conditioning of P rows.
       token_shapes: P -> the shapes of what `tokenize` makes of P prompts.
       sigmas: (steps, height, width) -> f32 [steps + 1], the schedule from 1 to 0 for that size in
@@ -61,6 +59,8 @@ class Model:
       rules: the layout of each parameter, for `sharding`.
       heads: attention heads of the transformer, which `mesh.tensor` has to divide.
       default_size: side in pixels of the pictures that it was made for.
+      to_latents: (params["vae"], uint8 [B, height, width, 3]) -> latents f32 [B, H, W, C] of
+        pictures; None of a kind of model that reads none.
       guidance: how guidance works: "branch" (a second branch with the empty prompt), "input" (the
         scale is an input of the network) or "none".
       tokenize, read_text: prompts to tokens, and the text encoders' weights; None of a model that
@@ -82,9 +82,9 @@ class Model:
     rules: Rules
     heads: int
     default_size: int
+    to_latents: Callable[[Params, jax.Array], jax.Array] | None = None
     guidance: str = "branch"
     levels: Callable[[Params, jax.Array], jax.Array] | None = None
-    to_latents: Callable[[Params, jax.Array], jax.Array] | None = None
     shift: Callable[[int, int], float] = lambda height, width: 1.0
     tokenize: Callable[[list[str]], Any] | None = None
     read_text: Callable[[], dict[str, Params]] | None = None

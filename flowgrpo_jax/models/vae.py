@@ -254,10 +254,6 @@ class VAE(nnx.Module):
     def scale(self, z: jax.Array) -> jax.Array:
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
-    def latents(self, images: jax.Array) -> jax.Array:
-        """Images [B, 8h, 8w, 3] in [-1, 1] -> latents [B, h, w, C] as the transformer sees them."""
-        return self.scale(self.encode(images)[0])
-
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents [B, h, w, C] as the transformer sees them -> images [B, 8h, 8w, 3] in [-1, 1]."""
         z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)

@@ -67,14 +67,13 @@ def program(
 
     Args:
       velocity: without guidance, made by `sampler.guided`.
-      to_latents: (parameters of the VAE, f32 [M, H, W, 3] in [-1, 1]) -> latents.
+      to_latents: (parameters of the VAE, uint8 [M, H, W, 3]) -> latents.
     """
 
     @jax.jit
     def measure_loss(policy, frozen, vae, images, cond, empty, prompt, keys):
         """images: uint8 [M, H, W, 3]; prompt: i32 [M], rows of `cond`; keys: [M] image keys."""
-        z = to_latents(vae, images.astype(jnp.float32) / 127.5 - 1)
-        z = sharding.constrain_rows(mesh, z.astype(jnp.float32))
+        z = sharding.constrain_rows(mesh, to_latents(vae, images).astype(jnp.float32))
         noise = sampler.normal(keys, sampler.ODE_KEY, z.shape[1:])
 
         def at(sigma: jax.Array) -> jax.Array:

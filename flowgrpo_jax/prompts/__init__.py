@@ -6,6 +6,7 @@ Sources by name:
   geneval:train  :test  :seen  :unseen   generated (geneval.py)
   ocr:train  :test                       generated (ocr.py)
   shapes:train  :test                    the bundled world (worlds/shapes/grammar.py)
+  shapes:train:position                  its prompts of one tag
   signs:train  :test                     the world of short words (worlds/signs/grammar.py)
   package.module:function:split          records of the user's own: function(split, exclude)
 
@@ -35,7 +36,7 @@ from flowgrpo_jax.worlds.signs import grammar as signs
 GENERATORS: dict[str, Callable[[str, Iterable[Metadata]], list[Metadata]]] = {
     "geneval": geneval.prompts,
     "ocr": ocr.prompts,
-    "shapes": lambda split, exclude: shapes.prompts(split),
+    "shapes": lambda split, exclude: shapes.prompts(*split.split(":", 1)),
     "signs": lambda split, exclude: signs.prompts(split),
 }
 
@@ -99,6 +100,12 @@ def place(prompt: str, source: str) -> str:
 def _batch(records: Sequence[Metadata], rows: np.ndarray) -> PromptBatch:
     chosen = [records[i] for i in rows]
     return PromptBatch([r["prompt"] for r in chosen], chosen, np.asarray(rows, np.int32))
+
+
+def chosen(batch: PromptBatch, places: np.ndarray) -> PromptBatch:
+    """Return the prompts at these places of a batch, i64 [P]."""
+    texts = [batch.prompts[i] for i in places]
+    return PromptBatch(texts, [batch.metadata[i] for i in places], batch.ids[places])
 
 
 def sample(

@@ -60,12 +60,7 @@ def parse(path: Path, number: int, line: str) -> Metadata:
     Raises ValueError that names the file, the line and the key.
     """
     place = f"{path}: line {number}"
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from error
-    if not isinstance(record, dict) or "prompt" not in record:
-        raise ValueError(f'{place} is no object with a "prompt"')
+    record = json_object(path, number, line, "prompt")
     record = {"prompt": record["prompt"], **present(record)}
     for key in ("prompt", "tag"):
         value = record.get(key, "")
@@ -73,6 +68,21 @@ def parse(path: Path, number: int, line: str) -> Metadata:
             value.encode()
         except (AttributeError, UnicodeEncodeError) as error:  # no text, or half a surrogate pair
             raise ValueError(f'{place}: "{key}" is no text: it is {value!r}') from error
+    return record
+
+
+def json_object(path: Path, number: int, line: str, key: str) -> dict[str, Any]:
+    """Read the JSON object of one line, which has to have a key.
+
+    Raises ValueError that names the file and the line.
+    """
+    place = f"{path}: line {number}"
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+    if not isinstance(record, dict) or key not in record:
+        raise ValueError(f'{place} is no object with a "{key}"')
     return record
 
 

@@ -19,14 +19,26 @@ Tasks = Mapping[str, Mapping[str, Any]]
 KEYS = ("train", "test", "weight", "rewards")
 
 
-def check(tasks: Tasks, weights: Mapping[str, float], evaluated: Collection[str]) -> None:
+def check(
+    tasks: Tasks,
+    weights: Mapping[str, float],
+    evaluated: Collection[str],
+    *,
+    alternate: bool = False,
+) -> None:
     """Raise ValueError for an unknown key or reward, and for a task that cannot be trained.
 
     A task cannot be trained without a prompt source or without a reward that has a weight.
 
     Args:
       weights: of the training rewards; evaluated: names of the evaluation's.
+      alternate: whether the tasks take turns.
     """
+    if alternate and len(tasks) < 2:
+        raise ValueError(
+            f"prompts.alternate=True: tasks take turns, and prompts.tasks has {len(tasks)}; name at"
+            " least two"
+        )
     known, trained = {*weights, *evaluated}, reward_weights(tasks, weights)
     for name, task in tasks.items():
         if unknown := sorted(set(task) - set(KEYS)):
@@ -68,6 +80,15 @@ def splits(tasks: Tasks) -> tuple[list[Metadata], list[Metadata]]:
 def weights(tasks: Tasks) -> dict[str, float]:
     """Return the relative frequency at which each task is drawn."""
     return {name: float(task.get("weight", 1.0)) for name, task in tasks.items()}
+
+
+def turn(weights: Mapping[str, float], epoch: int) -> dict[str, float]:
+    """Return the frequencies of an epoch in which one task alone has its turn, by their names.
+
+    Tasks whose frequency is 0 have none.
+    """
+    drawn = sorted(name for name, weight in weights.items() if weight > 0)
+    return {name: float(name == drawn[epoch % len(drawn)]) for name in weights}
 
 
 def reward_weights(tasks: Tasks, weights: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -18,9 +18,10 @@ from flowgrpo_jax.report import run_data
 FILE = "report.html"
 
 
-def save(workdir: epath.Path) -> None:
-    """Write the page of a run to its work directory; an error is a warning."""
-    if jax.process_index() > 0:
+def save(workdir: epath.Path, evaluated: Mapping[str, float]) -> None:
+    """Write the page of a run to its work directory, if something was evaluated since the last one.
+    An error is a warning."""
+    if jax.process_index() > 0 or not evaluated:
         return
     with logs.warn_on_error("the run's page"):
         files.replace(workdir / FILE, html([run_data.read(workdir)]))

@@ -79,12 +79,16 @@ def describe(
         del height, width
         return sde.sigma_schedule(steps, parts.shift)
 
+    def to_latents(params: Params, pixels: jax.Array) -> jax.Array:
+        mean, _ = vae(params, pixels.astype(jnp.float32) / 127.5 - 1, method="encode")
+        return vae(params, mean, method="scale")
+
     return Model(
         params={"transformer": base, "vae": vae_shapes},
         velocity=velocity,
         decode=lambda params, z: to_pictures(vae(params, z, method="decode")),
+        to_latents=to_latents,
         levels=lambda params, z: to_levels(vae(params, z, method="decode")),
-        to_latents=lambda params, x: vae(params, x, method="latents"),
         encode_text=encode_text,
         token_shapes=lambda n: tuple(jax.ShapeDtypeStruct((n, k), jnp.int32) for k in lengths),
         sigmas=sigmas,

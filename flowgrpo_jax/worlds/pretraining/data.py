@@ -28,13 +28,17 @@ def caption_table(world: World) -> list[str]:
 
 def chunk(world: World, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
     """The CHUNK pictures and captions of this seed and number."""
-    rng = np.random.default_rng([seed, number])
+    return draw(world, CHUNK, np.random.default_rng([seed, number]))
+
+
+def draw(world: World, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """n pictures and their captions, as `Dataset` has them."""
     everything = world.captions()
     tags = np.array([metadata["tag"] for metadata in everything])
     by_tag = {tag: np.flatnonzero(tags == tag) for tag in world.tag_weights}
     weights = np.array(list(world.tag_weights.values()))
     images, captions = [], []
-    for tag in rng.choice(list(by_tag), size=CHUNK, p=weights / weights.sum()):
+    for tag in rng.choice(list(by_tag), size=n, p=weights / weights.sum()):
         caption = int(rng.choice(by_tag[tag]))
         metadata = everything[caption]
         shown = world.garble(metadata, rng) if rng.random() < world.garbled else metadata
