@@ -29,20 +29,17 @@ from ml_collections import ConfigDict
 
 from benchmarks.epoch import ROOT, machine
 from flowgrpo_jax import (
-    branching,
     evaluate,
     logs,
     policies,
     recipe,
     recipe_files,
-    sampler,
-    sharding,
+    run_costs,
 )
 from flowgrpo_jax.models import layers
 from flowgrpo_jax.models.sd3.architecture import read
 from flowgrpo_jax.models.vae import VAE
 from flowgrpo_jax.recipe import Recipe
-from flowgrpo_jax.sampler import TERMS_KEY
 from flowgrpo_jax.train import train
 from flowgrpo_jax.types import Params
 from flowgrpo_jax.worlds.shapes import grammar
@@ -101,21 +98,9 @@ def run(
 
 
 def forwards(config: ConfigDict) -> float:
-    """The transformer's forward passes an image of training, averaged over the first 100 epochs; a
-    gradient counts as two more."""
-    built = recipe.build(config.copy_and_resolve_references())
-    process, key = built.setup.process, jax.random.key(config.seed)
-    together = built.plan.micro_batch // sharding.row_shards(built.mesh)
-    counted = []
-    for epoch in range(min(config.epochs, 100)):
-        terms = built.algorithm.terms(built.setup, sampler.epoch_key(key, epoch, TERMS_KEY))
-        for start, tail in built.places(key, epoch):
-            sets = (int(start), together)
-            drawn = branching.forwards(process.branches, process.schedule(start, tail), *sets)
-            steps = np.asarray(start + terms) if built.algorithm.records == "window" else terms
-            trained = branching.states(process.branches, steps, *sets)
-            counted.append(drawn + trained * (3 + len(built.algorithm.reads)))
-    return float(np.mean(counted))
+    """The transformer's forward passes an image of training, averaged over the first 100 epochs."""
+    run = recipe.build(config.copy_and_resolve_references())
+    return float(np.mean([run_costs.forwards(run, i) for i in range(min(config.epochs, 100))]))
 
 
 def measure(config: ConfigDict, evaluated: int, workdir: Path) -> dict[str, Any]:

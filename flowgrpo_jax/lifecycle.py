@@ -6,9 +6,12 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
+from etils import epath
 from tqdm import tqdm
 
 from flowgrpo_jax import cli
@@ -139,6 +142,36 @@ def save_at_error(
         raise SystemExit(cli.RESTART) from error
 
 
+class Stages:
+    """A clock of the stages of an epoch: `with stages("sample"): ...` adds to that stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def figures(self) -> dict[str, float]:
+        """Return the seconds of each stage, and which share of the time that rewards on the host
+        took nobody had to wait for."""
+        figures = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
+        if rewards := self.seconds.get("rewards"):
+            figures["hidden_rewards"] = max(0.0, 1 - self.seconds.get("wait", 0.0) / rewards)
+        return figures
+
+
+@contextmanager
+def traced(directory: epath.Path, on: bool) -> Iterator[None]:
+    """Write a trace of what the devices do inside to a directory, with `on`."""
+    with jax.profiler.trace(str(directory)) if on else nullcontext():
+        yield
+
+
 class EpochBar(tqdm):
     """A progress bar whose rate and time left do not count the first epoch, which compiles."""
 
@@ -188,21 +221,20 @@ def show_epoch(
         bar.skip_first()
     else:
         rate = f"{figures['images_per_second']:.0f} img/s"
+        if "share_of_peak" in figures:
+            rate += f", {figures['share_of_peak']:.0%} of peak"
         bar.set_postfix_str(f"{reward}, {rate}", refresh=False)
         bar.update()
 
 
-def speed(seconds: float, images: int) -> dict[str, float]:
-    """Return the figures of an epoch's speed."""
-    return {"seconds": seconds, "images_per_second": images / seconds}
-
-
-def show_end(last: dict[str, float], epoch: int, epochs: int, *, active: bool) -> None:
-    """Print the last evaluation's means, if there is one, and how to go on after a stop."""
-    if not active:
+def show_end(bar: EpochBar, epoch: int, last: dict[str, float]) -> None:
+    """Close the bar and print the last evaluation, and how to go on after an early end."""
+    shown = not bar.disable  # which closing sets
+    bar.close()
+    if not shown:
         return
     if last:
         means = {k: round(v, 4) for k, v in last.items() if k.startswith("eval/")}
         print(json.dumps({k: v for k, v in means.items() if math.isfinite(v)}))
-    if epoch < epochs:
+    if epoch < bar.total:
         print(f"stopped after epoch {epoch}; go on with --resume")

@@ -192,16 +192,20 @@ def draw_base(
 
 @cached
 def add_data(
-    guided: Guided, *, images: int, weight: float, same_noise: bool
+    guided: Guided, *, images: int, weight: float, leaves: int = 1
 ) -> Callable[..., tuple[Params, jax.Array]]:
-    """Add weight x the flow-matching loss of M of `images` pictures to a gradient."""
+    """Add weight x the flow-matching loss of M of `images` pictures to a gradient.
+
+    Args:
+      leaves: images of a group that start from the same noise.
+    """
 
     @partial(jax.jit, donate_argnums=0)
     def add_data_gradient(
         gradient, total, policy, frozen, cond, empty, key, epoch, levels, x_0, ids, places, rows
     ):
         """Return the gradient, and the loss so far, unweighted. levels: f32 [K]."""
-        keys = sampler.image_keys(key, epoch, ids, places * (not same_noise))
+        keys = sampler.image_keys(key, epoch, ids, places // leaves * leaves)
         noise = sampler.normal(keys, sampler.ODE_KEY, x_0.shape[1:])
         return update.add_matching(
             lambda p, x, sigma: guided(p, frozen, x, sigma, cond, empty, rows),

@@ -249,7 +249,10 @@ def with_data(
         to_latents=programs.to_latents(model.to_latents) if data.source else absent,
         draw_base=programs.draw_base(plain, mesh, **draw),
         add_data=programs.add_data(
-            plain, images=data.images, weight=data.weight, same_noise=s.same_noise
+            plain,
+            images=data.images,
+            weight=data.weight,
+            leaves=setup.process.branches.leaves,
         ),
     )
 

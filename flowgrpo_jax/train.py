@@ -36,6 +36,7 @@ from flowgrpo_jax import (
     logs,
     parts,
     recipe,
+    run_costs,
     sampler,
     settings,
     sharding,
@@ -48,6 +49,7 @@ from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.report import about, page
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.run_evaluation import Record, evaluate_into, nobody, recorder
+from flowgrpo_jax.run_state import initial_state
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
 from flowgrpo_jax.types import Conditioning, Credit, PromptBatch, Rollout, TrainState
@@ -59,14 +61,15 @@ def one_epoch(
     run: Recipe, state: TrainState, epoch: int, stop: cli.Stop, record: Record = nobody
 ) -> tuple[TrainState, dict[str, float]]:
     """Train for one epoch and return the new state and figures. A signal raises cli.Stopped."""
-    config, plan, begun = run.config, run.plan, time.perf_counter()
+    config, plan, stages = run.config, run.plan, lifecycle.Stages()
 
     # Prompts, encoded once each.
-    batch = parts.draw_prompts(config, run.train_prompts, epoch)
-    cond = run.encode(batch.prompts)
+    with stages("encode"):
+        batch = parts.draw_prompts(config, run.train_prompts, epoch)
+        cond = run.encode(batch.prompts)
 
     # Rollouts, micro-batch by micro-batch; each is scored while the next one is drawn.
-    rollouts, scores, pixels = draw(run, state, cond, batch, epoch, stop)
+    rollouts, scores, pixels = draw(run, state, cond, batch, epoch, stop, stages)
 
     # Rewards and advantages.
     values, weights = scores.values, scores.weights
@@ -75,18 +78,18 @@ def one_epoch(
     lifecycle.check_failed(epoch, failed, scores.broken, most=most)
     state, given = credit.assign(run, state, values, weights, batch.ids, rollouts, pixels)
     record(batch, scores, given)
-    drawn = time.perf_counter()
 
     # Policy updates, each on its own groups.
     data = data_loss.of_epoch(run, state, cond, batch, rollouts, epoch)
-    judged = run.judged(batch.ids)
-    state, figures = improve(run, state, cond, rollouts, given, judged, data, epoch, stop)
+    with stages("update"):
+        judged = run.judged(batch.ids)
+        state, figures = improve(run, state, cond, rollouts, given, judged, data, epoch, stop)
     state, held = credit.settle(run, state, figures)
     figures |= held
     figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
-    figures |= {"seconds_draw": drawn - begun, "seconds_update": time.perf_counter() - drawn}
-    return state, figures | {"window_start": int(rollouts[0].start), "broken": scores.broken}
+    figures |= {"window_start": int(rollouts[0].start), "broken": scores.broken}
+    return state, figures | stages.figures()
 
 
 def draw(
@@ -96,6 +99,7 @@ def draw(
     batch: PromptBatch,
     epoch: int,
     stop: cli.Stop,
+    stages: lifecycle.Stages,
 ) -> tuple[list[Rollout], Scores, np.ndarray]:
     """Draw and score the epoch's images.
 
@@ -107,26 +111,22 @@ def draw(
     rollouts: list[Rollout] = []
     each, keep = np.repeat(batch.ids, run.plan.group_size), run.keep_pixels
     with PendingScores(run.scorer, each, keep_pixels=keep) as pending:
-        for m, (ids, rows, images_of) in enumerate(run.micro_batches(batch)):
+        for m, images in enumerate(run.micro_batches(batch)):
             stop.check()
             start, tail = places[run.plan.part(m)]
-            rollout, pictures, scored = run.programs.sample(
-                policy,
-                run.weights,
-                cond,
-                run.empty,
-                state.key,
-                epoch,
-                start,
-                ids,
-                rows,
-                images_of,
-                tail,
-            )
-            jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
+            with stages("sample"):
+                rollout, pictures, scored = run.programs.sample(
+                    policy, run.weights, cond, run.empty, state.key, epoch, start, *images, tail
+                )
+                jax.block_until_ready(rollouts[-1:])  # two at a time, or a stop would wait for all
             rollouts.append(rollout)
-            pending.add(pictures, prepared, rows, scored)
-        return rollouts, pending.collect(stop.wait), pending.pictures.pixels
+            pending.add(pictures, prepared, rollout.prompt, scored)
+        with stages("sample"):
+            jax.block_until_ready(rollouts[-1])
+        with stages("wait"):
+            scores = pending.collect(stop.wait)
+        stages.seconds["rewards"] = sum(pending.busy)
+        return rollouts, scores, pending.pictures.pixels
 
 
 def improve(
@@ -188,23 +188,13 @@ def improve(
     return run.programs.end_epoch(state, begun), figures | alone
 
 
-def initial_state(run: Recipe) -> TrainState:
-    """The state before the first update, on the devices."""
-    key = jax.random.key(run.config.seed)
-    memory = credit.initial(run)
-    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
-    state = update.init(
-        run.put(run.model.init_trained(key)),
-        run.algorithm.copies,
-        memory,
-        run.optimiser,
-        key,
-    )
-    return run.put(state)
-
-
-def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) -> TrainState:
+def train(
+    config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False, profile: int | None = None
+) -> TrainState:
     """Train until `config.epochs`, and return the last state.
+
+    Args:
+      profile: an epoch of which a trace is written to `profile/` in the work directory.
 
     Raises SystemExit after Ctrl-C and SIGTERM, once the last whole epoch has been saved. Its code
     is 0 after Ctrl-C, and after SIGTERM `cli.RESTART`, on which the launchers start again.
@@ -212,8 +202,10 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
     workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
     cli.prepare(workdir, resume)
     run = recipe.build(config)
+    costs = run_costs.RunCosts(run)
     if first_process := jax.process_index() == 0:
-        print(recipe.summary(run), page.announced(workdir, config.eval.every), sep="\n")
+        print(recipe.summary(run), costs.line(), sep="\n")
+        print(page.announced(workdir, config.eval.every))
     state = initial_state(run)
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
     checkpoints = RunCheckpoints(
@@ -244,14 +236,16 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
                 if every and epoch % every == 0:
                     report = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
                     run = raise_kl(run, metrics, epoch, report)
-                begun = time.perf_counter()
                 record = recorder(workdir, run, epoch, report)
-                trained, figures = one_epoch(run, state, epoch, stop, record)
+                begun = time.perf_counter()
+                with lifecycle.traced(workdir / "profile", epoch == profile):
+                    trained, figures = one_epoch(run, state, epoch, stop, record)
                 checkpoints.lost = lifecycle.count_lost(
                     checkpoints.lost, figures["skipped"], config.train.max_skipped
                 )
                 state, epoch = trained, epoch + 1
-                figures |= lifecycle.speed(time.perf_counter() - begun, run.plan.images)
+                figures["seconds"] = time.perf_counter() - begun
+                figures |= costs.speed(epoch - 1, figures["seconds"])
                 metrics.write(epoch - 1, figures | report)
                 page.save(workdir, report)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
@@ -270,10 +264,9 @@ def train(config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False) 
             lifecycle.save_at_error(error, checkpoints, epoch, state, began=first)
             metrics.close(failed=True)
             raise
-        bar.close()
+        lifecycle.show_end(bar, epoch, last)
         checkpoints.close()
         metrics.close()
-        lifecycle.show_end(last, epoch, config.epochs, active=first_process)
         if asked:  # still within `stop`, where the signal's echo does not interrupt
             raise SystemExit(cli.RESTART if asked == signal.SIGTERM else 0)
     return state
@@ -286,7 +279,7 @@ def main(_: list[str]) -> None:
         settings.split_cpu(config)
         workdir = flags.FLAGS.workdir or f"runs/{config.name}"
         with cli.compiling(workdir):
-            train(config, workdir, resume=flags.FLAGS.resume)
+            train(config, workdir, resume=flags.FLAGS.resume, profile=flags.FLAGS.profile)
 
 
 if __name__ == "__main__":
@@ -296,4 +289,8 @@ if __name__ == "__main__":
         "workdir", None, "The directory or bucket to write the run to; runs/NAME without it."
     )
     flags.DEFINE_bool("resume", False, "Go on from the last checkpoint in the work directory.")
+    note = (
+        "An epoch to write a trace of, for TensorBoard or Perfetto, to profile/ in the directory."
+    )
+    flags.DEFINE_integer("profile", None, note, lower_bound=0)
     cli.run(main)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -75,8 +76,11 @@ def rows(workdir):
 def timeless(row, prefix=""):
     """A row of metrics without what depends on the clock (and, with a prefix, without the figures
     that begin so; those of "eval/" are all of an evaluation's)."""
+    clock = re.compile(
+        r"seconds|\w+_per_second|share_of_peak|peak_memory_gb|hidden_rewards|eval_seconds"
+    )
     left_out = logs.EVALUATED if prefix == "eval/" else (prefix or "\n",)
-    return {k: v for k, v in row.items() if "second" not in k and not k.startswith(left_out)}
+    return {k: v for k, v in row.items() if not clock.match(k) and not k.startswith(left_out)}
 
 
 def same(ours, theirs):

@@ -104,7 +104,7 @@ def check_two_devices():
         draw = programs.draw_base(
             guided, mesh, latent=SHAPE, sigmas=(1.0, 0.5, 0.0), solver=solvers.EULER
         )
-        add = programs.add_data(guided, images=4, weight=0.5, same_noise=False)
+        add = programs.add_data(guided, images=4, weight=0.5)
         ids, places, rows = np.int32([[7, 7, 9, 9], [0, 1, 0, 1], [0, 0, 1, 1]])
         drawn = sharding.split_rows(mesh, (ids, places, rows))
         cond = sharding.replicate(mesh, np.float32([[0.1] * 3, [0.2] * 3]))

@@ -34,7 +34,13 @@ def test_a_run_leaves_its_page(half, shown):
     (run,) = shown["runs"]
     series, metrics = run["series"], rows(half)
     assert series["epoch"] == [0, 1, 2] and run["epoch"] == run["epochs"] == 2
-    for name in ("reward", "ratio_gap", "eval/shapes_strict", "monitor/sharpness", "seconds_draw"):
+    for name in (
+        "reward",
+        "ratio_gap",
+        "eval/shapes_strict",
+        "monitor/sharpness",
+        "seconds/update",
+    ):
         logged = [row.get(name) for row in metrics]
         assert series[name] == [None if v is None else pytest.approx(v, 1e-4) for v in logged]
     assert run["judged"] == 2

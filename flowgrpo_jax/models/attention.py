@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from flowgrpo_jax import sharding
 
@@ -87,12 +87,14 @@ TABLE: dict[str, Kernel] = {"xla": plain, "cudnn": cudnn, "flash": flash}
 CHOICES = ("auto", *TABLE)
 
 
-def load(name: str, mesh: Mesh, dtype: Any) -> Kernel:
+def load(name: str, mesh: Mesh | AbstractMesh, dtype: Any) -> Kernel:
     """Return the attention of a row on the devices of a mesh; "auto" is the fastest that they have.
 
     That is "cudnn" on NVIDIA's GPUs in half precision, "flash" on TPUs, and "xla" elsewhere.
     Raises ValueError for a kernel that the devices do not have.
     """
+    if isinstance(mesh, AbstractMesh):  # a layout alone, without devices
+        return plain
     device = mesh.devices.flat[0]
     suited = _suited(device, jnp.dtype(dtype))
     if name == "auto":

@@ -59,7 +59,7 @@ const CHARTS = () => {  // [heading, [[title, note, [[figure, label], ...]], ...
   const byTag = means.map((f) => [`${f} by tag`, "", figures("eval/", 2).filter((t) => last(t) === last(f))
     .map((t) => [t, t.split("/")[1]])]);
   const one = (f, note = "") => [f, note, [[f, f]]];
-  const listed = new Set(["epoch", "hours", "reward", "reward_std", "seconds", "seconds_draw", "seconds_update",
+  const listed = new Set(["epoch", "hours", "reward", "reward_std", "seconds", 
     "eval_seconds", "images_per_second"]);
   const update = ["ratio_gap", "kl", "approx_kl", "clip_fraction", "grad_norm", "dead_groups", "failed", "broken", "skipped"];
   const others = figures("", 0).filter((f) => !listed.has(f) && !update.includes(f));
@@ -69,7 +69,7 @@ const CHARTS = () => {  // [heading, [[title, note, [[figure, label], ...]], ...
     ["Training reward", rewards],
     ["Monitors of the evaluated pictures", figures("monitor/", 1).map((f) => [last(f).replaceAll("_", " "), "", [[f, last(f)]]])],
     ["Update", [...update.map((f) => one(f)), ...others.map((f) => one(f))]],
-    ["Speed", [["seconds by stage", "", [["seconds_draw", "draw and score"], ["seconds_update", "update"], ["eval_seconds", "evaluate"]]],
+    ["Speed", [["seconds by stage", "", [...figures("seconds/", 1).map((f) => [f, last(f)]), ["eval_seconds", "evaluate"]]],
       one("images_per_second", "")]],
   ];
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class PendingScores:
         self._scored: list[RowScores] = []  # by programs
         self._futures: list[Future[RowScores]] = []
         self._pool = ThreadPoolExecutor(scorer.threads)
+        self.busy: list[float] = []  # seconds of each call of the host's rewards that has ended
 
     def __enter__(self) -> PendingScores:
         return self
@@ -115,7 +117,14 @@ class PendingScores:
         return Sample(*map(np.concatenate, zip(*parts)))
 
     def _submit(self, work: Callable[..., RowScores], *batch: Any) -> None:
-        self._futures.append(host.submit(self._pool, work, *batch))
+        def timed(*batch: Any) -> RowScores:
+            begun = time.perf_counter()
+            try:
+                return work(*batch)
+            finally:
+                self.busy.append(time.perf_counter() - begun)
+
+        self._futures.append(host.submit(self._pool, timed, *batch))
 
     def _score_own(self, here: np.ndarray, images: jax.Array) -> RowScores:
         """Score the images of a micro-batch that this process holds with the image rewards."""
