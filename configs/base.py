@@ -264,6 +264,19 @@ def get_config() -> ConfigDict:
     # Evaluated reward whose best checkpoint is kept, in best/; empty: none.
     c.checkpoint.best = ""
 
+    # What the evaluated pictures are watched for (docs/report.md)
+    c.monitor = ConfigDict()
+    # At an alarm: note (a warning and a mark on the page), stop (the last state without one is in
+    # good/) or raise_kl (algorithm.options.kl_beta becomes twice as large).
+    c.monitor.on_alarm = "note"
+    # What raise_kl makes of a kl_beta of 0.
+    c.monitor.kl_beta = 0.04
+    # True pictures on which the flow-matching loss is watched: a folder of NAME.png with captions
+    # NAME.txt, or a function package.module:name; empty: none.
+    c.monitor.pictures = ""
+    # Measure how far the velocity is from that of the base model, by noise level.
+    c.monitor.move = True
+
     c.log = ConfigDict()
     # Write TensorBoard events to the work directory.
     c.log.tensorboard = True
