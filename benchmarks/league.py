@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks import claims
 from benchmarks.epoch import ROOT, machine
 from flowgrpo_jax import (
     evaluate,
@@ -59,8 +60,14 @@ def rows() -> dict[str, str]:
 
 
 def settings(row: str, seed: int, images: int, evaluated: int) -> ConfigDict:
-    """The recipe of a row, for so many images of training and of evaluation."""
-    config = runpy.run_path(recipe_files.find(rows()[row]))["get_config"]()
+    """The recipe of a row, for so many images of training and of evaluation.
+
+    "grpo+VARIANT" is that of a claim. Raises KeyError for a row that there is not.
+    """
+    recipe_row, _, variant = row.partition("+")
+    config = runpy.run_path(recipe_files.find(rows()[recipe_row]))["get_config"]()
+    if variant:
+        claims.apply(config, variant)
     config.seed = seed
     config.epochs = -(-images // (config.sample.groups * config.sample.group_size))
     config.eval.every = max(config.epochs // 4, 1)
@@ -218,25 +225,37 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default=",".join(rows()), help="rows, separated by commas")
+    parser.add_argument(
+        "--rows", default=",".join(rows()), help="rows, separated by commas; CLAIMS: the variants"
+    )
     parser.add_argument("--seeds", default="0,1", help="seeds, separated by commas")
     parser.add_argument("--images", type=int, default=14_400, help="images of training a run")
     parser.add_argument("--evaluated", type=int, default=1_152, help="pictures that measure a run")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "league")
     parser.add_argument("--table", action="store_true", help="draw and print what is there")
+    parser.add_argument("--claims", action="store_true", help="print the verdicts on the claims")
     args = parser.parse_args()
-    if args.table:
-        results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]
-        draw(results, FIGURE)
-        print(table(results))
+    results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]
+    if args.claims:
+        print(claims.table([r for r in results if r["images"] == args.images]))
         return
+    if args.table:
+        ranked = [r for r in results if "+" not in r["row"]]
+        draw(ranked, FIGURE)
+        print(table(ranked))
+        return
+    chosen = claims.rows() if args.rows == "CLAIMS" else args.rows.split(",")
+    for row in chosen:
+        try:
+            settings(row, 0, args.images, args.evaluated)
+        except KeyError:
+            known = ", ".join([*rows(), *claims.rows()[1:]])
+            parser.error(f"--rows: {row!r} is not one of {known}")
     hardware = machine("cpu")  # now: the commit may be another one when a run has ended
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, args.seeds.split(",")):
-        for row in args.rows.split(","):
-            if row not in rows():
-                parser.error(f"--rows: {row!r} is not one of {', '.join(rows())}")
+        for row in chosen:
             name = f"{row}-{args.images}-{seed}"
             file = args.out / f"{name}.json"
             if not file.exists():

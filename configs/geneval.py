@@ -35,7 +35,7 @@ there is --config.reward.options.geneval.detector=small, for a quick look, which
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder  # a value that is None until it is set
 
-from flowgrpo_jax.configs import base
+from flowgrpo_jax.configs import base, variants
 
 
 def get_config(variant: str = "full") -> ConfigDict:
@@ -79,4 +79,4 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.eval.images = 2_208  # 368 of each tag; the benchmark has 4 of each of 553 prompts
     c.eval.rewards = ("geneval", "geneval_strict", "geneval_official")
     c.checkpoint.best = "geneval_strict"
-    return base.variant(c, variant)
+    return variants.variant(c, variant)

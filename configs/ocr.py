@@ -21,7 +21,7 @@ github.com/yifan123/flow_grpo: --config.prompts.train=FILE --config.prompts.test
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder  # a value that is None until it is set
 
-from flowgrpo_jax.configs import base
+from flowgrpo_jax.configs import base, variants
 
 
 def get_config(variant: str = "full") -> ConfigDict:
@@ -52,4 +52,4 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.eval.images = 1_018  # every test prompt once
     c.eval.rewards = ("ocr", "ocr_exact", "ocr_lenient")
     c.checkpoint.best = "ocr"
-    return base.variant(c, variant)
+    return variants.variant(c, variant)

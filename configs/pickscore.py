@@ -19,7 +19,7 @@ should not fall.
 
 from ml_collections import ConfigDict
 
-from flowgrpo_jax.configs import base
+from flowgrpo_jax.configs import base, variants
 
 PROMPTS = "flow_grpo/dataset/pickscore"
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -62,4 +62,4 @@ def get_config(variant: str = "full") -> ConfigDict:
     c.eval.images = 2_048  # every test prompt once
     c.eval.rewards = ("pickscore", "clipscore", "aesthetic", "hpsv2", "imagereward")
     c.checkpoint.best = "pickscore"
-    return base.variant(c, variant)
+    return variants.variant(c, variant)

@@ -16,7 +16,7 @@ from flowgrpo_jax import files, sharding
 from flowgrpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
-FOLDERS = ("checkpoints", "best")  # of a work directory
+FOLDERS = ("checkpoints", "best", "good")  # of a work directory
 
 
 class Checkpoints:

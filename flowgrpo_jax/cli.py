@@ -212,19 +212,20 @@ def prepare(workdir: epath.Path, resume: bool) -> None:
     be written to it.
     """
     outputs.check_directory(workdir, "--workdir")
-    kept, best = (
+    kept, best, good = (
         {step.name for step in (workdir / folder).glob("[0-9]*") if step.name.isdigit()}
-        for folder in ("checkpoints", "best")
+        for folder in ("checkpoints", "best", "good")
     )
     if resume:
         return
-    if kept or best - {"0"}:
+    if kept or (best | good) - {"0"}:
         raise FileExistsError(
             f"{workdir} already holds a run: add --resume to go on with it, or give another"
             " --workdir"
         )
-    if best and jax.process_index() == 0:  # what a run that saved nothing evaluated at its start
-        (workdir / "best").rmtree()
+    for folder, found in {"best": best, "good": good}.items():
+        if found and jax.process_index() == 0:  # of a run that saved nothing, at its start
+            (workdir / folder).rmtree()
 
 
 def record(workdir: epath.Path, config: ConfigDict) -> None:

@@ -52,24 +52,42 @@ def evaluate(
     """Return the means of every reward, overall and per tag, the images uint8 [n, ...] and their
     prompts.
 
-    A failed reward counts in no mean; `failed` is the share of images with one, `failures` that of
-    each reward, and `broken` the share of images with pixels that are not finite, for which every
-    reward fails. Raises cli.Stopped when `stop` is asked to stop.
+    `errors` and `errors_per_tag` are the standard errors of these means. A failed reward counts in
+    no mean; `failed` is the share of images with one, `failures` that of each reward, and `broken`
+    the share of images with pixels that are not finite, for which every reward fails. Raises
+    cli.Stopped when `stop` is asked to stop.
     """
-    config, stop = run.config.eval, stop or cli.Stop()
-    batch, repeats = prompts.balanced(run.test_prompts, config.images)
-    pixels, scores = draw(run, policy, batch, repeats, stop, progress)
+    batch, pixels, scores = draw_balanced(run, policy, stop, progress=progress)
+    return summarise(batch, scores), pixels, batch
+
+
+def draw_balanced(
+    run: Recipe, policy: Params, stop: cli.Stop | None = None, *, progress: bool = False
+) -> tuple[PromptBatch, np.ndarray, Scores]:
+    """Return the evaluation's prompts, its images uint8 [n, ...] and their scores.
+
+    Raises cli.Stopped when `stop` is asked to stop.
+    """
+    batch, repeats = prompts.balanced(run.test_prompts, run.config.eval.images)
+    pixels, scores = draw(run, policy, batch, repeats, stop or cli.Stop(), progress)
+    return batch, pixels, scores
+
+
+def summarise(batch: PromptBatch, scores: Scores) -> dict[str, Any]:
+    """Return the figures of an evaluation; see `evaluate`."""
     tags = np.array([m.get("tag", "") for m in batch.metadata])
+    by_tag = {tag: scores.of(tags == tag) for tag in sorted(set(tags)) if tag}
     failed = dict(zip(scores.names, scores.failed))
-    result = {
+    return {
         "metrics": scores.means(),
-        "per_tag": {tag: scores.of(tags == tag).means() for tag in sorted(set(tags)) if tag},
-        "images": config.images,
+        "per_tag": {tag: part.means() for tag, part in by_tag.items()},
+        "errors": scores.errors(),
+        "errors_per_tag": {tag: part.errors() for tag, part in by_tag.items()},
+        "images": len(batch.ids),
         "failed": float(scores.failed.any(axis=0).mean()),
         "failures": {name: float(missing.mean()) for name, missing in failed.items()},
         "broken": scores.broken,
     }
-    return result, pixels, batch
 
 
 def draw(
@@ -126,13 +144,17 @@ def encode_many(run: Recipe, texts: list[str]) -> Any:
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, float]:
-    """Return an evaluation's means by the names that a run logs: eval/REWARD, eval/TAG/REWARD."""
-    tags = {
-        f"eval/{tag}/{name}": value
-        for tag, values in result["per_tag"].items()
-        for name, value in values.items()
-    }
-    return {f"eval/{name}": value for name, value in result["metrics"].items()} | tags
+    """Return an evaluation's figures by the names that a run logs: eval/REWARD and eval/TAG/REWARD,
+    and their standard errors as eval_error/REWARD and eval_error/TAG/REWARD."""
+    found: dict[str, float] = {}
+    for kind, whole, by_tag in (
+        ("eval", "metrics", "per_tag"),
+        ("eval_error", "errors", "errors_per_tag"),
+    ):
+        found |= {f"{kind}/{name}": value for name, value in result[whole].items()}
+        for tag, values in result[by_tag].items():
+            found |= {f"{kind}/{tag}/{name}": value for name, value in values.items()}
+    return found
 
 
 def save_grid(file: epath.Path, images: np.ndarray, batch: PromptBatch, n: int) -> None:

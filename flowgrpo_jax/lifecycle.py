@@ -209,7 +209,8 @@ def show_epoch(
 
     The first epoch of a start also compiles: the rate and the time left do not count it.
     """
-    scores = {k.removeprefix("eval/"): v for k, v in report.items() if k.count("/") == 1}
+    means = {k: v for k, v in report.items() if k.startswith("eval/") and k.count("/") == 1}
+    scores = {k.removeprefix("eval/"): v for k, v in means.items()}
     if scores and not bar.disable:
         bar.write(
             f"epoch {bar.n}: held out  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
@@ -228,10 +229,12 @@ def show_epoch(
 
 def show_end(bar: EpochBar, epoch: int, last: dict[str, float]) -> None:
     """Close the bar and print the last evaluation, and how to go on after an early end."""
+    shown = not bar.disable  # which closing sets
     bar.close()
-    if bar.disable:
+    if not shown:
         return
     if last:
-        print(json.dumps({k: round(v, 4) for k, v in last.items() if math.isfinite(v)}))
+        means = {k: round(v, 4) for k, v in last.items() if k.startswith("eval/")}
+        print(json.dumps({k: v for k, v in means.items() if math.isfinite(v)}))
     if epoch < bar.total:
         print(f"stopped after epoch {epoch}; go on with --resume")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw
 from flowgrpo_jax import files
 
 log = logging.getLogger(__name__)
+EVALUATED = ("eval/", "eval_error/", "eval_seconds", "monitor/")  # how its figures' names begin
 
 
 class Metrics:
@@ -82,6 +84,19 @@ class Metrics:
             if self.wandb:
                 self.wandb.log(row, step=epoch)
 
+    def show(self, epoch: int, name: str, draw: Callable[[], Image.Image]) -> None:
+        """Show a picture in TensorBoard and Weights & Biases. It is drawn if one of them is on."""
+        if not self.active or not (self.events or self.wandb):
+            return
+        with warn_on_error("a picture for TensorBoard or Weights & Biases"):
+            picture = draw()
+            if self.events:
+                self.events.show(epoch, name, picture)
+            if self.wandb:
+                import wandb
+
+                self.wandb.log({name: wandb.Image(picture)}, step=epoch)
+
     def close(self, *, failed: bool = False) -> None:
         """Write what is still to be written. Weights & Biases marks a `failed` run as such."""
         with warn_on_error(str(self.file)):
@@ -117,6 +132,22 @@ class Events:
         if self._writer is None:
             self._open()
         self._add(epoch, values)
+        self._writer.flush()
+
+    def show(self, epoch: int, name: str, picture: Image.Image) -> None:
+        if self._writer is None:
+            self._open()
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        encoded = io.BytesIO()
+        picture.save(encoded, format="PNG")
+        width, height = picture.size
+        shown = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue()
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=shown)])
+        self._writer.write_event(Event(wall_time=time.time(), step=epoch, summary=summary))
         self._writer.flush()
 
     def _open(self) -> None:
@@ -173,7 +204,7 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of an evaluation in a row, and the row's epoch."""
-    return {k: v for k, v in row.items() if k == "epoch" or k.startswith("eval/")}
+    return {k: v for k, v in row.items() if k == "epoch" or k.startswith(EVALUATED)}
 
 
 def plain(value: Any) -> Any:

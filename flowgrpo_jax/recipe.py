@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import (
     diversity,
     excess_noise,
+    monitor_settings,
     parts,
     programs,
     sampler,
@@ -146,6 +147,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     Raises ValueError or FileNotFoundError that names the value, the constraint and the fix.
     """
     check(config)
+    monitor_settings.check_monitors(config)
     mesh = sharding.make_mesh(**config.mesh)
     plan = make_plan(config, sharding.row_shards(mesh))
     parts.check_size(config, parts.describe_model(config, mesh))

@@ -12,9 +12,9 @@ FLAG = ("--config", "-config")
 
 
 def names() -> list[str]:
-    """The names of the package's recipes. `base` is none: it rewards nothing."""
+    """The names of the package's recipes, without the two files that they share."""
     files = [f.relative_to(FOLDER) for f in FOLDER.rglob("*.py")]
-    recipes = [f for f in files if f.stem not in ("__init__", "base")]
+    recipes = [f for f in files if f.stem not in ("__init__", "base", "variants")]
     return sorted(f.with_suffix("").as_posix() for f in recipes)
 
 

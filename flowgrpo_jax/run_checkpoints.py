@@ -116,6 +116,7 @@ class RunCheckpoints:
         self.config, self.base = config, base
         self.last = Checkpoints(workdir / "checkpoints", keep=keep, own=True)
         self.best = Best(workdir / "best", best, config, base) if best else None
+        self.good: Checkpoints | None = None  # where a state without an alarm was kept
         self.saved = -1  # epochs that the newest state has behind it
         self.lost = 0  # epochs in a row without a finite gradient
 
@@ -202,7 +203,23 @@ class RunCheckpoints:
         if self.best:
             self.best.offer(epoch, state, report)
 
+    def keep_good(self, epoch: int, state: TrainState) -> None:
+        """Keep the state in good/, the last one whose evaluation raised no alarm. If it cannot be
+        written, that is a warning; with several processes it raises OSError."""
+        try:
+            if self.good is None:
+                self.good = Checkpoints(self.last.directory.parent / "good", own=True)
+            self.good.save(epoch, state, self._record(epoch))
+            self.good.wait()
+            self.good.keep_only(epoch)
+        except OSError as error:
+            if jax.process_count() > 1:
+                raise
+            log.warning("%s; training goes on", error)
+
     def close(self) -> None:
         self.last.close()
+        if self.good:
+            self.good.close()
         if self.best:
             self.best.checkpoints.close()

@@ -72,6 +72,7 @@ def check(config: ConfigDict) -> None:
     choice(config, "sample", "density", sde.DENSITIES)
     choice(config, "sample", "reduction", sde.REDUCTIONS)
     choice(config, "reward", "host_call", ("overlap", "callback"))
+    choice(config, "monitor", "on_alarm", ("note", "stop", "raise_kl"))
     require(
         config.model.dtype != "float16",
         "model.dtype='float16': gradients would underflow, for there is no loss scaling, and T5"

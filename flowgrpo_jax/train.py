@@ -42,11 +42,14 @@ from flowgrpo_jax import (
     sharding,
     update,
 )
+from flowgrpo_jax.alarms import raise_kl
 from flowgrpo_jax.data_loss import EpochData
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.report import about, page
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
-from flowgrpo_jax.run_evaluation import evaluate_into
+from flowgrpo_jax.run_evaluation import Record, evaluate_into, nobody, recorder
+from flowgrpo_jax.run_state import initial_state
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
 from flowgrpo_jax.types import Conditioning, Credit, PromptBatch, Rollout, TrainState
@@ -55,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 def one_epoch(
-    run: Recipe, state: TrainState, epoch: int, stop: cli.Stop
+    run: Recipe, state: TrainState, epoch: int, stop: cli.Stop, record: Record = nobody
 ) -> tuple[TrainState, dict[str, float]]:
     """Train for one epoch and return the new state and figures. A signal raises cli.Stopped."""
     config, plan, stages = run.config, run.plan, lifecycle.Stages()
@@ -74,6 +77,7 @@ def one_epoch(
     failed, most = 1.0 - float(np.mean(valid)), config.reward.max_failed
     lifecycle.check_failed(epoch, failed, scores.broken, most=most)
     state, given = credit.assign(run, state, values, weights, batch.ids, rollouts, pixels)
+    record(batch, scores, given)
 
     # Policy updates, each on its own groups.
     data = data_loss.of_epoch(run, state, cond, batch, rollouts, epoch)
@@ -183,21 +187,6 @@ def improve(
     return run.programs.end_epoch(state, begun), figures | alone
 
 
-def initial_state(run: Recipe) -> TrainState:
-    """The state before the first update, on the devices."""
-    key = jax.random.key(run.config.seed)
-    memory = credit.initial(run)
-    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
-    state = update.init(
-        run.put(run.model.init_trained(key)),
-        run.algorithm.copies,
-        memory,
-        run.optimiser,
-        key,
-    )
-    return run.put(state)
-
-
 def train(
     config: ConfigDict, workdir: epath.PathLike, *, resume: bool = False, profile: int | None = None
 ) -> TrainState:
@@ -215,6 +204,7 @@ def train(
     costs = run_costs.RunCosts(run)
     if first_process := jax.process_index() == 0:
         print(recipe.summary(run), costs.line(), sep="\n")
+        print(page.announced(workdir, config.eval.every))
     state = initial_state(run)
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
     checkpoints = RunCheckpoints(
@@ -228,9 +218,11 @@ def train(
     if epoch > config.epochs:
         log.warning("%s has %d epochs, more than epochs=%d", workdir, epoch, config.epochs)
     cli.record(workdir, config)
+    about.save(workdir, config.to_dict())
     metrics = logs.Metrics(
         workdir, epoch, config=config.to_dict(), active=first_process, **config.log
     )
+    run = raise_kl(run, metrics, epoch, {})
     bar = lifecycle.progress_bar(config.name, epoch, config.epochs, active=first_process)
     every = config.eval.every if run.test_prompts else 0  # epochs between evaluations
     first, asked = epoch, 0
@@ -241,10 +233,12 @@ def train(
                 stop.check()
                 report: dict[str, float] = {}
                 if every and epoch % every == 0:
-                    report = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
+                    report = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
+                    run = raise_kl(run, metrics, epoch, report)
+                record = recorder(workdir, run, epoch, report)
                 begun = time.perf_counter()
                 with lifecycle.traced(workdir / "profile", epoch == profile):
-                    trained, figures = one_epoch(run, state, epoch, stop)
+                    trained, figures = one_epoch(run, state, epoch, stop, record)
                 checkpoints.lost = lifecycle.count_lost(
                     checkpoints.lost, figures["skipped"], config.train.max_skipped
                 )
@@ -252,13 +246,15 @@ def train(
                 figures["seconds"] = time.perf_counter() - begun
                 figures |= costs.speed(epoch - 1, figures["seconds"])
                 metrics.write(epoch - 1, figures | report)
+                page.save(workdir, report)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
                     checkpoints.save(epoch, state)
             checkpoints.finish(epoch, state)
             if every and epoch == config.epochs:
-                last = evaluate_into(workdir, run, state, epoch, checkpoints, stop)
+                last = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
                 metrics.write(epoch, last)
+                page.save(workdir, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
             if epoch > first:

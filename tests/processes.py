@@ -75,6 +75,7 @@ def load(folder, mesh, host_call):
     c.reward.host_call = host_call
     c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 8, 8, 2
     c.eval.rewards, c.checkpoint.best = (), "brightness"
+    c.monitor.move = False
     c.train.eps, c.train.learning_rate = 1.0, 1.0  # steps follow the gradient, not its sign
     c.checkpoint.every = 1
     c.mesh.update(mesh)

@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from flowgrpo_jax import logs
+
 ROOT = Path(__file__).parent.parent
 RECIPE = """
 from pathlib import Path
@@ -33,6 +35,7 @@ def get_config():
     c.eval.rewards = ("jpeg_incompressibility", "shapes_strict")
     c.checkpoint.best = "jpeg_incompressibility"
     c.checkpoint.every = 1
+    c.monitor.move = False  # one program less to compile
     return c
 """
 
@@ -71,9 +74,13 @@ def rows(workdir):
 
 
 def timeless(row, prefix=""):
-    """A row of metrics without what depends on the clock (and without evaluations)."""
-    clock = re.compile(r"seconds|\w+_per_second|share_of_peak|peak_memory_gb|hidden_rewards")
-    return {k: v for k, v in row.items() if not clock.match(k) and not k.startswith(prefix or "\n")}
+    """A row of metrics without what depends on the clock (and, with a prefix, without the figures
+    that begin so; those of "eval/" are all of an evaluation's)."""
+    clock = re.compile(
+        r"seconds|\w+_per_second|share_of_peak|peak_memory_gb|hidden_rewards|eval_seconds"
+    )
+    left_out = logs.EVALUATED if prefix == "eval/" else (prefix or "\n",)
+    return {k: v for k, v in row.items() if not clock.match(k) and not k.startswith(left_out)}
 
 
 def same(ours, theirs):

@@ -96,8 +96,10 @@ def test_imports_have_a_direction():
             "cli",
             "usage",
         },
+        {"monitors"},
         {"run_record", "checkpoint", "policies"},
         {"run_checkpoints"},
+        {"report"},
         {"algorithms"},
         {"update"},
         {"worlds"},
@@ -105,12 +107,12 @@ def test_imports_have_a_direction():
         {"prompts"},
         {"training_data"},
         {"rollout_settings"},
-        {"programs", "settings", "lifecycle"},
+        {"monitor_settings", "programs", "settings", "lifecycle"},
         {"batch_plan"},
         {"parts"},
         {"recipe"},
         {"run_costs"},
-        ENTRY_POINTS | {"run_evaluation", "credit", "data_loss"},
+        ENTRY_POINTS | {"run_evaluation", "run_state", "alarms", "credit", "data_loss"},
     ]
     height = {name: i for i, layer in enumerate(layers) for name in layer} | {"": 0}
     for module in FILES:
@@ -163,7 +165,16 @@ def test_recipes_import_recipes_alone():
 def test_configs_stop_at_the_entry_points():
     users = {module for module in FILES if libraries(module) & {"ml_collections", "absl"}}
     assert users <= ENTRY_POINTS | {
-        *("recipe", "parts", "batch_plan", "settings", "rollout_settings", "cli", "usage")
+        *(
+            "recipe",
+            "parts",
+            "batch_plan",
+            "settings",
+            "rollout_settings",
+            "monitor_settings",
+            "cli",
+            "usage",
+        )
     }
 
 

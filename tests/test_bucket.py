@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 from processes import final_state, outcome, start
 
-from flowgrpo_jax import cli, files
+from flowgrpo_jax import cli, files, logs
 from flowgrpo_jax.checkpoint import Checkpoints
 
 pytest.importorskip("gcsfs")
@@ -78,12 +78,14 @@ def test_a_run_in_a_bucket_goes_on_bit_for_bit(folder, bucket):
     with (workdir / "samples" / "epoch-00002.png").open("rb") as file:
         assert Image.open(file).size[0] > 64
     assert len(list((workdir / "tensorboard").iterdir())) > 0
+    assert "evaluation" in (workdir / "report.html").read_text()
+    assert (workdir / "report" / "evaluation-00002.webp").exists()
 
 
 def trained(folder, name):
     """Its metrics, but for evaluations: a run that ends after an epoch has one more."""
     rows = outcome(folder, name)[0]
-    return [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(logs.EVALUATED)} for row in rows]
 
 
 def test_a_missing_bucket_is_an_error_at_once(bucket):

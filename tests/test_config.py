@@ -20,6 +20,7 @@ DEVICES = (1, 2, 4, 8, 16, 32, 64)
 RECIPES = sorted(
     ".".join(file.relative_to(ROOT / "configs").with_suffix("").parts)
     for file in (ROOT / "configs").rglob("[a-z]*.py")
+    if file.stem != "variants"  # of recipes, and none itself
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from short_runs import call, load, rows
 
-from flowgrpo_jax import cli, policies, recipe, run_checkpoints, sharding
+from flowgrpo_jax import cli, logs, policies, recipe, run_checkpoints, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models.base_model import BaseModel
@@ -38,14 +38,18 @@ def test_an_evaluation_whose_reward_failed_is_not_the_best(
     failures = {"jpeg_incompressibility": best, "shapes": other}
     result = {"metrics": {"shapes": 1.0}, "per_tag": {}, "failed": 1.0, "failures": failures}
     result["broken"] = broken
-    monkeypatch.setattr(
-        "flowgrpo_jax.run_evaluation.evaluate", lambda *_, **__: (result, None, None)
-    )
-    monkeypatch.setattr("flowgrpo_jax.run_evaluation.save_grid", lambda *_: None)
+    result |= {"errors": {}, "errors_per_tag": {}}
+    for name, value in {
+        "draw_balanced": (None, None, None),
+        "summarise": result,
+        "monitored": {},
+        "show": None,
+    }.items():
+        monkeypatch.setattr(f"flowgrpo_jax.run_evaluation.{name}", lambda *_, value=value: value)
     run, state = SimpleNamespace(config=load(runs)), SimpleNamespace(copies={"ema": {}})
     epochs: list[int] = []
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
-    evaluate_into(tmp_path, run, state, 7, kept, cli.Stop())
+    evaluate_into(tmp_path, run, state, 7, kept, logs.Metrics(tmp_path), cli.Stop())
     assert epochs == offered
     assert ("jpeg_incompressibility failed on 90% and cannot be the best" in caplog.text) == (
         best == 0.9

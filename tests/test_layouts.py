@@ -8,6 +8,7 @@ from PIL import Image
 from processes import PAIR, outcome, spawn_each, start, wait_for
 from tiny_model import MMDIT
 
+from flowgrpo_jax import logs
 from flowgrpo_jax.models.sd3.mmdit import MMDiT
 from flowgrpo_jax.worlds.pretraining import package
 
@@ -114,5 +115,5 @@ def test_a_run_goes_on_in_another_layout(folder, one_device):
     ours, theirs = outcome(folder, "moved"), one_device
     assert [row["epoch"] for row in ours[0]] == [0, 1, 2]
     # A run that ends after an epoch has one more evaluation, which is kept when it goes on.
-    between = {k: v for k, v in ours[0][1].items() if not k.startswith("eval/")}
+    between = {k: v for k, v in ours[0][1].items() if not k.startswith(logs.EVALUATED)}
     same(([ours[0][0], between, ours[0][2]], ours[1]), theirs)

@@ -1,10 +1,14 @@
 """What a run writes of its figures, when it is stopped, resumed and prolonged."""
 
 import errno
+import io
+import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flowgrpo_jax import logs
 
@@ -72,3 +76,24 @@ def test_a_grid_keeps_the_pictures_proportions(height, width):
     dark = np.argwhere((sheet < 9).all(-1))
     high, wide = np.ptp(dark, axis=0) + 1
     assert max(high, wide) == 128 and high * width == wide * height
+
+
+def test_tensorboard_and_wandb_get_the_pictures(tmp_path, monkeypatch):
+    logged = []
+    run = SimpleNamespace(log=lambda row, step: logged.append((step, row)))
+    wandb = SimpleNamespace(init=lambda **_: run, Image=lambda picture: picture.size)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    metrics = logs.Metrics(tmp_path, tensorboard=True, wandb=True)
+    metrics.show(4, "samples", lambda: Image.new("RGB", (20, 10), "red"))
+    assert logged == [(4, {"samples": (20, 10)})]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    begin = written.index(b"\x89PNG")
+    assert b"samples" in written[:begin]
+    shown = Image.open(io.BytesIO(written[begin:]))
+    assert shown.size == (20, 10) and shown.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_no_picture_is_drawn_for_nobody(tmp_path):
+    logs.Metrics(tmp_path).show(0, "samples", lambda: pytest.fail("drawn"))
+    logs.Metrics(tmp_path, active=False).show(0, "samples", lambda: pytest.fail("drawn"))

@@ -44,6 +44,7 @@ TABLE = {
     "ocr_lenient": "flowgrpo_jax.rewards.ocr:make()",
     "unifiedreward": "flowgrpo_jax.rewards.judge:unifiedreward()",
     "vlm_judge": "flowgrpo_jax.rewards.judge:make()",
+    "vote": "flowgrpo_jax.rewards.vote:make()",
     "preference": "flowgrpo_jax.rewards.preference:make()",
     "remote": "flowgrpo_jax.rewards.remote:make()",
     "geneval_upstream": "flowgrpo_jax.rewards.upstream:geneval()",

@@ -14,9 +14,10 @@ from flowgrpo_jax import sharding
 from flowgrpo_jax.scoring import host
 from flowgrpo_jax.scoring.host_pictures import HostPictures
 from flowgrpo_jax.scoring.scorer import Scorer
-from flowgrpo_jax.scoring.scores import Scores
+from flowgrpo_jax.scoring.scores import Sample, Scores
 from flowgrpo_jax.types import NamedScores, Pictures
 
+SAMPLE = 24  # images that are kept for people to look at
 RowScores = tuple[np.ndarray, NamedScores]  # rows i64 [n] of the B images, scores f32 [n] each
 
 
@@ -52,6 +53,7 @@ class PendingScores:
         calls = calls_of(scorer.set_rewards, ids)[jax.process_index() :: jax.process_count()]
         self._calls = sorted(calls, key=lambda call: call.rows[-1])  # of this process
         self._added = 0  # images, with their padding
+        self._sample: list[jax.Array] = []  # pixels of the first micro-batches
         self._scored: list[RowScores] = []  # by programs
         self._futures: list[Future[RowScores]] = []
         self._pool = ThreadPoolExecutor(scorer.threads)
@@ -75,6 +77,8 @@ class PendingScores:
         size = pictures.finite.shape[0]
         here = np.arange(self._added, min(self._added + size, len(self.ids)))
         self._added += size
+        if here.size and here[0] < SAMPLE:
+            self._sample.append(pictures.pixels)
         self._scored.append((here, self.scorer.in_graph(pictures.pixels, prepared, rows)))
         if scored:
             self._scored.append((here, scored))
@@ -99,7 +103,18 @@ class PendingScores:
         values = np.fmax.reduce(sharding.allgather(values))  # NaN: another process scored it
         weights = self.scorer.weights.table(self.scorer.lookup(self.ids))
         valid = ~np.isnan(weights) & self.pictures.finite
-        return Scores(names, np.where(valid, values, np.nan), weights, self.pictures.finite)
+        values = np.where(valid, values, np.nan)
+        return Scores(names, values, weights, self.pictures.finite, self._own_sample())
+
+    def _own_sample(self) -> Sample:
+        """Return those of the first SAMPLE images that this process holds."""
+        parts, begin = [], 0
+        for pixels in self._sample:
+            rows, own = sharding.own_rows(pixels)
+            kept = begin + rows < min(SAMPLE, len(self.ids))
+            parts.append(Sample(begin + rows[kept], own[kept]))
+            begin += len(pixels)
+        return Sample(*map(np.concatenate, zip(*parts)))
 
     def _submit(self, work: Callable[..., RowScores], *batch: Any) -> None:
         def timed(*batch: Any) -> RowScores:

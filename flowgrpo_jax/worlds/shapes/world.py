@@ -19,6 +19,13 @@ def picture(metadata: dict, rng: np.random.Generator) -> np.ndarray:
     return render(grammar.sample_scene(metadata, rng))
 
 
+def true_pictures(n: int) -> list[tuple[np.ndarray, str]]:
+    """Rendered pictures of the first n test prompts, with their prompts: `monitor.pictures`."""
+    records = grammar.prompts("test")[:n]
+    made = [picture(record, np.random.default_rng(i)) for i, record in enumerate(records)]
+    return [(made[i], record["prompt"]) for i, record in enumerate(records)]
+
+
 WORLD = World(
     name="shapes",
     captions=captions,

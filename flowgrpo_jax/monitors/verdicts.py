@@ -1,0 +1,190 @@
+"""Verdicts in words: what an evaluation has lost since the first one of its run.
+
+The limits are set between the runs of the model in the box, whose figures move by up to 30 % while
+the pictures get better (docs/report.md), and hacked runs, in which they move by more than 50 %: in
+the case that is best known, edge density fell by 60 %, colour entropy by 54 % and brightness by
+73 % while the text reward rose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+FINE, WATCH, ALARM = LEVELS = ("fine", "watch", "alarm")
+LOWER_IS_BETTER = ("shapes_unknown",)  # rewards that count what is wrong with a picture
+
+
+class Limits(NamedTuple):
+    """From where on a change is to be watched, and from where on it is an alarm."""
+
+    watch: float
+    alarm: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a figure of the monitors is judged by its change since the first evaluation.
+
+    Attributes:
+      figure: its name in the metrics, without "monitor/"; label: its name for people.
+      lost, gained: what a fall and a rise beyond the limits mean.
+      fall, rise: limits of the change, which is a share of the first value or, with `absolute`, a
+        difference; None where that direction is no loss.
+    """
+
+    figure: str
+    label: str
+    lost: str
+    gained: str
+    fall: Limits | None = None
+    rise: Limits | None = None
+    absolute: bool = False
+
+
+FLATTER, BUSIER = Limits(0.2, 0.35), Limits(0.5, 1.0)
+# At low noise the base's own velocity is small, so that the same change is a larger share of it.
+MOVES = {"high": Limits(0.15, 0.5), "middle": Limits(0.15, 0.5), "low": Limits(1.0, 2.0)}
+RULES = (
+    Rule("edge_density", "Edge density", "detail is lost", "noise or clutter", FLATTER, BUSIER),
+    Rule("colour_entropy", "Colour entropy", "pictures get flat", "clutter", FLATTER, BUSIER),
+    Rule("brightness", "Brightness", "pictures get dark", "pictures get pale",
+         Limits(0.15, 0.3), Limits(0.25, 0.5)),
+    Rule("saturation", "Saturation", "pictures get grey", "pictures get garish",
+         Limits(0.3, 0.5), BUSIER),
+    Rule("dark", "Share of dark pixels", "", "black areas show nothing",
+         rise=Limits(0.1, 0.25), absolute=True),
+    Rule("bright", "Share of bright pixels", "", "white areas show nothing",
+         rise=Limits(0.1, 0.25), absolute=True),
+    Rule("sharpness", "Sharpness", "blur", "noise or grain", FLATTER, BUSIER),
+    Rule("diversity", "Diversity within a prompt", "pictures of a prompt become alike", "",
+         Limits(0.25, 0.4)),
+    *(
+        Rule(f"move_{name}", f"Size of the move at {name} noise", "",
+             "the policy leaves what the base model knows", rise=limits, absolute=True)
+        for name, limits in MOVES.items()
+    ),
+    # 10 % is DDRL's alarm (arXiv 2512.04332); honest runs of the box reach 85 % in 36 epochs.
+    Rule("true_loss", "Loss on true pictures", "", "the policy forgets what is true",
+         rise=Limits(0.1, 3.0)),
+)  # fmt: skip
+# Rewards that are evaluated and not trained on fall while one that is trained on rises: in standard
+# errors of the difference, and, for an alarm, also as a share of the first value.
+HELD_OUT = Limits(2.0, 4.0)
+HELD_OUT_SHARE = 0.15
+
+
+class Verdict(NamedTuple):
+    """What a monitor says about an evaluation."""
+
+    figure: str
+    label: str
+    level: str  # fine, watch or alarm
+    first: float
+    now: float
+    says: str
+
+
+def verdicts(
+    rows: Iterable[Mapping[str, Any]], weights: Mapping[str, float]
+) -> dict[int, list[Verdict]]:
+    """Return the verdicts on every evaluation but the first, by epoch.
+
+    Args:
+      rows: the metrics of a run; those without an evaluation are passed over.
+      weights: of the rewards that are trained on.
+    """
+    first, found = None, {}
+    for row in rows:
+        if not any(key.startswith("eval/") for key in row):
+            continue
+        if first is None:
+            first = row
+        else:
+            found[int(row["epoch"])] = judge(first, row, weights)
+    return found
+
+
+def judge(
+    first: Mapping[str, Any], now: Mapping[str, Any], weights: Mapping[str, float]
+) -> list[Verdict]:
+    """Return the verdicts on an evaluation, by the first one's figures. See `verdicts`."""
+    found = [by_rule(rule, first, now) for rule in RULES]
+    return [v for v in [*found, *held_out(first, now, weights)] if v]
+
+
+def worst(found: Iterable[Verdict]) -> str:
+    """Return the most serious level; fine where there is no verdict."""
+    return max((v.level for v in found), key=LEVELS.index, default=FINE)
+
+
+def by_rule(rule: Rule, first: Mapping[str, Any], now: Mapping[str, Any]) -> Verdict | None:
+    """Judge one figure; None where one of the evaluations lacks it."""
+    name = f"monitor/{rule.figure}"
+    before, after = number(first.get(name)), number(now.get(name))
+    if math.isnan(before + after) or not (rule.absolute or before):
+        return None
+    change = after - before if rule.absolute else after / before - 1
+    limits = rule.rise if change > 0 else rule.fall
+    level = level_of(abs(change), limits)
+    size = f"{abs(change):.2f}" if rule.absolute else f"{abs(change):.0%}"
+    says = f"{'rose' if change > 0 else 'fell'} by {size}"
+    if level != FINE and limits:
+        limit = getattr(limits, level)
+        shown = f"{limit:.2f}" if rule.absolute else f"{limit:.0%}"
+        says += f" ({level} from {shown}): {rule.gained if change > 0 else rule.lost}"
+    return Verdict(rule.figure, rule.label, level, before, after, says)
+
+
+def held_out(
+    first: Mapping[str, Any], now: Mapping[str, Any], weights: Mapping[str, float]
+) -> list[Verdict]:
+    """Judge the rewards that are evaluated and not trained on."""
+    names = [k.removeprefix("eval/") for k in now if k.startswith("eval/") and k.count("/") == 1]
+    gains = [gain(name, first, now) for name in names if weights.get(name)]
+    rises = any(errors > HELD_OUT.watch for _, errors in gains)
+    found = []
+    for name in names:
+        if weights.get(name):
+            continue
+        before, after = number(first.get(f"eval/{name}")), number(now.get(f"eval/{name}"))
+        difference, errors = gain(name, first, now)
+        if math.isnan(errors):
+            continue
+        level = level_of(-errors, HELD_OUT) if rises else FINE
+        if level == ALARM and -difference < HELD_OUT_SHARE * abs(before):
+            level = WATCH
+        says = f"{'better' if difference >= 0 else 'worse'} by {abs(errors):.1f} standard errors"
+        if level != FINE:
+            says += " while a reward that is trained on rose: what is gained may be a trick"
+        found.append(Verdict(f"eval/{name}", f"Held-out reward {name}", level, before, after, says))
+    return found
+
+
+def gain(name: str, first: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how much better an evaluated reward became, and that in standard errors of the
+    difference as if the two evaluations were independent, which is cautious: prompts and noise are
+    the same."""
+    before, after = number(first.get(f"eval/{name}")), number(now.get(f"eval/{name}"))
+    errors = [number(row.get(f"eval_error/{name}")) for row in (first, now)]
+    difference = before - after if name in LOWER_IS_BETTER else after - before
+    error = math.hypot(*errors)
+    return difference, difference / error if error else math.copysign(math.inf, difference)
+
+
+def level_of(size: float, limits: Limits | None) -> str:
+    if limits is None or size < limits.watch:
+        return FINE
+    return ALARM if size >= limits.alarm else WATCH
+
+
+def number(value: Any) -> float:
+    """The value as a float; NaN for none, which is how the metrics write one that is not finite."""
+    return math.nan if value is None else float(value)
+
+
+def in_words(found: Sequence[Verdict], level: str = ALARM) -> str:
+    """Return the verdicts of a level as one sentence; "" without any."""
+    return "; ".join(f"{v.label} {v.says}" for v in found if v.level == level)
