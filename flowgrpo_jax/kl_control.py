@@ -194,10 +194,8 @@ def uncertain(
             f"kl.options.auxiliaries names {unknown}: give them the weight 0 in reward.weights,"
             f" which has {', '.join(names)}"
         )
-    if wrong := [sign for sign in auxiliaries.values() if sign not in (1, -1)]:
-        raise ValueError(
-            f"kl.options.auxiliaries: {wrong[0]!r} must be 1, or -1 if lower is better"
-        )
+    if not {*auxiliaries.values()} <= {1, -1}:
+        raise ValueError(f"kl.options.auxiliaries={auxiliaries}: must be 1, or -1 to turn it")
     signs = np.array([auxiliaries.get(name, float(not auxiliaries)) for name in names])
 
     def weigh(memory: Memory, scores: np.ndarray, weights: np.ndarray):

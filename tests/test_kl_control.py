@@ -300,7 +300,7 @@ def test_what_is_trained_on_cannot_be_watched(runs, weights, auxiliaries, traine
         ("uncertain", {"share": 0.3}, r"share=0\.3 must lie within least=0\.02 and most=0\.2"),
         ("uncertain", {"rate": 1.0}, r"kl\.options\.rate=1\.0: must be in \[0, 1\)"),
         ("uncertain", {"auxiliaries": {"x": 1.0}}, r"auxiliaries names \['x'\]: give them"),
-        ("uncertain", {"auxiliaries": {"better": 0.5}}, r"auxiliaries: 0\.5 must be 1, or -1"),
+        ("uncertain", {"auxiliaries": {"better": 0.5}}, r"auxiliaries=.*0\.5.*: must be 1"),
         ("adaptive", {"speed": 1.0}, r"speed is unknown; .* takes target=0\.001"),
     ],
 )
