@@ -48,7 +48,7 @@ def check_a_tree(folder):
     with pytest.MonkeyPatch.context() as monkeypatch:
         config = load(Path(folder), monkeypatch, {"data": 2})
         config.epochs, config.eval.every, config.train.updates_per_epoch = 2, 0, 1
-        config.sample.groups, config.sample.group_size, config.sample.micro_batch = 2, 4, 8
+        config.sample.groups, config.sample.group_size, config.sample.micro_batch = 4, 4, 16
         config.sample.steps, config.sample.window, config.sample.window_range = 3, 2, (0, 0)
         config.sample.branches, config.sample.splits = 4, (0, 1)
         config.advantage.name = "tree"
