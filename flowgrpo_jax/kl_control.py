@@ -166,7 +166,7 @@ def uncertain(
 
     An image's uncertainty u is its rank by the trained reward minus its mean rank by rewards that
     are not trained on, among all images of the epoch; ranks go up with the score. Where u is high
-    the trained reward is suspiciously pleased. The KL is that of the top share of the images with
+    the trained reward rates the image much higher than the others do. The KL is that of the top share of the images with
     u >= 0. The share adapts: times 1 + rate when the mean u of the images with u >= 0 is above all
     of the last 20 epochs', times 1 - rate when it is below them all.
 

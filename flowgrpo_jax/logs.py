@@ -166,8 +166,9 @@ class Events:
         from tensorboardX.summary import scalar
 
         for key, value in values.items():
-            number = math.nan if value is None else float(value)  # as `plain` writes it
-            event = Event(wall_time=time.time(), step=epoch, summary=scalar(key, number))
+            if value is None or math.isnan(value):  # nothing was measured, such as a task's reward
+                continue
+            event = Event(wall_time=time.time(), step=epoch, summary=scalar(key, float(value)))
             self._writer.write_event(event)
 
     def close(self) -> None:

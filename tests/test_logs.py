@@ -45,6 +45,16 @@ def test_an_epoch_that_is_trained_again_is_written_again(tmp_path):
     assert b"eval/shapes" in events.read_bytes()  # a reader drops those of before
 
 
+def test_tensorboard_gets_no_figure_that_was_not_measured(tmp_path, caplog):
+    """Such as the reward of a task that the epoch did not draw. A NaN is a warning each epoch."""
+    metrics = logs.Metrics(tmp_path, tensorboard=True)
+    metrics.write(0, {"reward/here": 0.5, "reward/absent": float("nan")})
+    metrics.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"reward/here" in events.read_bytes()
+    assert b"reward/absent" not in events.read_bytes() and not caplog.text
+
+
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_row_that_a_full_disk_cuts_is_written_whole_later(tmp_path, monkeypatch, caplog, more):
     metrics = logs.Metrics(tmp_path)
