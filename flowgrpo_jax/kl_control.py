@@ -166,9 +166,9 @@ def uncertain(
 
     An image's uncertainty u is its rank by the trained reward minus its mean rank by rewards that
     are not trained on, among all images of the epoch; ranks go up with the score. Where u is high
-    the trained reward rates the image much higher than the others do. The KL is that of the top share of the images with
-    u >= 0. The share adapts: times 1 + rate when the mean u of the images with u >= 0 is above all
-    of the last 20 epochs', times 1 - rate when it is below them all.
+    the trained reward rates the image much higher than the others do. The KL is that of the top
+    share of the images with u >= 0. The share adapts: times 1 + rate when the mean u of the images
+    with u >= 0 is above all of the last 20 epochs', times 1 - rate when it is below them all.
 
     Deviations from tinnerhrhe/GARDO: there a rank of 1 is the best image's, so that what is chosen
     are the images that the trained reward likes too little, against what the paper says; here it is

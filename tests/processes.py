@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from etils import epath
+from short_runs import timeless
 
 from flowgrpo_jax import cli, files, policies, recipe, rewards
 from flowgrpo_jax.checkpoint import Checkpoints
@@ -205,7 +206,7 @@ def outcome(folder, name):
     """(metrics without times, the EMA after training) of a run."""
     lines = (place(folder, name) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    rows = [timeless(row) for row in rows]
     config = adapted(load(folder, {"data": 1}, "overlap"), name)
     built = recipe.build(config, training=False)
     return rows, jax.device_get(policies.load(place(folder, name), built.model))
