@@ -39,31 +39,33 @@ def forward_flop(run: Recipe) -> float:
     return branches * cost.flops(jax.make_jaxpr(model.velocity)(*shapes))
 
 
-class RunCosts:
-    """The costs of a run, for what it prints and logs about its speed."""
+def line(run: Recipe, flop: float) -> str:
+    """Return the line about the costs that a run prints before it begins.
 
-    def __init__(self, run: Recipe):
-        self.run, self.flop = run, forward_flop(run)
+    Args:
+      flop: of a pass, `forward_flop(run)`.
+    """
+    passes = forwards(run, 0)
+    frozen = jax.tree.leaves((run.model.base, run.model.params["vae"]))
+    held = sum(x.addressable_shards[0].data.nbytes for x in frozen)
+    return (
+        f"cost        {passes:.0f} forward passes an image,"
+        f" {passes * run.plan.images * flop / 1e12:,.3g} TFLOP an epoch without decoding and"
+        f" rewards, {held / 1e9:.2g} GB of frozen weights on a device"
+    )
 
-    def line(self) -> str:
-        """Return the line about them that a run prints before it begins."""
-        run, passes = self.run, forwards(self.run, 0)
-        work = passes * run.plan.images * self.flop
-        frozen = jax.tree.leaves((run.model.base, run.model.params["vae"]))
-        held = sum(x.addressable_shards[0].data.nbytes for x in frozen)
-        return (
-            f"cost        {passes:.0f} forward passes an image, {work / 1e12:,.3g} TFLOP an epoch"
-            f" without decoding and rewards, {held / 1e9:.2g} GB of frozen weights on a device"
-        )
 
-    def speed(self, epoch: int, seconds: float) -> dict[str, float]:
-        """Return the figures of an epoch's speed: images and forward passes a second, the share of
-        the devices' peak where it is known, and the most GB of a device's memory so far."""
-        run = self.run
-        passes = forwards(run, epoch) * run.plan.images / seconds
-        figures = {"images_per_second": run.plan.images / seconds, "forwards_per_second": passes}
-        if peak := hardware.peak(run.mesh.devices.flat[0]):
-            figures["share_of_peak"] = passes * self.flop / (peak * run.mesh.size)
-        if used := hardware.peak_memory(run.mesh.local_devices[0]):
-            figures["peak_memory_gb"] = used / 1e9
-        return figures
+def speed(run: Recipe, flop: float, epoch: int, seconds: float) -> dict[str, float]:
+    """Return the figures of an epoch's speed: images and forward passes a second, the share of the
+    devices' peak where it is known, and the most GB of a device's memory so far.
+
+    Args:
+      flop: of a pass, `forward_flop(run)`.
+    """
+    passes = forwards(run, epoch) * run.plan.images / seconds
+    figures = {"images_per_second": run.plan.images / seconds, "forwards_per_second": passes}
+    if peak := hardware.peak(run.mesh.devices.flat[0]):
+        figures["share_of_peak"] = passes * flop / (peak * run.mesh.size)
+    if used := hardware.peak_memory(run.mesh.local_devices[0]):
+        figures["peak_memory_gb"] = used / 1e9
+    return figures

@@ -201,9 +201,9 @@ def train(
     workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
     cli.prepare(workdir, resume)
     run = recipe.build(config)
-    costs = run_costs.RunCosts(run)
+    flop = run_costs.forward_flop(run)
     if first_process := jax.process_index() == 0:
-        print(recipe.summary(run), costs.line(), sep="\n")
+        print(recipe.summary(run), run_costs.line(run, flop), sep="\n")
         print(page.announced(workdir, config.eval.every))
     state = initial_state(run)
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
@@ -244,7 +244,7 @@ def train(
                 )
                 state, epoch = trained, epoch + 1
                 figures["seconds"] = time.perf_counter() - begun
-                figures |= costs.speed(epoch - 1, figures["seconds"])
+                figures |= run_costs.speed(run, flop, epoch - 1, figures["seconds"])
                 metrics.write(epoch - 1, figures | report)
                 page.save(workdir, report)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
