@@ -48,8 +48,8 @@ def test_what_was_trained_before_an_error_is_kept(runs, half, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB, which is about five checkpoints of the tiny run."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    """A file system of 6 MB: about five checkpoints of the tiny run, its pictures and its page."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)]
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
