@@ -252,7 +252,7 @@ def test_a_run_of_gardo_goes_on_bit_for_bit(runs, tmp_path):
     found = rows(tmp_path / "whole")
     assert [*map(timeless, found)] == [*map(timeless, rows(tmp_path / "halves"))]
     # The first epoch's policy is its reference. After the second epoch it becomes so again.
-    assert [row["kl"] > 0 for row in found] == [False, True]
+    assert [row["kl"] > 1e-9 for row in found] == [False, True]  # but for rounding
     assert [row["reference_age"] for row in found] == [1, 0]
     assert all(0.02 <= row["uncertain_share"] <= 0.2 for row in found)
     assert np.isfinite(whole.memory["kl"]["history"]).sum() == 2
