@@ -1,4 +1,4 @@
-"""What a run does when the monitors raise an alarm: it says so, stops, or raises its KL."""
+"""At an alarm of the monitors a run says so, stops, or raises the weight of its KL."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def heed(
     metrics: logs.Metrics,
     report: dict[str, float],
 ) -> None:
-    """Say what the monitors find alarming, and do what `monitor.on_alarm` asks for.
+    """Warn of what the monitors find alarming, and do what `monitor.on_alarm` asks for.
 
     Raises RunFailed where that is to stop. The evaluation is then in the metrics and on the page.
     """

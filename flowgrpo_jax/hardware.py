@@ -1,4 +1,4 @@
-"""What accelerators can do at most, from their makers' data sheets."""
+"""This file lists the limits of accelerators, from their makers' data sheets."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Instruction(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What an instruction does each time that it runs."""
+    """The work of an instruction, each time that it runs."""
 
     name: str
     operation: str  # the end of its path in the program that was written, such as "ff/dot_general"

@@ -1,4 +1,4 @@
-"""What follows from a config about how images are drawn: window, branches, and their advantages."""
+"""These functions read from a config how images are drawn: window, branches, advantages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an epoch of a run computes: passes of the transformer, their arithmetic, and its speed."""
+"""These functions count what an epoch computes: passes of the transformer and their arithmetic."""
 
 from __future__ import annotations
 

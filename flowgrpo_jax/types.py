@@ -67,7 +67,7 @@ class Rollout:
 
 @flax.struct.dataclass
 class Credit:
-    """What images are worth to the update, where their KL has weights of its own."""
+    """Advantages together with a weight of each image's KL."""
 
     advantage: jax.Array  # f32 [M], or [W, M] with one value for each transition of the window
     kl: jax.Array  # f32 [M], by which an image's KL is multiplied, beside the algorithm's beta

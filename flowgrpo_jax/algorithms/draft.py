@@ -17,13 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from flowgrpo_jax import sde
-from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
 from flowgrpo_jax.algorithms.reward_gradients import (
-    FIGURES,
+    algorithm,
     check_euler,
     check_last,
-    check_threshold,
-    shortfall,
 )
 from flowgrpo_jax.types import Rollout
 
@@ -34,18 +32,12 @@ def make(last: int = 1, threshold: float = jnp.inf) -> Algorithm:
       last: K, the steps at the end of the rollout that are differentiated; 0 means all.
       threshold: reward from which on nothing is learned; inf means none, as in the paper.
     """
-    check_threshold(threshold)
     if last < 0:
         raise ValueError(f"algorithm.options.last={last}: must be at least 1, or 0 for all steps")
 
-    def loss(
-        setup: Setup,
-        v: Velocities,
-        rollout: Rollout,
-        term: jax.Array,
-        advantage: jax.Array,
-        score: Score,
-    ) -> tuple[jax.Array, Figures]:
+    def rewarded(
+        setup: Setup, v: Velocities, rollout: Rollout, term: jax.Array, score: Score
+    ) -> jax.Array:
         sigmas = jnp.asarray(setup.process.sigmas, jnp.float32)
         first = setup.process.steps - (last or setup.process.steps)
 
@@ -55,19 +47,13 @@ def make(last: int = 1, threshold: float = jnp.inf) -> Algorithm:
             return sde.euler(x, v["policy"](x, sigma), sigma, sigma_next), None
 
         x_0, _ = jax.lax.scan(step, rollout.x[first], (sigmas[first:-1], sigmas[first + 1 :]))
-        return shortfall(score(x_0)[0], threshold)
+        return score(x_0)[0]
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         check_last(setup, last)
         check_euler(setup, "draft")
         return jnp.zeros(1, jnp.int32)  # one look at a rollout
 
-    return Algorithm(
-        loss,
-        terms,
-        figures=FIGURES,
-        records="path",
-        reward_gradient=True,
-        summary=f"DRaFT through {f'the last {last}' if last else 'all'} steps,"
-        f" threshold {threshold:g}",
+    return algorithm(
+        rewarded, terms, threshold, f"DRaFT through {f'the last {last}' if last else 'all'} steps"
     )

@@ -19,14 +19,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
 from flowgrpo_jax.algorithms.renoise import renoise
 from flowgrpo_jax.algorithms.reward_gradients import (
-    FIGURES,
+    algorithm,
     check_last,
-    check_threshold,
     predicted,
-    shortfall,
 )
 from flowgrpo_jax.types import Rollout
 
@@ -38,34 +36,21 @@ def make(noised: int = 2, last: int = 1, threshold: float = jnp.inf) -> Algorith
       last: the step, counted from the rollout's end.
       threshold: reward from which on nothing is learned; inf means none, as in the paper.
     """
-    check_threshold(threshold)
     for name, value, least in (("noised", noised, 0), ("last", last, 1)):
         if value < least:
             raise ValueError(f"algorithm.options.{name}={value}: must be at least {least}")
 
-    def loss(
-        setup: Setup,
-        v: Velocities,
-        rollout: Rollout,
-        term: jax.Array,
-        advantage: jax.Array,
-        score: Score,
-    ) -> tuple[jax.Array, Figures]:
+    def rewarded(
+        setup: Setup, v: Velocities, rollout: Rollout, term: jax.Array, score: Score
+    ) -> jax.Array:
         step = setup.process.steps - last
         sigma = jnp.float32(setup.process.sigmas[step])
         level = jnp.broadcast_to(sigma, rollout.prompt.shape)
         x = jnp.where(term == 0, rollout.x[step], renoise(rollout, level, term).x)
-        return shortfall(score(predicted(x, v["policy"](x, sigma), sigma))[0], threshold)
+        return score(predicted(x, v["policy"](x, sigma), sigma))[0]
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         check_last(setup, last)
         return jnp.arange(noised + 1)
 
-    return Algorithm(
-        loss,
-        terms,
-        figures=FIGURES,
-        records="path",
-        reward_gradient=True,
-        summary=f"DRaFT-LV, {noised} noised copies, threshold {threshold:g}",
-    )
+    return algorithm(rewarded, terms, threshold, f"DRaFT-LV, {noised} noised copies")

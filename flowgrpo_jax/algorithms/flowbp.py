@@ -23,12 +23,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
 from flowgrpo_jax.algorithms.reward_gradients import (
-    FIGURES,
+    algorithm,
     check_euler,
-    check_threshold,
-    shortfall,
 )
 from flowgrpo_jax.types import Rollout
 
@@ -43,7 +41,6 @@ def make(
       rescale: how far the gradient makes up for the steps that are left out, 0 to 1.
       threshold: reward from which on nothing is learned; inf means none.
     """
-    check_threshold(threshold)
     if active < 1:
         raise ValueError(f"algorithm.options.active={active}: must be at least 1")
     if not late_bias >= 0:
@@ -54,14 +51,9 @@ def make(
             " out to all of them"
         )
 
-    def loss(
-        setup: Setup,
-        v: Velocities,
-        rollout: Rollout,
-        term: jax.Array,
-        advantage: jax.Array,
-        score: Score,
-    ) -> tuple[jax.Array, Figures]:
+    def rewarded(
+        setup: Setup, v: Velocities, rollout: Rollout, term: jax.Array, score: Score
+    ) -> jax.Array:
         sigmas = jnp.asarray(setup.process.sigmas, jnp.float32)
         lengths = sigmas[1:] - sigmas[:-1]
         steps = draw_steps(term, setup.process.steps, active, late_bias)
@@ -74,7 +66,7 @@ def make(
             return moved + gain * lengths[step] * change, None
 
         x_hat, _ = jax.lax.scan(add, rollout.latents, steps)
-        return shortfall(score(x_hat)[0], threshold)
+        return score(x_hat)[0]
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         """One term: the seed that the steps are drawn with."""
@@ -86,14 +78,7 @@ def make(
             )
         return jax.random.randint(key, (1,), 0, 2**31 - 1)
 
-    return Algorithm(
-        loss,
-        terms,
-        figures=FIGURES,
-        records="path",
-        reward_gradient=True,
-        summary=f"FlowBP-Sparse, {active} steps, threshold {threshold:g}",
-    )
+    return algorithm(rewarded, terms, threshold, f"FlowBP-Sparse, {active} steps")
 
 
 def draw_steps(seed: jax.Array, steps: int, active: int, late_bias: float) -> jax.Array:

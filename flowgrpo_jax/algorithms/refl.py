@@ -17,13 +17,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
 from flowgrpo_jax.algorithms.reward_gradients import (
-    FIGURES,
+    algorithm,
     check_last,
-    check_threshold,
     predicted,
-    shortfall,
 )
 from flowgrpo_jax.types import Rollout
 
@@ -34,30 +32,17 @@ def make(last: int = 11, threshold: float = jnp.inf) -> Algorithm:
       last: the step is one of so many at the end of the rollout.
       threshold: reward from which on nothing is learned; inf means none.
     """
-    check_threshold(threshold)
     if last < 1:
         raise ValueError(f"algorithm.options.last={last}: must be at least 1")
 
-    def loss(
-        setup: Setup,
-        v: Velocities,
-        rollout: Rollout,
-        term: jax.Array,
-        advantage: jax.Array,
-        score: Score,
-    ) -> tuple[jax.Array, Figures]:
+    def rewarded(
+        setup: Setup, v: Velocities, rollout: Rollout, term: jax.Array, score: Score
+    ) -> jax.Array:
         x, sigma = rollout.x[term], jnp.asarray(setup.process.sigmas, jnp.float32)[term]
-        return shortfall(score(predicted(x, v["policy"](x, sigma), sigma))[0], threshold)
+        return score(predicted(x, v["policy"](x, sigma), sigma))[0]
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         check_last(setup, last)
         return setup.process.steps - jax.random.randint(key, (1,), 1, last + 1)
 
-    return Algorithm(
-        loss,
-        terms,
-        figures=FIGURES,
-        records="path",
-        reward_gradient=True,
-        summary=f"ReFL, one of the last {last} steps, threshold {threshold:g}",
-    )
+    return algorithm(rewarded, terms, threshold, f"ReFL, one of the last {last} steps")

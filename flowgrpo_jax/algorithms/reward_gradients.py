@@ -12,14 +12,57 @@ differentiated like that of the prompt, where theirs is a constant.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flowgrpo_jax import solvers
-from flowgrpo_jax.algorithms import Figures, Setup
+from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocities
+from flowgrpo_jax.types import Rollout
 
 FIGURES = ("policy_loss", "below_threshold")
+# (setup, velocities, rollout, term i32, score) -> f32 [M]: the reward, with its gradient
+Rewarded = Callable[[Setup, Velocities, Rollout, jax.Array, Score], jax.Array]
+
+
+def algorithm(
+    rewarded: Rewarded,
+    terms: Callable[[Setup, jax.Array], jax.Array],
+    threshold: float,
+    summary: str,
+    **texts: Any,
+) -> Algorithm:
+    """Return the algorithm that raises a differentiable reward up to a threshold.
+
+    Args:
+      terms, texts: as in Algorithm.
+
+    Raises ValueError for a threshold that is no number and not inf.
+    """
+    if math.isnan(threshold) or threshold == -math.inf:
+        raise ValueError(f"algorithm.options.threshold={threshold}: must be a number, or inf")
+
+    def loss(
+        setup: Setup,
+        v: Velocities,
+        rollout: Rollout,
+        term: jax.Array,
+        advantage: jax.Array,
+        score: Score,
+    ) -> tuple[jax.Array, Figures]:
+        return shortfall(rewarded(setup, v, rollout, term, score), threshold)
+
+    return Algorithm(
+        loss,
+        terms,
+        figures=FIGURES,
+        records="path",
+        reward_gradient=True,
+        summary=f"{summary}, threshold {threshold:g}",
+        **texts,
+    )
 
 
 def shortfall(score: jax.Array, threshold: float) -> tuple[jax.Array, Figures]:
@@ -52,8 +95,3 @@ def check_euler(setup: Setup, name: str) -> None:
             f"sample.solver: {name} differentiates single steps of the rollout, which has to take"
             " them by 'euler'"
         )
-
-
-def check_threshold(threshold: float) -> None:
-    if math.isnan(threshold) or threshold == -math.inf:
-        raise ValueError(f"algorithm.options.threshold={threshold}: must be a number, or inf")

@@ -31,9 +31,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
 from flowgrpo_jax.algorithms.renoise import spread, stratum
-from flowgrpo_jax.algorithms.reward_gradients import FIGURES, check_threshold, shortfall
+from flowgrpo_jax.algorithms.reward_gradients import algorithm
 from flowgrpo_jax.types import Rollout
 
 DENOISING = (0.1, 0.25)  # k from little to much noise
@@ -54,20 +54,14 @@ def make(
       inversion: whether steps to more noise are trained as well.
       threshold: contrast from which on nothing is learned; inf means none.
     """
-    check_threshold(threshold)
     if levels < 1:
         raise ValueError(f"algorithm.options.levels={levels}: must be at least 1")
     if good == bad:
         raise ValueError(f"algorithm.options.good={good!r}: must differ from bad")
 
-    def loss(
-        setup: Setup,
-        v: Velocities,
-        rollout: Rollout,
-        term: jax.Array,
-        advantage: jax.Array,
-        score: Score,
-    ) -> tuple[jax.Array, Figures]:
+    def rewarded(
+        setup: Setup, v: Velocities, rollout: Rollout, term: jax.Array, score: Score
+    ) -> jax.Array:
         sigmas, steps = jnp.asarray(setup.process.sigmas, jnp.float32), setup.process.steps
         inverse = term >= levels
         step = stratum(rollout, term % levels, levels, 1, steps - 1)
@@ -78,7 +72,7 @@ def make(
         liked, disliked = score(x_hat)
         contrast = (1 + k) * liked - disliked
         swapped = (1 + k) * disliked - liked
-        return shortfall(jnp.where(inverse, swapped, contrast), threshold)
+        return jnp.where(inverse, swapped, contrast)
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         if setup.process.steps - 2 < levels:
@@ -89,14 +83,12 @@ def make(
             )
         return jnp.arange(2 * levels if inversion else levels)
 
-    return Algorithm(
-        loss,
+    return algorithm(
+        rewarded,
         terms,
-        figures=FIGURES,
-        records="path",
-        reward_gradient=True,
+        threshold,
+        f"SRPO, {good!r} over {bad!r}",
         texts=tuple(f"{escaped(word)}. {{}}" for word in (good, bad)),
-        summary=f"SRPO, {good!r} over {bad!r}, threshold {threshold:g}",
     )
 
 

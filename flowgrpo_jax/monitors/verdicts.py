@@ -77,7 +77,7 @@ HELD_OUT_SHARE = 0.15
 
 
 class Verdict(NamedTuple):
-    """What a monitor says about an evaluation."""
+    """A monitor's judgement of an evaluation."""
 
     figure: str
     label: str

@@ -1,4 +1,4 @@
-"""What a run is: its recipe, the settings that differ from it, versions, machine and commit."""
+"""The page's last part names the recipe, settings that differ from it, versions and machine."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def totals(scores: Scores) -> np.ndarray:
 def _about(
     batch: PromptBatch, prompt: int, scores: Scores, image: int, said: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What is known of an image: its prompt, the scores that it has, and what else is `said`."""
+    """Return an image's prompt, its scores, and the entries of `said`."""
     given = {name: float(values[image]) for name, values in zip(scores.names, scores.values)}
     given = {name: score for name, score in given.items() if np.isfinite(score)}
     tag = batch.metadata[prompt].get("tag", "")

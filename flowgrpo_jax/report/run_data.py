@@ -113,7 +113,7 @@ def sheets(folder: epath.Path, epochs: set[int], budget: int) -> dict[str, list[
 
 
 def evenly(found: list[epath.Path], budget: int) -> list[epath.Path]:
-    """As many of the sheets as the budget allows, evenly, the first and the last among them."""
+    """Return as many of the sheets as the budget allows, evenly, with the first and the last."""
     if not found:
         return []
     size = max(found[-1].with_suffix(".webp").stat().length, 1)
@@ -124,7 +124,7 @@ def evenly(found: list[epath.Path], budget: int) -> list[epath.Path]:
 
 
 def sheet(file: epath.Path) -> dict[str, Any] | None:
-    """A sheet with its pictures as a data URI; None where it is damaged or being written."""
+    """Return a sheet with its pictures as a data URI; None where it is damaged or not complete."""
     try:
         head = json.loads(file.read_text())
         image = base64.b64encode(file.with_suffix(".webp").read_bytes()).decode()
