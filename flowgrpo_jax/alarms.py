@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 ALARMS = "monitor/alarms"  # the figure that counts an evaluation's alarms
 
 
-def heed(
+def act_on_alarms(
     workdir: epath.Path,
     run: Recipe,
     state: TrainState,

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from flowgrpo_jax import cli, logs, parts, sampler, settings, sharding
-from flowgrpo_jax.alarms import heed
+from flowgrpo_jax.alarms import act_on_alarms
 from flowgrpo_jax.evaluate import draw, draw_balanced, figures_of, save_grid, summarise
 from flowgrpo_jax.lifecycle import offer_best
 from flowgrpo_jax.monitors import move, picture_figures, true_loss
@@ -54,7 +54,7 @@ def evaluate_into(
     report, best = figures_of(result), run.config.checkpoint.best
     report |= monitored(run, state, batch, pixels, stop)
     report["eval_seconds"] = time.perf_counter() - begun
-    heed(workdir, run, state, epoch, checkpoints, metrics, report)
+    act_on_alarms(workdir, run, state, epoch, checkpoints, metrics, report)
     offer_best(
         checkpoints,
         epoch,
