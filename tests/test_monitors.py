@@ -133,6 +133,21 @@ def test_every_evaluation_but_the_first_is_judged():
     assert [v.figure for v in found[4]] == ["edge_density", "colour_entropy"]
 
 
+@pytest.mark.parametrize("change, level", [(4e-5, "fine"), (3e-4, "watch"), (2e-3, "watch")])
+def test_log_probs_that_leave_the_clip_range_are_seen(change, level):
+    """By the epoch before the evaluation, at the step that moved most."""
+    rows = [
+        {"epoch": 0, "eval/own": 0.5, "log_prob_change/03": 1.0},
+        {"epoch": 1, "log_prob_change/03": 1e-6, "log_prob_change/11": change},
+        {"epoch": 2, "eval/own": 0.5, "log_prob_change/03": 1.0},
+    ]
+    (found,) = verdicts.verdicts(rows, {"own": 1.0}, {"clip_range": 1e-4})[2]
+    assert (found.figure, found.level) == ("log_prob_change/11", level)
+    assert "at step 11" in found.says
+    assert verdicts.verdicts(rows, {"own": 1.0}, {"clip_range": 0.0})[2] == []
+    assert verdicts.verdicts(rows, {}, {"clip_range": 1e-4, "trust_region": "dppo"})[2] == []
+
+
 def test_the_move_is_the_relative_distance_of_the_velocities():
     """Of v = a x the distance is (a / b - 1) ** 2, wherever the path leads."""
     sigmas = (1.0, 0.9, 0.5, 0.2, 0.0)

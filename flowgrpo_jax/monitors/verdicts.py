@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 FINE, WATCH, ALARM = LEVELS = ("fine", "watch", "alarm")
@@ -74,6 +75,10 @@ RULES = (
 # errors of the difference, and, for an alarm, also as a share of the first value.
 HELD_OUT = Limits(2.0, 4.0)
 HELD_OUT_SHARE = 0.15
+# The mean change of log-probs during an epoch, at the step where it is largest, in clip ranges.
+# Beyond 1 the clip silences most transitions of that step. No alarm: pictures lose nothing by it.
+DRIFT = Limits(1.0, math.inf)
+LOG_PROBS = "log_prob_change/"  # what a figure of one step begins with
 
 
 class Verdict(NamedTuple):
@@ -88,22 +93,26 @@ class Verdict(NamedTuple):
 
 
 def verdicts(
-    rows: Iterable[Mapping[str, Any]], weights: Mapping[str, float]
+    rows: Iterable[Mapping[str, Any]],
+    weights: Mapping[str, float],
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[int, list[Verdict]]:
     """Return the verdicts on every evaluation but the first, by epoch.
 
     Args:
-      rows: the metrics of a run; those without an evaluation are passed over.
-      weights: of the rewards that are trained on.
+      rows: the metrics of a run.
+      weights: of the rewards that are trained on; options: of the algorithm.
     """
-    first, found = None, {}
+    first, trained, found = None, {}, {}
     for row in rows:
-        if not any(key.startswith("eval/") for key in row):
-            continue
-        if first is None:
-            first = row
-        else:
-            found[int(row["epoch"])] = judge(first, row, weights)
+        if any(key.startswith("eval/") for key in row):
+            if first is None:
+                first = row
+            else:
+                moved = drift(trained, options)
+                found[int(row["epoch"])] = judge(first, row, weights) + moved
+        if any(key.startswith(LOG_PROBS) for key in row):
+            trained = row  # an evaluation at the same epoch comes before it
     return found
 
 
@@ -161,6 +170,22 @@ def held_out(
             says += " while a reward that is trained on rose: what is gained may be a trick"
         found.append(Verdict(f"eval/{name}", f"Held-out reward {name}", level, before, after, says))
     return found
+
+
+def drift(trained: Mapping[str, Any], options: Mapping[str, Any]) -> list[Verdict]:
+    """Judge how far the updates of the last epoch before an evaluation moved the log-probs of its
+    own images. No verdict where the algorithm has no clip."""
+    steps = {name: number(v) for name, v in trained.items() if name.startswith(LOG_PROBS)}
+    clip = options.get("clip_range") if options.get("trust_region", "clip") == "clip" else None
+    if not steps or not clip:
+        return []
+    name = max(steps, key=lambda name: steps[name])
+    times = steps[name] / clip
+    level = level_of(times, DRIFT)
+    says = f"is {times:.2g} clip ranges at most, at step {int(name.removeprefix(LOG_PROBS))}"
+    if level != FINE:
+        says += f" ({level} from {DRIFT.watch:g}): lower train.learning_rate, or take fewer updates"
+    return [Verdict(name, "Change of log-probs in an epoch", level, 0.0, steps[name], says)]
 
 
 def gain(name: str, first: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, float]:
