@@ -1,5 +1,7 @@
 """The monitors: figures of pictures by hand, and verdicts on cases that are known."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ from short_runs import load, rows
 
 from flowgrpo_jax import alarms, lifecycle, policies, recipe, sampler, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
-from flowgrpo_jax.monitors import move, picture_figures, true_loss, verdicts
+from flowgrpo_jax.monitors import embedding, move, picture_figures, true_loss, verdicts
+from flowgrpo_jax.scoring.graph import GraphRewards
 from flowgrpo_jax.train import train
+from flowgrpo_jax.types import GraphReward
 
 
 def flat(colour, side=16):
@@ -62,6 +66,34 @@ def test_diversity_is_the_mean_distance_within_a_prompt():
     three = np.stack([black, white, grey])
     assert picture_figures.diversity(three, np.zeros(3)) == pytest.approx((1 + 0.2 + 0.8) / 3)
     assert np.isnan(picture_figures.diversity(three, np.arange(3)))
+
+
+def test_diversity_to_a_tower_is_one_less_the_cosine():
+    x, y, between = np.eye(2)[0], np.eye(2)[1], np.full(2, np.sqrt(0.5))
+    vectors, ids = np.stack([x, y, x, x, between]), np.array([4, 9, 4, 9, 7])
+    assert embedding.diversity(vectors, ids) == pytest.approx((0 + 1) / 2)
+    three = np.stack([x, y, between])
+    expected = (1 + 2 * (1 - np.sqrt(0.5))) / 3
+    assert embedding.diversity(three, np.zeros(3)) == pytest.approx(expected)
+    assert np.isnan(embedding.diversity(three, np.arange(3)))
+
+
+def mean_colour(weights, images):
+    colour = images.astype(jnp.float32).mean((1, 2)) * weights
+    return colour / jnp.linalg.norm(colour, axis=-1, keepdims=True)
+
+
+def test_the_first_tower_that_is_loaded_embeds_the_pictures():
+    """Five pictures in parts of two; rewards without a tower are passed over."""
+    plain = GraphReward((), lambda *_: {}, lambda weights, images, rows: images[:, 0, 0, 0])
+    seeing = dataclasses.replace(plain, weights=jnp.float32(2.0), embed=mean_colour)
+    assert embedding.find([GraphRewards({}), GraphRewards({"plain": plain})]) is None
+    tower = embedding.find([GraphRewards({"plain": plain}), GraphRewards({"seeing": seeing})])
+    colours = [(255, 0, 0), (0, 9, 0), (0, 0, 30), (60, 80, 0), (0, 30, 40)]
+    pixels = np.stack([flat(colour) for colour in colours])
+    found = embedding.embeddings(*tower, pixels, sharding.make_mesh(), 2)
+    expected = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.6, 0.8, 0), (0, 0.6, 0.8)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 FIRST = {"monitor/edge_density": 0.1, "monitor/colour_entropy": 4.0, "monitor/brightness": 0.5}
@@ -210,6 +242,8 @@ def test_an_alarm_stops_the_run_and_the_last_good_state_is_kept(runs, tmp_path, 
         "flowgrpo_jax.monitors.picture_figures.statistics",
         lambda pixels: {"brightness": next(levels)},
     )
+    tower = (mean_colour, jnp.float32(1.0))
+    monkeypatch.setattr("flowgrpo_jax.monitors.embedding.find", lambda rewards: tower)
     settings = {"log__tensorboard": False, "eval__every": 1, "epochs": 3, "monitor__move": True}
     settings["monitor__pictures"] = "flowgrpo_jax.worlds.shapes.world:true_pictures"
     with pytest.raises(lifecycle.RunFailed, match=r"alarm at epoch 2: Brightness fell.*good"):

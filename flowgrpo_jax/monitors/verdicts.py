@@ -62,6 +62,8 @@ RULES = (
     Rule("sharpness", "Sharpness", "blur", "noise or grain", FLATTER, BUSIER),
     Rule("diversity", "Diversity within a prompt", "pictures of a prompt become alike", "",
          Limits(0.25, 0.4)),
+    Rule("clip_diversity", "Diversity within a prompt to CLIP", "pictures of a prompt show the same",
+         "", Limits(0.25, 0.4)),
     *(
         Rule(f"move_{name}", f"Size of the move at {name} noise", "",
              "the policy leaves what the base model knows", rise=limits, absolute=True)
