@@ -142,7 +142,8 @@ class Family:
       options: settings that only this family has, with their defaults: `config.model.options`.
 
     The settings of `describe` and `load` are lora_spec (a LoRASpec, or None for a small one), dtype
-    (of the transformer and the text encoders), remat, attention, gather (applied to parameters of
+    (of the transformer and the text encoders), remat, attention and product (of its
+    linears; functions of models.attention and models.products), gather (applied to parameters of
     the transformer before their use; `sharding.gather_weights` makes it) and the options.
     """
 

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flowgrpo_jax.models.products import Product, exact
+
 Params = dict[str, Any]  # flat: path -> array, or ShapeDtypeStruct for an abstract model
 # The patch projection of diffusers' PatchEmbed: a strided convolution in files, a linear here.
 PATCHES = "pos_embed/proj/kernel"
@@ -35,8 +37,17 @@ class Linear(nnx.Module):
     lora_b: LoRAParam
     lora_scale: float
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs):
-        self.dtype = dtype
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        bias: bool = True,
+        dtype: Any,
+        product: Product = exact,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.product = dtype, product
         self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (n_in, n_out)))
         if bias:
             self.bias = nnx.Param(jnp.zeros((n_out,)))
@@ -47,7 +58,7 @@ class Linear(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         if merged := self.merges():
             kernel = kernel + self.lora_scale * (self.lora_a[...] @ self.lora_b[...])
-        y = x @ kernel
+        y = self.product(x, kernel)
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(self.dtype)
         if hasattr(self, "lora_a") and not merged:

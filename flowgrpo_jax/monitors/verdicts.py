@@ -62,8 +62,8 @@ RULES = (
     Rule("sharpness", "Sharpness", "blur", "noise or grain", FLATTER, BUSIER),
     Rule("diversity", "Diversity within a prompt", "pictures of a prompt become alike", "",
          Limits(0.25, 0.4)),
-    Rule("clip_diversity", "Diversity within a prompt to CLIP", "pictures of a prompt show the same",
-         "", Limits(0.25, 0.4)),
+    Rule("clip_diversity", "Diversity within a prompt to CLIP",
+         "pictures of a prompt show the same", "", Limits(0.25, 0.4)),
     *(
         Rule(f"move_{name}", f"Size of the move at {name} noise", "",
              "the policy leaves what the base model knows", rise=limits, absolute=True)
@@ -105,7 +105,8 @@ def verdicts(
       rows: the metrics of a run.
       weights: of the rewards that are trained on; options: of the algorithm.
     """
-    first, trained, found = None, {}, {}
+    first, found = None, {}
+    trained: Mapping[str, Any] = {}
     for row in rows:
         if any(key.startswith("eval/") for key in row):
             if first is None:

@@ -16,6 +16,7 @@ from flowgrpo_jax.models import Model, layers, lora
 from flowgrpo_jax.models.attention import Kernel, plain
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.models.products import Product, exact
 from flowgrpo_jax.models.sd3.architecture import Architecture
 from flowgrpo_jax.models.sd3.mmdit import MMDiT
 from flowgrpo_jax.models.sd3.tokenizers import CLIP_LENGTH
@@ -55,6 +56,7 @@ def describe(
     t5_length: int = 256,
     remat: bool = False,
     attention: Kernel = plain,
+    product: Product = exact,
     gather: layers.Gather | None = None,
 ) -> Model:
     """The functions of a model, and the shapes of what they take; nothing is allocated.
@@ -64,12 +66,13 @@ def describe(
       dtype: compute and storage dtype of transformer and text encoders; the VAE stays f32.
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
-      attention: the transformer's, a kernel of models.attention.
+      attention, product: the transformer's attention, and the product of its linears, of
+        models.attention and models.products.
       gather: applied to the parameters of the transformer before their use, by
         sharding.gather_weights.
     """
     spec = lora_spec or LoRASpec(rank=1, alpha=1.0, targets=("attn.to_q",))
-    velocity, base, trained = _transformer(parts, spec, dtype, remat, attention, gather)
+    velocity, base, trained = _transformer(parts, spec, dtype, remat, attention, product, gather)
     vae, vae_shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
     encode_text, text_shapes = _encoders(parts, dtype, t5_length)
     lengths = [min(parts.text_encoder.max_position_embeddings, CLIP_LENGTH)] * 2
@@ -120,6 +123,7 @@ def _transformer(
     dtype: Any,
     remat: bool,
     attention: Kernel,
+    product: Product,
     gather: layers.Gather | None,
 ) -> tuple[Callable[..., jax.Array], Params, Params]:
     """The velocity, and the shapes of the frozen and of the trained weights."""
@@ -133,6 +137,7 @@ def _transformer(
             # Laid out, XLA would keep what is to be recomputed, and the weights that are fetched.
             unroll=config.num_layers <= FEW_BLOCKS and not remat and gather is None,
             attention=attention,
+            product=product,
             gather=gather,
             rngs=rngs,
         )
