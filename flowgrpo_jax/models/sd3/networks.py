@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from flowgrpo_jax import sde, sharding
-from flowgrpo_jax.models import Model, layers, lora
+from flowgrpo_jax.models import Model, layers, lora, quantised
 from flowgrpo_jax.models.attention import Kernel, plain
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
@@ -24,6 +24,7 @@ from flowgrpo_jax.models.vae import VAE, to_levels, to_pictures
 from flowgrpo_jax.types import Conditioning
 
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
+BASE_DTYPES = (quantised.INT8,)
 FEW_BLOCKS = 8  # so many are compiled one by one: then none copies its weights out of a stack
 TEXT: dict[str, Any] = {
     "text_encoder": CLIPText,
@@ -52,6 +53,7 @@ def describe(
     *,
     lora_spec: LoRASpec | None = None,
     dtype: Any = jnp.float32,
+    base_dtype: str = "",
     t5_length: int = 256,
     remat: bool = False,
     attention: Kernel = plain,
@@ -62,14 +64,18 @@ def describe(
     Args:
       lora_spec: the adapter to make room for; a small one, that any model has room for, without it.
       dtype: compute and storage dtype of transformer and text encoders; the VAE stays f32.
+      base_dtype: "int8" for the kernels of the transformer's blocks in 8 bits, or "".
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
       attention: the transformer's, a kernel of models.attention.
       gather: applied to the parameters of the transformer before their use, by
         sharding.gather_weights.
+
+    Raises ValueError for a base_dtype that is unknown, or without an adapter.
     """
     spec = lora_spec or LoRASpec(rank=1, alpha=1.0, targets=("attn.to_q",))
-    velocity, base, trained = _transformer(parts, spec, dtype, remat, attention, gather)
+    quantised.setting(base_dtype, spec.rank, BASE_DTYPES)
+    velocity, base, trained = _transformer(parts, spec, dtype, base_dtype, remat, attention, gather)
     vae, vae_shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
     encode_text, text_shapes = _encoders(parts, dtype, t5_length)
     lengths = [min(parts.text_encoder.max_position_embeddings, CLIP_LENGTH)] * 2
@@ -105,7 +111,12 @@ def describe(
 
 
 def _as_dtype(shapes: Params, dtype: Any) -> Params:
-    return {path: jax.ShapeDtypeStruct(x.shape, dtype) for path, x in shapes.items()}
+    """The shapes in a dtype, but for what is quantised."""
+    kept = quantised.paths(shapes)
+    return {
+        path: x if path in kept else jax.ShapeDtypeStruct(x.shape, dtype)
+        for path, x in shapes.items()
+    }
 
 
 def _part(create: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> tuple[Any, Params]:
@@ -118,6 +129,7 @@ def _transformer(
     parts: Architecture,
     spec: LoRASpec,
     dtype: Any,
+    base_dtype: str,
     remat: bool,
     attention: Kernel,
     gather: layers.Gather | None,
@@ -138,6 +150,8 @@ def _transformer(
         )
         if spec.rank:
             lora.add(module, spec)
+        if base_dtype:
+            layers.quantise_stacks(module)
         return module
 
     mmdit, shapes = _part(adapted, dtype)
