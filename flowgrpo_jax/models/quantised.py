@@ -56,7 +56,7 @@ def others_dtype(params: Mapping[str, Any]) -> Any:
     return next(params[path].dtype for path in params.keys() - paths(params))
 
 
-def shapes(kernel: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def shapes(kernel: tuple[int, ...]) -> tuple[Any, Any]:
     """Return the shapes of a quantised kernel [..., n_in, n_out] and of its scale."""
     *stacked, _, n_out = kernel
     scale = jax.ShapeDtypeStruct((*stacked, 1, n_out), jnp.float32)
