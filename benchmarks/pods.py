@@ -78,12 +78,14 @@ GROWING = {
 }
 
 
-def compiled(topology: str, settings: list[str]) -> dict[str, Any]:
+def compiled(
+    config: str, topology: str, settings: list[str], programs: tuple[str, ...] = TRAINING
+) -> dict[str, Any]:
     """The tool's report, or only a verdict where the compiler itself died."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        command = ["--config=geneval", f"--topology={topology}", f"--out={out}"]
-        command.append(f"--programs={','.join(TRAINING)}")  # evaluation needs less than sampling
+        command = [f"--config={config}", f"--topology={topology}", f"--out={out}"]
+        command.append(f"--programs={','.join(programs)}")
         done = subprocess.run(
             [sys.executable, "-m", "flowgrpo_jax.compile", *command, *settings],
             stdout=subprocess.DEVNULL,
@@ -150,7 +152,7 @@ def main() -> None:
     rows = PODS | FIXED | GROWING
     for name, (topology, _, settings) in rows.items():
         if name not in reports and any(part in name for part in args.only.split(",")):
-            reports[name] = compiled(topology, settings)
+            reports[name] = compiled("geneval", topology, settings)
             args.out.write_text(json.dumps(reports, indent=1) + "\n")
             print(name, reports[name]["verdict"], flush=True)
     print(*(table(list(part), rows, reports) for part in (PODS, FIXED, GROWING)), sep="\n\n")

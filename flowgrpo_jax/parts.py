@@ -34,7 +34,7 @@ from flowgrpo_jax import (
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, derived_micro_batch
-from flowgrpo_jax.models import Family, Model, attention, products
+from flowgrpo_jax.models import Family, Model, attention, products, quantised
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.rollout_settings import branches, window
@@ -98,7 +98,7 @@ def describe_model(config: ConfigDict, mesh: Mesh) -> Model:
 def model_settings(config: ConfigDict, family: Family, mesh: Mesh) -> dict[str, Any]:
     """Return the settings that `load` and `describe` of a family take.
 
-    Raises ValueError for options that the family does not have.
+    Raises ValueError for options and forms of storage that the family does not have.
     """
     c = config.model
     targets = tuple(config.lora.targets) or family.targets
@@ -109,6 +109,7 @@ def model_settings(config: ConfigDict, family: Family, mesh: Mesh) -> dict[str, 
         "attention": attention.load(c.attention, mesh, c.dtype),
         "product": products.load(c.product_dtype, mesh, c.dtype),
         "gather": sharding.gather_weights(mesh, family.rules),
+        **quantised.setting(c.base_dtype, config.lora.rank, family.base_dtypes),
         **models.settings_of(family, c.options.to_dict(), "config.model.options"),
     }
 

@@ -34,7 +34,7 @@ def cut_outputs(names: str) -> Rules:
     """Return the rules of linears whose outputs are cut, so that each device has whole heads or
     hidden units. `names` is a pattern; adapters are cut like the linear that they belong to."""
     return (
-        (rf"({names})/kernel", ("fsdp", "tensor")),
+        (rf"({names})/kernel(_scale)?", ("fsdp", "tensor")),
         (rf"({names})/bias", ("tensor",)),
         (rf"({names})/lora_a", ("fsdp", None)),
         (rf"({names})/lora_b", (None, "tensor")),
@@ -44,7 +44,7 @@ def cut_outputs(names: str) -> Rules:
 def cut_inputs(names: str) -> Rules:
     """Return the rules of linears whose inputs are cut, and whose outputs the devices sum up."""
     return (
-        (rf"({names})/kernel", ("tensor", "fsdp")),
+        (rf"({names})/kernel(_scale)?", ("tensor", "fsdp")),
         (rf"({names})/bias", (None,)),
         (rf"({names})/lora_a", ("tensor", None)),
         (rf"({names})/lora_b", (None, "fsdp")),
@@ -54,7 +54,7 @@ def cut_inputs(names: str) -> Rules:
 def cut_storage(names: str) -> Rules:
     """Return the rules of linears that are cut for storage alone, and run whole."""
     return (
-        (rf"({names})/kernel", ("fsdp", None)),
+        (rf"({names})/kernel(_scale)?", ("fsdp", None)),
         (rf"({names})/bias", (None,)),
         (rf"({names})/lora_a", ("fsdp", None)),
         (rf"({names})/lora_b", (None, None)),

@@ -140,11 +140,13 @@ class Family:
       rules: the layout of each parameter, for `sharding`.
       targets: the linears that an adapter is for where the recipe names none.
       options: settings that only this family has, with their defaults: `config.model.options`.
+      base_dtypes: what it takes as `config.model.base_dtype` beside "": `quantised.INT8`, or none.
 
     The settings of `describe` and `load` are lora_spec (a LoRASpec, or None for a small one), dtype
     (of the transformer and the text encoders), remat, attention and product (of its
     linears; functions of models.attention and models.products), gather (applied to parameters of
-    the transformer before their use; `sharding.gather_weights` makes it) and the options.
+    the transformer before their use; `sharding.gather_weights` makes it), base_dtype where one is
+    chosen, and the options.
     """
 
     describe: Callable[..., Model]
@@ -153,6 +155,7 @@ class Family:
     rules: Rules
     targets: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    base_dtypes: tuple[str, ...] = ()
 
 
 TABLE = {"StableDiffusion3Pipeline": "flowgrpo_jax.models.sd3:FAMILY"}  # by _class_name

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from flowgrpo_jax.models import quantised
 from flowgrpo_jax.models.layers import PATCHES, Params
 from flowgrpo_jax.models.weight_files import Tensor, Tensors, component_files, from_safetensors
 
@@ -74,9 +75,14 @@ def _to_torch(path: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _expected(
     shapes: Params, patch_size: int
 ) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
-    """{checkpoint name: (path, index in the stack or None, shape in the checkpoint)}."""
+    """{checkpoint name: (path, index in the stack or None, shape in the checkpoint)}.
+
+    Scales of kernels are in no checkpoint.
+    """
     table = {}
     for path, leaf in shapes.items():
+        if path.endswith(quantised.SCALE):
+            continue
         names, stacked = torch_names(path), _is_stack(path)
         layer = tuple(leaf.shape[1:] if stacked else leaf.shape)
         shape = _torch_shape(path, layer, patch_size if path == PATCHES else None)
@@ -131,15 +137,24 @@ def assemble(
         if torch_name not in table:
             continue
         path, index, _ = table[torch_name]
-        sharding = place(path, shapes[path]) if place else None
-        tensor = _from_torch(path, read())
-        if index is None:
-            params[path] = jax.device_put(np.asarray(tensor).astype(dtype), sharding)
-            continue
-        if path not in params:
-            params[path] = jnp.zeros(shapes[path].shape, dtype, device=sharding)
-        params[path] = _filler(sharding)(params[path], np.asarray(tensor).astype(dtype), index)
+        for part, value in _stored(path, _from_torch(path, read()), shapes, dtype).items():
+            sharding = place(part, shapes[part]) if place else None
+            if index is None:
+                params[part] = jax.device_put(value, sharding)
+                continue
+            if part not in params:
+                params[part] = jnp.zeros(shapes[part].shape, value.dtype, device=sharding)
+            params[part] = _filler(sharding)(params[part], value, index)
     return params
+
+
+def _stored(path: str, tensor: Any, shapes: Params, dtype: Any) -> dict[str, np.ndarray]:
+    """A parameter, or one layer of it, as it is stored: a quantised kernel has its scale beside."""
+    tensor, scale = np.asarray(tensor), path + quantised.SCALE
+    if scale not in shapes:
+        return {path: tensor.astype(dtype)}
+    parts = quantised.quantise(tensor)
+    return {name: np.asarray(part) for name, part in zip((path, scale), parts)}
 
 
 def from_torch_names(
@@ -219,7 +234,7 @@ def load(
     Args:
       directory: folder with one or more safetensors files (and an index when sharded).
       shapes: {path: ShapeDtypeStruct} from `layers.functional` on the abstract model.
-      dtype: dtype on the device, whatever the file holds.
+      dtype: dtype on the device, whatever the file holds, of all that is not quantised.
       patch_size: of the patch projection, which is a convolution in the file.
       ignore: names that may be in the file and are not wanted (tied duplicates).
       tied: {second name: first name} of tensors that may be stored under either.

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flowgrpo_jax.models import quantised
 from flowgrpo_jax.models.products import Product, exact
 
 Params = dict[str, Any]  # flat: path -> array, or ShapeDtypeStruct for an abstract model
@@ -31,11 +32,15 @@ class LoRAParam(nnx.Param):
 
 
 class Linear(nnx.Module):
-    """y = x W + b, plus `scale` (x A) B once `lora.add` has given it the factors A and B."""
+    """y = x W + b, plus `scale` (x A) B once `lora.add` has given it the factors A and B.
+
+    W is stored in 8 bits, with a `kernel_scale`, once `quantise_stacks` has made it so.
+    """
 
     lora_a: LoRAParam
     lora_b: LoRAParam
     lora_scale: float
+    kernel_scale: nnx.Param
 
     def __init__(
         self,
@@ -55,16 +60,25 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         # One leading axis: with two, XLA on the CPU takes a third longer for the gradients.
         leading, x = x.shape[:-1], x.astype(self.dtype).reshape(-1, x.shape[-1])
-        kernel = self.kernel[...].astype(self.dtype)
         if merged := self.merges():
-            kernel = kernel + self.lora_scale * (self.lora_a[...] @ self.lora_b[...])
-        y = self.product(x, kernel)
+            delta = self.lora_scale * (self.lora_a[...] @ self.lora_b[...])
+            y = self.product(x, self.weight() + delta)
+        elif hasattr(self, "kernel_scale"):
+            y = quantised.product(x, self.kernel[...], self.kernel_scale[...], self.product)
+        else:
+            y = self.product(x, self.weight())
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(self.dtype)
         if hasattr(self, "lora_a") and not merged:
             low = x @ self.lora_a[...].astype(self.dtype)
             y = y + self.lora_scale * (low @ self.lora_b[...].astype(self.dtype))
         return y.reshape(*leading, y.shape[-1])
+
+    def weight(self) -> jax.Array:
+        """Return W in the compute dtype."""
+        if hasattr(self, "kernel_scale"):
+            return quantised.dequantise(self.kernel[...], self.kernel_scale[...], self.dtype)
+        return self.kernel[...].astype(self.dtype)
 
     def merges(self) -> bool:
         """Return whether the product of the LoRA factors is added to the kernel before its use.
@@ -83,6 +97,14 @@ def stack(n: int, create: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> n
     """n equal modules as one, with every parameter stacked along a new first axis."""
     keys = jax.random.split(rngs.params(), n)
     return nnx.vmap(lambda key: create(nnx.Rngs(key)))(keys)
+
+
+def quantise_stacks(model: nnx.Module) -> None:
+    """Store the kernels of an abstract model's stacked linears in 8 bits (shapes only)."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) and ":" in name(path):
+            kernel, scale = quantised.shapes(module.kernel.shape)
+            module.kernel, module.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
 
 
 def scan(

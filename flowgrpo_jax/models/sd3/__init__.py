@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_jax.models import Family, Model, convert, directories
+from flowgrpo_jax.models import Family, Model, convert, directories, quantised
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.sd3 import architecture
 from flowgrpo_jax.models.sd3.architecture import PUBLISHED, Architecture
-from flowgrpo_jax.models.sd3.networks import RULES, TEXT, describe
+from flowgrpo_jax.models.sd3.networks import BASE_DTYPES, RULES, TEXT, describe
 from flowgrpo_jax.models.sd3.tokenizers import MOST_T5, Tokenizers, require_t5, t5_limit
 from flowgrpo_jax.models.weight_files import component_files
 
@@ -117,7 +117,7 @@ def load(
         return convert.load(
             directory / name,
             shapes,
-            dtype=next(iter(shapes.values())).dtype,
+            dtype=quantised.others_dtype(shapes),
             patch_size=parts.transformer.patch_size,
             **_stored(name),
             place=place and (lambda path, shape: place(f"{name}/{path}", shape)),
@@ -208,4 +208,5 @@ FAMILY = Family(
     rules=RULES,
     targets=JOINT_ATTENTION,
     options={"t5": True, "t5_length": 0},
+    base_dtypes=BASE_DTYPES,
 )

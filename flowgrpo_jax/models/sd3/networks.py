@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from flowgrpo_jax import sde, sharding
-from flowgrpo_jax.models import Model, layers, lora
+from flowgrpo_jax.models import Model, layers, lora, quantised
 from flowgrpo_jax.models.attention import Kernel, plain
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
@@ -25,6 +25,7 @@ from flowgrpo_jax.models.vae import VAE, to_levels, to_pictures
 from flowgrpo_jax.types import Conditioning
 
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
+BASE_DTYPES = (quantised.INT8,)
 FEW_BLOCKS = 8  # so many are compiled one by one: then none copies its weights out of a stack
 TEXT: dict[str, Any] = {
     "text_encoder": CLIPText,
@@ -53,6 +54,7 @@ def describe(
     *,
     lora_spec: LoRASpec | None = None,
     dtype: Any = jnp.float32,
+    base_dtype: str = "",
     t5_length: int = 256,
     remat: bool = False,
     attention: Kernel = plain,
@@ -64,15 +66,28 @@ def describe(
     Args:
       lora_spec: the adapter to make room for; a small one, that any model has room for, without it.
       dtype: compute and storage dtype of transformer and text encoders; the VAE stays f32.
+      base_dtype: "int8" for the kernels of the transformer's blocks in 8 bits, or "".
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
       attention, product: the transformer's attention, and the product of its linears, of
         models.attention and models.products.
       gather: applied to the parameters of the transformer before their use, by
         sharding.gather_weights.
+
+    Raises ValueError for a base_dtype that is unknown, or without an adapter.
     """
     spec = lora_spec or LoRASpec(rank=1, alpha=1.0, targets=("attn.to_q",))
-    velocity, base, trained = _transformer(parts, spec, dtype, remat, attention, product, gather)
+    quantised.setting(base_dtype, spec.rank, BASE_DTYPES)
+    velocity, base, trained = _transformer(
+        parts,
+        spec,
+        base_dtype,
+        dtype=dtype,
+        remat=remat,
+        attention=attention,
+        product=product,
+        gather=gather,
+    )
     vae, vae_shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
     encode_text, text_shapes = _encoders(parts, dtype, t5_length)
     lengths = [min(parts.text_encoder.max_position_embeddings, CLIP_LENGTH)] * 2
@@ -108,7 +123,12 @@ def describe(
 
 
 def _as_dtype(shapes: Params, dtype: Any) -> Params:
-    return {path: jax.ShapeDtypeStruct(x.shape, dtype) for path, x in shapes.items()}
+    """The shapes in a dtype, but for what is quantised."""
+    kept = quantised.paths(shapes)
+    return {
+        path: x if path in kept else jax.ShapeDtypeStruct(x.shape, dtype)
+        for path, x in shapes.items()
+    }
 
 
 def _part(create: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> tuple[Any, Params]:
@@ -120,13 +140,18 @@ def _part(create: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> tuple[Any, Pa
 def _transformer(
     parts: Architecture,
     spec: LoRASpec,
+    base_dtype: str,
+    *,
     dtype: Any,
     remat: bool,
-    attention: Kernel,
-    product: Product,
     gather: layers.Gather | None,
+    **settings: Any,
 ) -> tuple[Callable[..., jax.Array], Params, Params]:
-    """The velocity, and the shapes of the frozen and of the trained weights."""
+    """The velocity, and the shapes of the frozen and of the trained weights.
+
+    Args:
+      settings: the others of MMDiT.
+    """
 
     def adapted(rngs: nnx.Rngs) -> MMDiT:
         config = parts.transformer
@@ -136,13 +161,14 @@ def _transformer(
             remat=remat,
             # Laid out, XLA would keep what is to be recomputed, and the weights that are fetched.
             unroll=config.num_layers <= FEW_BLOCKS and not remat and gather is None,
-            attention=attention,
-            product=product,
             gather=gather,
             rngs=rngs,
+            **settings,
         )
         if spec.rank:
             lora.add(module, spec)
+        if base_dtype:
+            layers.quantise_stacks(module)
         return module
 
     mmdit, shapes = _part(adapted, dtype)
