@@ -1,7 +1,7 @@
 """Verdicts in words: what an evaluation has lost since the first one of its run.
 
-The limits are set between the runs of the model in the box, whose figures move by up to 30 % while
-the pictures get better (docs/report.md), and hacked runs, in which they move by more than 50 %: in
+The limits are set between the honest runs of the model in the box, whose pictures' figures move by
+up to 29 % in 400 epochs (docs/report.md), and hacked runs, in which they move by more than 50 %: in
 the case that is best known, edge density fell by 60 %, colour entropy by 54 % and brightness by
 73 % while the text reward rose.
 """
@@ -46,8 +46,9 @@ class Rule:
 
 
 FLATTER, BUSIER = Limits(0.2, 0.35), Limits(0.5, 1.0)
-# At low noise the base's own velocity is small, so that the same change is a larger share of it.
-MOVES = {"high": Limits(0.15, 0.5), "middle": Limits(0.15, 0.5), "low": Limits(1.0, 2.0)}
+# From 1 on the velocity differs from the base's by more than the base's own length. At low noise
+# that is small, so that the same change is a larger share of it.
+MOVES = {"high": Limits(0.15, 1.0), "middle": Limits(0.15, 1.0), "low": Limits(1.0, 2.0)}
 RULES = (
     Rule("edge_density", "Edge density", "detail is lost", "noise or clutter", FLATTER, BUSIER),
     Rule("colour_entropy", "Colour entropy", "pictures get flat", "clutter", FLATTER, BUSIER),
@@ -69,9 +70,10 @@ RULES = (
              "the policy leaves what the base model knows", rise=limits, absolute=True)
         for name, limits in MOVES.items()
     ),
-    # 10 % is DDRL's alarm (arXiv 2512.04332); honest runs of the box reach 85 % in 36 epochs.
+    # 10 % is DDRL's alarm (arXiv 2512.04332). No alarm here: in the box an honest run reaches 850 %
+    # in 400 epochs and a hacked one 600 % in 18, so that it does not tell them apart.
     Rule("true_loss", "Loss on true pictures", "", "the policy forgets what is true",
-         rise=Limits(0.1, 3.0)),
+         rise=Limits(0.1, math.inf)),
 )  # fmt: skip
 # Rewards that are evaluated and not trained on fall while one that is trained on rises: in standard
 # errors of the difference, and, for an alarm, also as a share of the first value.
