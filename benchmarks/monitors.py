@@ -2,7 +2,7 @@
 
     python -m benchmarks.monitors --checkpoint benchmarks/results/shapes-400/lora --out FILE
 
-The limits of flowgrpo_jax/monitors/verdicts.py were set by this: a whole honest run raises no alarm.
+The limits in flowgrpo_jax/monitors/verdicts.py were set by this: an honest run raises no alarm.
 """
 
 from __future__ import annotations
