@@ -154,6 +154,16 @@ def test_a_reward_that_counts_faults_is_worse_when_it_rises():
     assert levels(first, now, {"shapes": 1.0}) == {"eval/shapes_unknown": "alarm"}
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_reward_that_no_picture_changes_is_no_gain(value):
+    """It has no standard error: nothing or everything is right in both evaluations."""
+    first = {"eval/own": value, "eval_error/own": 0.0, "eval/other": 0.5, "eval_error/other": 0.01}
+    now = first | {"eval/other": 0.2}
+    assert levels(first, now, {"own": 1.0}) == {"eval/other": "fine"}
+    (same,) = verdicts.judge(first | {"eval/other": None}, first | {"eval/other": None}, {})
+    assert same.says == "better by 0.0 standard errors"
+
+
 def test_every_evaluation_but_the_first_is_judged():
     rows = [
         {"epoch": 0, "eval/own": 0.5, **FIRST},
@@ -179,6 +189,13 @@ def test_log_probs_that_leave_the_clip_range_are_seen(change, level):
     assert "at step 11" in found.says
     assert verdicts.verdicts(rows, {"own": 1.0}, {"clip_range": 0.0})[2] == []
     assert verdicts.verdicts(rows, {}, {"clip_range": 1e-4, "trust_region": "dppo"})[2] == []
+
+
+@pytest.mark.parametrize("others", [{}, {"log_prob_change/04": 2e-4}])
+def test_log_probs_that_are_not_finite_are_no_change(others):
+    """The metrics have null for them, and a page cannot hold NaN."""
+    found = verdicts.drift({"log_prob_change/03": None, **others}, {"clip_range": 1e-4})
+    assert [(v.figure, v.now) for v in found] == list(others.items())
 
 
 def test_the_move_is_the_relative_distance_of_the_velocities():
@@ -232,6 +249,8 @@ def test_true_pictures_come_from_a_folder_or_a_function(tmp_path):
     assert shown.shape == (32, 64, 64, 3) and len(set(texts)) == 32
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"pictures='.*gone': there is no such folder"):
+        true_loss.load(str(tmp_path / "gone"), 8, 16)
     with pytest.raises(ValueError, match=r"no picture with a caption: put the caption"):
         true_loss.load(str(tmp_path), 8, 8)
 

@@ -34,7 +34,7 @@ def load(source: str, height: int, width: int) -> tuple[np.ndarray, list[str]]:
         "package.module:name", a function that is given PICTURES and returns (picture, caption)
         pairs. Pictures are cut to the shape, around their centre, and resized.
 
-    Raises ValueError where there is no picture with a caption.
+    Raises ValueError where there is no such folder, or no picture with a caption.
     """
     if Path(source).is_dir():
         found = [
@@ -42,6 +42,11 @@ def load(source: str, height: int, width: int) -> tuple[np.ndarray, list[str]]:
             for file in sorted(Path(source).iterdir())
             if file.suffix.lower() in FORMATS and file.with_suffix(".txt").exists()
         ]
+    elif ":" not in source:
+        raise ValueError(
+            f"monitor.pictures={source!r}: there is no such folder; name a folder of NAME.png and"
+            " NAME.txt, or a function as 'package.module:name'"
+        )
     else:
         found = list(tables.find({}, source, "source of true pictures")(PICTURES))
     if not found:

@@ -179,8 +179,9 @@ def held_out(
 
 def drift(trained: Mapping[str, Any], options: Mapping[str, Any]) -> list[Verdict]:
     """Judge how far the updates of the last epoch before an evaluation moved the log-probs of its
-    own images. No verdict where the algorithm has no clip."""
-    steps = {name: number(v) for name, v in trained.items() if name.startswith(LOG_PROBS)}
+    own images. No verdict where the algorithm has no clip, or no change is finite."""
+    changes = {name: number(v) for name, v in trained.items() if name.startswith(LOG_PROBS)}
+    steps = {name: change for name, change in changes.items() if math.isfinite(change)}
     clip = options.get("clip_range") if options.get("trust_region", "clip") == "clip" else None
     if not steps or not clip:
         return []
@@ -196,12 +197,14 @@ def drift(trained: Mapping[str, Any], options: Mapping[str, Any]) -> list[Verdic
 def gain(name: str, first: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, float]:
     """Return how much better an evaluated reward became, and that in standard errors of the
     difference as if the two evaluations were independent, which is cautious: prompts and noise are
-    the same."""
+    the same. Without an error a change is infinitely many, and none is 0."""
     before, after = number(first.get(f"eval/{name}")), number(now.get(f"eval/{name}"))
     errors = [number(row.get(f"eval_error/{name}")) for row in (first, now)]
     difference = before - after if name in LOWER_IS_BETTER else after - before
     error = math.hypot(*errors)
-    return difference, difference / error if error else math.copysign(math.inf, difference)
+    if difference and not error:
+        return difference, math.copysign(math.inf, difference)
+    return difference, difference / (error or 1.0)
 
 
 def level_of(size: float, limits: Limits | None) -> str:
