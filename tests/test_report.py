@@ -24,6 +24,15 @@ def data_of(file):
     return json.loads(found[1])
 
 
+def asked(file, folder, expression, *flags):
+    """What a page's script says of an expression, once the page is drawn."""
+    probe, script = folder / "probe.html", f"document.title = JSON.stringify({expression})"
+    text = file.read_text().replace("</body>", f"<script>{script}</script></body>")
+    probe.write_text(text)
+    drawn = chromium.call(probe.as_uri(), *flags, "--dump-dom")
+    return json.loads(re.search(r"<title>(.*?)</title>", drawn)[1])
+
+
 @pytest.fixture(scope="module")
 def shown(half):
     """The data of the page that `train` wrote by itself."""
@@ -182,16 +191,17 @@ def test_a_browser_draws_the_page(half):
 
 @pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
 def test_the_page_is_dark_in_the_dark_and_fits_a_phone(half, tmp_path):
-    """No light page in the dark, and nothing wider than the screen, which would scroll sideways."""
+    """No light page in the dark, and nothing wider than the screen, which would scroll sideways.
+    What a verdict says is below its figures, for beside them it would be out of sight."""
     address, file = (half / page.FILE).as_uri(), tmp_path / "shot.png"
     size = "--window-size=500,900"  # the narrowest that headless Chromium draws
     chromium.call(address, size, f"--screenshot={file}", "--blink-settings=preferredColorScheme=0")
     assert np.asarray(Image.open(file).convert("L")).mean() < 80
-    wide = "<script>document.title = document.documentElement.scrollWidth</script>"
-    probe = tmp_path / "probe.html"
-    probe.write_text((half / page.FILE).read_text().replace("</body>", wide + "</body>"))
-    drawn = chromium.call(probe.as_uri(), size, "--dump-dom")
-    assert int(re.search(r"<title>(\d+)</title>", drawn)[1]) <= 500
+    wide = "document.documentElement.scrollWidth"
+    rows = "[...document.querySelectorAll('#monitors tbody tr')]"
+    below = f"{rows}.every((r) => r.lastChild.offsetTop > r.firstChild.offsetTop)"
+    width, said_below = asked(half / page.FILE, tmp_path, f"[{wide}, {below}]", size)
+    assert width <= 500 and said_below
 
 
 @pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
@@ -200,6 +210,20 @@ def test_a_run_without_an_epoch_has_a_page(tmp_path):
     page.save(epath.Path(tmp_path), {"eval/own": 0.5})
     drawn = chromium.call((tmp_path / page.FILE).as_uri(), "--dump-dom")
     assert 'data-ready="yes"' in drawn and "come with the first evaluation" in drawn
+
+
+@pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
+def test_a_change_is_drawn_in_standard_errors_where_there_are_any(tmp_path):
+    """3-4-5: errors of 0.3 and 0.4 make one of 0.5. One picture has none, and says nothing."""
+    evaluations = [
+        {"eval/a": 1.0, "eval_error/a": 0.3, "eval/b": 1.0, "eval/c": 1.0},
+        {"eval/a": 2.0, "eval_error/a": 0.4, "eval/b": 2.0, "eval/c": 1.0},
+    ]
+    lines = [json.dumps({"epoch": i, **row}) + "\n" for i, row in enumerate(evaluations)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    page.save(epath.Path(tmp_path), {"eval/a": 2.0})
+    changes = "changes(RUNS[0], 0, 'epochs').map((l) => l.y)"
+    assert asked(tmp_path / page.FILE, tmp_path, changes) == [[0, 2], [0, None], [0, 0]]
 
 
 PROBE = """<script>

@@ -39,7 +39,8 @@ function showMonitors() {
 function changes(run, number, axis) {
   return figures("eval/", 1).map((figure) => line(run, figure, figure.slice(5), axis, number)).filter(Boolean).map((l) => {
     const sign = DATA.lower.includes(l.label) ? -1 : 1, first = l.y[0], error = l.error || [];
-    const y = l.y.map((v, i) => i ? sign * (v - first) / (Math.hypot(error[0], error[i]) || 1) : 0);
+    const of = (v, size) => v === first ? 0 : size ? sign * (v - first) / size : null;  // null: not known
+    const y = l.y.map((v, i) => of(v, Math.hypot(error[0], error[i])));
     const trained = Boolean(run.weights[l.label]);
     return {...l, y, error: null, dashed: !trained, label: `${l.label} (${trained ? "trained" : "held out"})`};
   });
