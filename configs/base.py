@@ -21,8 +21,9 @@ def get_config() -> ConfigDict:
     c.model.path = "stabilityai/stable-diffusion-3.5-medium"
     # Type of the frozen transformer and text encoders, and of what they compute; or float32.
     c.model.dtype = "bfloat16"
-    # Type in which the frozen kernels of the transformer's blocks are stored: int8, a quarter to
-    # half the memory (pip install 'flowgrpo_jax[int8]'); empty: model.dtype, which computes.
+    # Type in which the frozen kernels of the transformer's blocks are stored: int8 takes half the
+    # memory of bfloat16 (pip install 'flowgrpo_jax[int8]'); empty: the same as model.dtype. The
+    # computation is in model.dtype in both cases.
     c.model.base_dtype = ""
     # Image size in pixels.
     c.model.height, c.model.width = 512, 512

@@ -188,7 +188,8 @@ def drift(trained: Mapping[str, Any], options: Mapping[str, Any]) -> list[Verdic
     name = max(steps, key=lambda name: steps[name])
     times = steps[name] / clip
     level = level_of(times, DRIFT)
-    says = f"is {times:.2g} clip ranges at most, at step {int(name.removeprefix(LOG_PROBS))}"
+    step = int(name.removeprefix(LOG_PROBS))
+    says = f"is largest at step {step}: {times:.2g} times the clip range"
     if level != FINE:
         says += f" ({level} from {DRIFT.watch:g}): lower train.learning_rate, or take fewer updates"
     return [Verdict(name, "Change of log-probs in an epoch", level, 0.0, steps[name], says)]
