@@ -32,7 +32,7 @@ from flowgrpo_jax import (
     sharding,
     solvers,
 )
-from flowgrpo_jax.models import Family, Model, attention, lora_files
+from flowgrpo_jax.models import Family, Model, attention, lora_files, quantised
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.types import Params
 
@@ -136,6 +136,8 @@ def main(_: list[str]) -> None:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     kernel = attention.load("auto", mesh, args.dtype)
     made = {"lora_spec": spec, "dtype": jnp.dtype(args.dtype), "attention": kernel}
+    rank = spec.rank if spec else 1  # without an adapter the model has room for a small one
+    made |= quantised.setting(args.base_dtype, rank, family.base_dtypes, "--base_dtype")
     made |= read_options(family, args.option)
     described = family.describe(args.model, **made)
     size = described.default_size
@@ -181,6 +183,8 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("option", [], option)
     dtypes = ["float32", "bfloat16"]
     flags.DEFINE_enum("dtype", "float32", dtypes, "Type of the weights and the computation.")
+    stored = "How the transformer's kernels are stored: int8 is half of bfloat16; empty: as dtype."
+    flags.DEFINE_enum("base_dtype", "", ["", quantised.INT8], stored)
     several = "of several prompts every file gets its prompt's number."
     flags.DEFINE_string("out", "image.png", f"The picture file to write; {several}")
     cli.run(main)

@@ -54,7 +54,7 @@ def unloaded(monkeypatch):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("the work began"))
 
 
-DRAW = dict(model="shapes", lora=None, option=[], dtype="float32", prompt=["a"])
+DRAW = dict(model="shapes", lora=None, option=[], dtype="float32", base_dtype="", prompt=["a"])
 SIZE = dict(height=None, width=None, guidance=1.0, steps=1, seed=0, solver="euler")
 
 

@@ -1,17 +1,20 @@
 """The frozen base in int8: its error and bytes, and that all else works as without it."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import short_runs
+from PIL import Image
 
-from flowgrpo_jax import parts, policies, recipe, sharding
+from flowgrpo_jax import generate, parts, policies, recipe, sharding
 from flowgrpo_jax.export import export
 from flowgrpo_jax.models import quantised, sd3
 from flowgrpo_jax.models.lora import LoRASpec
@@ -157,6 +160,29 @@ def test_a_run_and_its_export(runs):
 def test_what_cannot_be(runs, changes, message):
     with pytest.raises(ValueError, match=message):
         recipe.build(short_runs.load(runs, **changes), training=False)
+
+
+def test_generate_draws_with_it(tmp_path, monkeypatch):
+    """Nearly the picture of the base as it is: it differs by a few levels of 255."""
+    given = dict(prompt=["a red circle"], lora=None, model="shapes", option=[], dtype="float32")
+    given |= dict(
+        steps=8,
+        solver="euler",
+        guidance=1.0,
+        seed=0,
+        height=None,
+        width=None,
+    )
+    monkeypatch.setattr(generate.cli, "compiling", contextlib.nullcontext)
+    drawn = []
+    for base_dtype in ("", "int8"):
+        out = tmp_path / f"picture{base_dtype}.png"
+        args = SimpleNamespace(**given, base_dtype=base_dtype, out=str(out))
+        monkeypatch.setattr(generate.flags, "FLAGS", args)
+        generate.main([])
+        drawn.append(np.asarray(Image.open(out)).astype(int))
+    off = np.abs(drawn[0] - drawn[1])
+    assert 0 < off.mean() < 8
 
 
 def test_without_qwix(monkeypatch):

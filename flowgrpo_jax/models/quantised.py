@@ -23,17 +23,20 @@ INT8 = "int8"  # the only value of config.model.base_dtype besides ""
 SCALE = "_scale"  # what the path of a scale has in addition to its kernel's
 
 
-def setting(base_dtype: str, rank: int, known: tuple[str, ...]) -> dict[str, str]:
+def setting(
+    base_dtype: str, rank: int, known: tuple[str, ...], knob: str = "model.base_dtype"
+) -> dict[str, str]:
     """Return the setting that makes a model store its kernels so; nothing for "".
 
     Args:
-      base_dtype: the config's; rank: of the adapter; known: those that the kind of model has.
+      base_dtype: as the user gave it, by `knob`; rank: of the adapter; known: those that the kind
+        of model has.
 
     Raises ValueError where the frozen kernels cannot be stored so.
     """
     if not base_dtype:
         return {}
-    knob = f"model.base_dtype={base_dtype!r}"
+    knob = f"{knob}={base_dtype!r}"
     if base_dtype not in known:
         choices = " or ".join(map(repr, ("", *known)))
         raise ValueError(f"{knob}: this kind of model takes {choices}, where '' is model.dtype")
