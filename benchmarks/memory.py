@@ -48,23 +48,19 @@ class Row(NamedTuple):
         ]
 
 
-# v5p has room for all of them: two sizes of micro-batch there say what an image takes. The others
-# are what is to fit.
+# v5p has room for all of them: two sizes of micro-batch there say what an image takes.
 ROWS = (
-    Row("v5p", "medium", "int8", 4),
     Row("v5e", "medium", "int8", 4),
     Row("v5p", "medium", "int8", 16),
-    Row("v5p", "medium", "", 4),
     Row("v5p", "large", "int8", 4),
-    Row("v5p", "medium", "", 16),
-    Row("v5p", "large", "", 4),
-    Row("v5p", "large", "int8", 16),
     Row("v5e", "medium", "", 4),
-    Row("v5p", "medium", "int8", 4, remat=False),
-    Row("v5p", "large", "", 16),
-    Row("v6e", "medium", "int8", 16),
+    Row("v5p", "medium", "int8", 4),
+    Row("v5p", "large", "int8", 16),
+    Row("v5p", "large", "", 4),
     Row("v6e", "large", "int8", 4),
     Row("v5e", "large", "int8", 4),
+    Row("v5p", "medium", "int8", 4, remat=False),
+    Row("v6e", "medium", "int8", 16),
 )
 
 
@@ -81,11 +77,6 @@ HEADER = [
     "s of sample",
     "s of accumulate",
 ]
-
-
-def largest(report: dict[str, Any]) -> float:
-    """The bytes of the program that needs most."""
-    return max(p["memory"] for p in report["programs"])
 
 
 def by_chip(reports: dict[str, Any]) -> list[list[str]]:
@@ -118,20 +109,49 @@ def by_chip(reports: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+class Need(NamedTuple):
+    """GB of a program: what it takes without images, and for each that is handled at once."""
+
+    start: float
+    image: float
+
+
+def needs(reports: dict[str, Any], model: str, base_dtype: str) -> list[Need]:
+    """Return those of the two programs, or nothing where a row is missing.
+
+    An image takes what two micro-batches differ by, whatever the base is stored in. The rest is a
+    row's of this base, on v5p or else on v5e.
+    """
+
+    def memory(row: Row, program: str) -> float:
+        return next(p for p in reports[str(row)]["programs"] if p["program"] == program)["memory"]
+
+    few, many = Row("v5p", model, "int8", 4), Row("v5p", model, "int8", 16)
+    own = [Row(chip, model, base_dtype, 4) for chip in ("v5p", "v5e")]
+    own = [row for row in own if str(row) in reports]
+    if not own or {str(few), str(many)} - set(reports):
+        return []
+    images = [(memory(many, p) - memory(few, p)) / 12e9 for p in PROGRAMS]
+    return [Need(memory(own[0], p) / 1e9 - 4 * n, n) for p, n in zip(PROGRAMS, images)]
+
+
 def by_card(reports: dict[str, Any]) -> list[list[str]]:
-    """The largest micro-batch of each model by the size of a card: a line through two sizes."""
-    lines = [["model", "base", "GB without images", "GB an image", *(f"{n} GB" for n in CARDS)]]
+    """The largest micro-batch of each model by the size of a card."""
+    header = ["model", "base", "GB of sample", "GB of accumulate", *(f"{n} GB" for n in CARDS)]
+    lines = [header]
     for model in MODELS:
         for base_dtype in ("", "int8"):
-            pair = [str(Row("v5p", model, base_dtype, micro)) for micro in (4, 16)]
-            if not all("programs" in reports.get(name, {}) for name in pair):
+            if not (found := needs(reports, model, base_dtype)):
                 continue
-            few, many = (largest(reports[name]) / 1e9 for name in pair)
-            image = (many - few) / 12
-            start = few - 4 * image
-            most = [int((USABLE * n - start) / image) for n in CARDS]
-            cells = [f"{m}" if m > 0 else "no" for m in most]
-            lines.append([model, base_dtype or "bfloat16", f"{start:.1f}", f"{image:.2f}", *cells])
+            most = [min((USABLE * card - n.start) // n.image for n in found) for card in CARDS]
+            lines.append(
+                [
+                    model,
+                    base_dtype or "bfloat16",
+                    *(f"{n.start:.1f} + {n.image:.2f} an image" for n in found),
+                    *(f"{m:.0f}" if m > 0 else "no" for m in most),
+                ]
+            )
     return lines
 
 

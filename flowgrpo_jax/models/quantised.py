@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,11 +80,7 @@ def dequantise(kernel: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     return qwix.dequantize(qwix.QArray(kernel, scale)).astype(dtype)
 
 
+@partial(jax.checkpoint, prevent_cse=False)  # no copy of the floating kernel is kept for later
 def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return x W of rows x. The backward pass makes W anew, so that no copy of it is kept."""
-
-    @jax.checkpoint
-    def times(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        return x @ dequantise(kernel, scale, x.dtype)
-
-    return times(x, kernel, scale)
+    """Return x W of rows x. Integers are exact in the dtype of x, and outputs scaled at the end."""
+    return ((x @ kernel.astype(x.dtype)) * scale[0]).astype(x.dtype)
