@@ -92,7 +92,7 @@ class JaxEngine:
         return statistics.get("peak_bytes_in_use", 0) / 2**30
 
     def empty(self) -> update.Carry:
-        return update.empty(self.run.algorithm, self.state.policy)
+        return update.empty(self.run.algorithm, self.run.setup, self.state.policy)
 
     def accumulate(self, accumulated: update.Carry, rollout: Rollout, m: int) -> update.Carry:
         """Add micro-batch m's share to (gradient, figures)."""

@@ -39,7 +39,9 @@ class TorchEngine:
         self.guidance = sample["guidance_scale"]
         self.sigmas = inputs["sigmas"].tolist()  # Python floats: nothing to wait for in a step
         self.device = "cuda" if os.environ["JAX_PLATFORMS"] == "cuda" else "cpu"  # as JAX does
-        self.dtype = getattr(torch, config["model"]["dtype"])
+        model = config["model"]
+        self.dtype = getattr(torch, model["dtype"])
+        self.product_dtype = getattr(torch, model["product_dtype"] or model["dtype"])
         torch.set_float32_matmul_precision("high")
         self.tokens, self.pooled, advantages = (
             torch.from_numpy(inputs[k]).to(self.device) for k in ("tokens", "pooled", "advantages")
@@ -77,8 +79,8 @@ class TorchEngine:
         tokens, pooled = text
         x = x.repeat(len(tokens) // len(x), 1, 1, 1)  # both branches of guidance in one batch
         time = x.new_full((len(x),), 1000 * self.sigmas[step])
-        half = self.dtype != torch.float32
-        with torch.autocast(self.device, self.dtype, enabled=half):
+        half = self.product_dtype != torch.float32
+        with torch.autocast(self.device, self.product_dtype, enabled=half):
             v = self.transformer(x, tokens, pooled, time, return_dict=False)[0].float()
         if self.guidance <= 1:
             return v

@@ -116,7 +116,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
     config = shapes.get_config()
     config.model.path = str(random_model.find(args.model, folder) or sd3.resolve(args.model))
-    for knob in ("remat", "dtype", "attention"):
+    for knob in ("remat", "dtype", "product_dtype", "attention"):
         config.model[knob] = getattr(args, knob)
     config.model.options.t5_length = args.t5_length or config.model.options.t5_length
     for knob in ("groups", "group_size", "micro_batch", "steps", "window"):
@@ -423,6 +423,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of the transformer; VAE and adapter stay float32")  # fmt: skip
+    parser.add_argument("--product_dtype", choices=("", "bfloat16"), default="",
+                        help="of the operands of JAX's linears; PyTorch has autocast")  # fmt: skip
     parser.add_argument("--attention", choices=attention.CHOICES, default="auto", help="of JAX")
     parser.add_argument("--guidance", type=float, default=1.0, help="its scale; 1 means none")
     parser.add_argument("--size", type=int, help="of the images, in pixels; the model's own")

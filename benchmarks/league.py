@@ -6,7 +6,7 @@
 The first command trains every row's recipe with every seed until it has drawn so many images, and
 measures its EMA weights. It writes a JSON file a run into `--out` and passes over those that are
 there; a run that is stopped goes on from its last checkpoint. The second one makes
-docs/images/league.png from these files and prints their table.
+docs/images/league.png from these files and prints their tables.
 
 A run is measured by pictures of the 40-step ODE: strict accuracy, graded reward and unrecognisable
 shapes on held-out prompts, the same on the prompts of training with other seeds, how much the
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import claims
+from benchmarks import claims, standings
 from benchmarks.epoch import ROOT, machine
 from flowgrpo_jax import (
     evaluate,
@@ -175,54 +175,6 @@ def true_loss(run: Recipe, policy: Params) -> float:
     return float(np.mean(losses))
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A line a row of the league, best first: means over its seeds, and the spread of two."""
-    lines = [
-        "| row | seeds | images | held out, strict | prompts of training | unrecognisable |"
-        " difference | colours, bits | loss on true pictures | minutes | forwards an image |",
-        "|" + "---|" * 11,
-    ]
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for result in results:
-        groups.setdefault((result["row"], result["images"]), []).append(result)
-
-    def strict(runs: list[dict[str, Any]]) -> float:
-        return float(np.mean([r["held_out"]["shapes_strict"] for r in runs]))
-
-    for (row, images), runs in sorted(groups.items(), key=lambda item: -strict(item[1])):
-        seen = np.mean([r["trained_prompts"]["shapes_strict"] for r in runs])
-        unknown = np.mean([r["held_out"]["shapes_unknown"] for r in runs])
-        values = [r["held_out"]["shapes_strict"] for r in runs]
-        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        others = ("difference", "colour_entropy", "true_loss", "minutes", "forwards")
-        means = [np.mean([r[name] for r in runs]) for name in others]
-        lines.append(
-            f"| {row} | {len(runs)} | {images} | {strict(runs):.3f}{spread} | {seen:.3f} |"
-            f" {unknown:.3f} | {means[0]:.1f} | {means[1]:.2f} | {means[2]:.4f} |"
-            f" {means[3]:.1f} | {means[4]:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def draw(results: list[dict[str, Any]], file: Path) -> None:
-    """The curves of all rows: held-out strict accuracy against images of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for i, row in enumerate(sorted({r["row"] for r in results if r["images"]})):
-        for result in (r for r in results if r["row"] == row):
-            label = row if result["seed"] == min(r["seed"] for r in results) else None
-            axes.plot(*zip(*result["curve"]), marker=".", color=f"C{i % 10}", label=label)
-    axes.set(xlabel="images of training", ylabel="held-out prompts, strict accuracy")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -242,8 +194,8 @@ def main() -> None:
         return
     if args.table:
         ranked = [r for r in results if "+" not in r["row"]]
-        draw(ranked, FIGURE)
-        print(table(ranked))
+        standings.draw(ranked, args.images, FIGURE)
+        print(standings.table(ranked), standings.by_tag(ranked), sep="\n\n")
         return
     chosen = claims.rows() if args.rows == "CLAIMS" else args.rows.split(",")
     for row in chosen:

@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
             }
         )
 
+    c.model.product_dtype = "auto"
+
     c.sample.groups, c.sample.group_size = 24, 12
     c.sample.micro_batch = 144
     c.sample.guidance_scale = 1.0

@@ -36,7 +36,8 @@ def act_on_alarms(
     """
     found: list[verdicts.Verdict] = []
     with logs.warn_on_error("the verdicts of the monitors"):
-        found = judged(metrics, epoch, report, run.config.reward.weights)
+        config = run.config
+        found = judged(metrics, epoch, report, config.reward.weights, config.algorithm.options)
     words = verdicts.in_words(found)
     if words:
         log.warning("epoch %d: alarm: %s", epoch, words)
@@ -79,7 +80,11 @@ def raise_kl(run: Recipe, metrics: logs.Metrics, epoch: int, report: Mapping[str
 
 
 def judged(
-    metrics: logs.Metrics, epoch: int, report: Mapping[str, float], weights: Mapping[str, float]
+    metrics: logs.Metrics,
+    epoch: int,
+    report: Mapping[str, float],
+    weights: Mapping[str, float],
+    options: Mapping[str, Any],
 ) -> list[verdicts.Verdict]:
     """Return the verdicts on an evaluation; none on the first one, or in another process than the
     one that writes the metrics."""
@@ -87,7 +92,7 @@ def judged(
         return []
     before = [row for row in logs.read(metrics.file) if row["epoch"] < epoch]
     now = {"epoch": epoch, **logs.plain(report)}
-    return verdicts.verdicts([*before, now], weights).get(epoch, [])
+    return verdicts.verdicts([*before, now], weights, options).get(epoch, [])
 
 
 def with_options(run: Recipe, options: dict[str, Any]) -> Recipe:

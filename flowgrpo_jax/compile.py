@@ -77,8 +77,7 @@ def frozen(model: Model, mesh: Mesh) -> dict[str, Any]:
 
 def training_state(
     model: Model, algorithm: Algorithm, advantage: Advantage, optimiser: Any, mesh: Mesh
-) -> tuple[Any, Any, Any]:
-    """Return the state, and the gradient and figures of an update."""
+) -> Any:
     key = jax.eval_shape(lambda: jax.random.key(0))
     memory = jax.eval_shape(lambda: advantage.initial(1))
     state = jax.eval_shape(
@@ -87,11 +86,7 @@ def training_state(
         memory,
         key,
     )
-    gradient, figures = jax.eval_shape(lambda p: update.empty(algorithm, p), model.trained_shapes)
-    state, gradient = (
-        laid_out(x, sharding.state_shardings(mesh, x, model.rules)) for x in (state, gradient)
-    )
-    return state, gradient, laid_out(figures, sharding.replicated(mesh))
+    return laid_out(state, sharding.state_shardings(mesh, state, model.rules))
 
 
 def rollout(setup: Setup, micro_batch: int, latent: tuple[int, ...], mesh: Mesh) -> Rollout:
@@ -132,13 +127,16 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     text = {part: weights.pop(part) for part in model.text_shapes}
     algorithm, optimiser = parts.make_algorithm(config), parts.make_optimiser(config)
     advantage = rollout_settings.make_advantage(config, algorithm)
-    state, gradient, figures = training_state(model, algorithm, advantage, optimiser, mesh)
+    state = training_state(model, algorithm, advantage, optimiser, mesh)
 
     encoded, m = min(plan.groups, TEXTS), plan.micro_batch
     micro = config.eval.micro_batch or m
     tokens = laid_out(model.token_shapes(encoded), everywhere)
     cond, empty, tested = conditionings(model, text, tokens, (plan.groups, 1, micro), mesh)
     setup = parts.make_setup(config, model, algorithm, sharding.row_shards(mesh))
+    carry = jax.eval_shape(partial(update.empty, algorithm, setup), model.trained_shapes)
+    gradient = laid_out(carry[0], sharding.state_shardings(mesh, carry[0], model.rules))
+    figures = laid_out(carry[1], everywhere)
     latent = model.latent_shape(config.model.height, config.model.width)
     drawn = rollout(setup, m, latent, mesh)
     one_each, scalar = array(rows, m), array(everywhere)

@@ -34,7 +34,7 @@ from flowgrpo_jax import (
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.batch_plan import Plan, derived_micro_batch
-from flowgrpo_jax.models import Family, Model, attention, quantised
+from flowgrpo_jax.models import Family, Model, attention, products, quantised
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.rollout_settings import branches, window
@@ -107,6 +107,7 @@ def model_settings(config: ConfigDict, family: Family, mesh: Mesh) -> dict[str, 
         "dtype": jnp.dtype(c.dtype),
         "remat": c.remat,
         "attention": attention.load(c.attention, mesh, c.dtype),
+        "product": products.load(c.product_dtype, mesh, c.dtype),
         "gather": sharding.gather_weights(mesh, family.rules),
         **quantised.setting(c.base_dtype, config.lora.rank, family.base_dtypes),
         **models.settings_of(family, c.options.to_dict(), "config.model.options"),

@@ -18,7 +18,7 @@ from flowgrpo_jax import cli, logs, parts, sampler, settings, sharding
 from flowgrpo_jax.alarms import act_on_alarms
 from flowgrpo_jax.evaluate import draw, draw_balanced, figures_of, save_grid, summarise
 from flowgrpo_jax.lifecycle import offer_best
-from flowgrpo_jax.monitors import move, picture_figures, true_loss
+from flowgrpo_jax.monitors import embedding, move, picture_figures, true_loss
 from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.report import pictures
 from flowgrpo_jax.run_checkpoints import RunCheckpoints
@@ -105,6 +105,9 @@ def monitored(
         ids = again.ids
     with logs.warn_on_error("the diversity of the evaluated pictures"):
         found["diversity"] = picture_figures.diversity(pixels, ids)
+    if tower := embedding.find((run.test_scorer.in_graph, run.scorer.in_graph)):
+        vectors = embedding.embeddings(*tower, pixels, run.mesh, at_once(run))
+        found["clip_diversity"] = embedding.diversity(vectors, ids)
     return {f"monitor/{name}": value for name, value in found.items()}
 
 

@@ -22,7 +22,7 @@ from flowgrpo_jax import (
     solvers,
 )
 from flowgrpo_jax.algorithms import Algorithm, Setup
-from flowgrpo_jax.models import attention
+from flowgrpo_jax.models import attention, products
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.rollout_settings import branches, make_advantage, make_window, window
 from flowgrpo_jax.sampler import Process
@@ -80,6 +80,12 @@ def check(config: ConfigDict) -> None:
     )
     choice(config, "model", "dtype", ("float32", "bfloat16"))
     choice(config, "model", "attention", attention.CHOICES)
+    choice(config, "model", "product_dtype", products.CHOICES)
+    require(
+        config.model.product_dtype != "bfloat16" or config.model.dtype == "float32",
+        f"model.product_dtype='bfloat16' with model.dtype={config.model.dtype!r}: it rounds what a"
+        " model in float32 multiplies; set it to '', for the model computes in half precision",
+    )
     require(
         not files.in_bucket(config.model.text_cache),
         f"model.text_cache={config.model.text_cache!r}: must be a directory on this machine or of a"

@@ -147,13 +147,13 @@ def improve(
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
     per_micro = credit.cut(given, plan.updates * plan.micro_batches)
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
     begun = state.step
     parts = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
     steps = [(u, part) for u in range(plan.updates) for part in parts]
     for i, (u, part) in enumerate(steps):
         others = {name: run.named_policy(state, name) for name in algorithm.reads}
-        gradient, sums = update.empty(algorithm, state.policy)
+        gradient, sums = update.empty(algorithm, run.setup, state.policy)
         for m in range(u * plan.micro_batches, (u + 1) * plan.micro_batches):
             stop.check()
             # A program may leave them cut in another way, and would be compiled once more for that.
@@ -176,15 +176,15 @@ def improve(
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
         if i == 0:  # only before the first update is the policy the one that drew the images
             figures |= worst
-            if problem := algorithm.warning(worst | {k: float(v) for k, v in sums.items()}):
+            if problem := algorithm.warning(worst | update.scalars(sums)):
                 log.warning("epoch %d: %s", epoch, problem)
         gradient, on_data = data_loss.add(run, data, u, state, epoch, gradient)
         state, applied = run.programs.apply(state, gradient)
         state = run.put(state)  # as above
         for name, value in (sums | applied | on_data).items():
-            figures[name] = figures.get(name, 0.0) + float(value) / len(steps)
+            figures[name] = figures.get(name, 0.0) + np.asarray(value, float) / len(steps)
     state, alone = data_loss.step(run, data, state, epoch)
-    return run.programs.end_epoch(state, begun), figures | alone
+    return run.programs.end_epoch(state, begun), update.scalars(figures) | alone
 
 
 def train(

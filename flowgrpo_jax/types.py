@@ -133,6 +133,8 @@ class GraphReward:
     # the reward cannot judge
     differentiable: bool = False  # `score` also takes f32 images, from 0 to 255, and has a useful
     # gradient there
+    # weights, images uint8 [M, H, W, 3] -> unit vectors f32 [M, V] of what its tower sees, if any
+    embed: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
 class Described(NamedTuple):

@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup
 from flowgrpo_jax.types import Params, Rollout, TrainState
 
 Carry = tuple[Params, Figures]  # the gradient and the figures of an update, so far
+# What the name of a figure ends with that holds sums and counts of images by step, f32 [2, T]
+BY_STEP = "_by_step"
 
 
 def accumulate(
@@ -60,17 +63,25 @@ def accumulate(
         }
         return loss.sum(), reduced
 
+    def sums_at(step: jax.Array, new: Figures) -> Figures:
+        nothing = jnp.zeros((2, setup.process.steps))
+        return {
+            name + BY_STEP: nothing.at[:, step].set(jnp.stack([new[name], rollout.prompt.size]))
+            for name in algorithm.by_step
+        }
+
     def add(carry: Carry, term: jax.Array) -> tuple[Carry, None]:
         gradient, sums = carry
         (_, new), grads = jax.value_and_grad(total, has_aux=True)(policy, term)
         gradient = jax.tree.map(lambda a, g: a + scale * g, gradient, grads)
-        sums = {
+        by_step = sums_at(rollout.start + term, new)
+        means = {
             name: jnp.maximum(sums[name], value)
             if name in algorithm.worst
             else sums[name] + scale * value
             for name, value in new.items()
         }
-        return (gradient, sums), None
+        return (gradient, means | {name: sums[name] + at for name, at in by_step.items()}), None
 
     return jax.lax.scan(add, carry, terms)[0]
 
@@ -106,9 +117,25 @@ def add_matching(
     return jax.lax.scan(add, carry, levels)[0]
 
 
-def empty(algorithm: Algorithm, policy: Params) -> Carry:
+def empty(algorithm: Algorithm, setup: Setup, policy: Params) -> Carry:
     """Return the gradient and figures that `accumulate` starts from."""
-    return jax.tree.map(jnp.zeros_like, policy), {name: jnp.zeros(()) for name in algorithm.figures}
+    by_step = {name + BY_STEP: jnp.zeros((2, setup.process.steps)) for name in algorithm.by_step}
+    figures = {name: jnp.zeros(()) for name in algorithm.figures}
+    return jax.tree.map(jnp.zeros_like, policy), figures | by_step
+
+
+def scalars(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return an epoch's figures as numbers; those by step as their mean at each step that has
+    images, "NAME/STEP" with two digits."""
+    found: dict[str, float] = {}
+    for name, value in figures.items():
+        if not name.endswith(BY_STEP):
+            found[name] = float(value)
+            continue
+        for step in np.flatnonzero(value[1]):
+            sums, images = value[:, step]
+            found[f"{name.removesuffix(BY_STEP)}/{step:02}"] = float(sums / images)
+    return found
 
 
 @lru_cache(maxsize=32)  # programs of the same optimiser are then the same as well

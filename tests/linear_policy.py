@@ -71,7 +71,7 @@ def accumulated(
         advantage,
         algorithm.terms(setup, key),
         images or rollout.prompt.shape[0],
-        update.empty(algorithm, params),
+        update.empty(algorithm, setup, params),
         score,
     )
 

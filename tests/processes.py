@@ -67,6 +67,7 @@ def load(folder, mesh, host_call):
     c = shapes.get_config()
     c.model.path = str(folder / "model")
     c.model.height = c.model.width = 32
+    c.model.product_dtype = ""
     c.epochs = 2
     c.lora.rank, c.lora.alpha = 8, 8.0
     c.sample.groups, c.sample.group_size, c.sample.micro_batch = 2, 8, 8  # a group on all devices

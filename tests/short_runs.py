@@ -26,6 +26,7 @@ def get_config():
     c.model.height = c.model.width = 32
     c.epochs = 4
     c.lora.rank, c.lora.alpha = 2, 4.0
+    c.model.product_dtype = ""  # the same on every CPU
     c.cpu_devices = 1  # commands are compared bit for bit with runs in this process
     c.sample.groups, c.sample.group_size, c.sample.micro_batch = 2, 4, 2
     c.sample.steps, c.sample.window, c.sample.window_range = 4, 2, (0, 3)

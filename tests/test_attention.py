@@ -63,7 +63,7 @@ def test_the_update_replays_the_kernel_exactly(name):
         zeros = jnp.zeros(2, int)
         drawn = sampler.rollout(lambda *a: v(weights, *a), process, x, keys, 0, zeros)
         algorithm = load_algorithm("grpo", {"clip_range": 1e-4})
-        empty = update.empty(algorithm, weights)
+        empty = update.empty(algorithm, Setup(process, 2), weights)
         args = (algorithm, Setup(process, 2), v, weights, {}, drawn, jnp.array([1.0, -1.0]))
         return update.accumulate(*args, jnp.arange(2), 2, empty)[1]["ratio_gap"]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import claims, league
+from benchmarks import claims, league, standings
 from flowgrpo_jax import algorithms
 
 
@@ -49,7 +49,8 @@ def result(row, seed, strict):
         "seed": seed,
         "images": 288,
         "curve": [(0, 0.5), (288, strict)],
-        "held_out": {"shapes_strict": strict, "shapes_unknown": 0.1},
+        "held_out": {"shapes_strict": strict, "shapes": 0.8, "shapes_unknown": 0.1},
+        "per_tag": {"position": 0.5, "counting": strict},
         "trained_prompts": {"shapes_strict": 0.7},
         **dict.fromkeys(("difference", "colour_entropy", "true_loss", "minutes", "forwards"), 1.0),
     }
@@ -57,11 +58,14 @@ def result(row, seed, strict):
 
 def test_the_table_ranks_means_and_says_their_spread(tmp_path):
     results = [result("a", 0, 0.6), result("b", 0, 0.7), result("b", 1, 0.8)]
-    lines = league.table(results).splitlines()
-    assert lines[2].startswith("| b | 2 | 288 | 0.750 ± 0.071 | 0.700 |")
-    assert lines[3].startswith("| a | 1 | 288 | 0.600 | 0.700 |")
+    lines = standings.table(results).splitlines()
+    assert lines[2].startswith("| b | 2 | 288 | 0.750 ± 0.071 | 0.700 | 0.800 | 0.100 |")
+    assert lines[3].startswith("| a | 1 | 288 | 0.600 | 0.700 | 0.800 | 0.100 |")
+    lines = standings.by_tag(results).splitlines()
+    assert lines[0] == "| row | images | counting | position |"
+    assert lines[2] == "| b | 288 | 0.75 | 0.50 |"
     pytest.importorskip("matplotlib")
-    league.draw(results, tmp_path / "images" / "league.png")
+    standings.draw(results, 288, tmp_path / "images" / "league.png")
     assert (tmp_path / "images" / "league.png").stat().st_size > 5000
 
 

@@ -1,16 +1,21 @@
 """The monitors: figures of pictures by hand, and verdicts on cases that are known."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from short_runs import load, rows
+from short_runs import ROOT, load, rows
 
 from flowgrpo_jax import alarms, lifecycle, policies, recipe, sampler, sharding
 from flowgrpo_jax.checkpoint import Checkpoints
-from flowgrpo_jax.monitors import move, picture_figures, true_loss, verdicts
+from flowgrpo_jax.monitors import embedding, move, picture_figures, true_loss, verdicts
+from flowgrpo_jax.scoring.graph import GraphRewards
 from flowgrpo_jax.train import train
+from flowgrpo_jax.types import GraphReward
 
 
 def flat(colour, side=16):
@@ -64,6 +69,34 @@ def test_diversity_is_the_mean_distance_within_a_prompt():
     assert np.isnan(picture_figures.diversity(three, np.arange(3)))
 
 
+def test_diversity_to_a_tower_is_one_less_the_cosine():
+    x, y, between = np.eye(2)[0], np.eye(2)[1], np.full(2, np.sqrt(0.5))
+    vectors, ids = np.stack([x, y, x, x, between]), np.array([4, 9, 4, 9, 7])
+    assert embedding.diversity(vectors, ids) == pytest.approx((0 + 1) / 2)
+    three = np.stack([x, y, between])
+    expected = (1 + 2 * (1 - np.sqrt(0.5))) / 3
+    assert embedding.diversity(three, np.zeros(3)) == pytest.approx(expected)
+    assert np.isnan(embedding.diversity(three, np.arange(3)))
+
+
+def mean_colour(weights, images):
+    colour = images.astype(jnp.float32).mean((1, 2)) * weights
+    return colour / jnp.linalg.norm(colour, axis=-1, keepdims=True)
+
+
+def test_the_first_tower_that_is_loaded_embeds_the_pictures():
+    """Five pictures in parts of two; rewards without a tower are passed over."""
+    plain = GraphReward((), lambda *_: {}, lambda weights, images, rows: images[:, 0, 0, 0])
+    seeing = dataclasses.replace(plain, weights=jnp.float32(2.0), embed=mean_colour)
+    assert embedding.find([GraphRewards({}), GraphRewards({"plain": plain})]) is None
+    tower = embedding.find([GraphRewards({"plain": plain}), GraphRewards({"seeing": seeing})])
+    colours = [(255, 0, 0), (0, 9, 0), (0, 0, 30), (60, 80, 0), (0, 30, 40)]
+    pixels = np.stack([flat(colour) for colour in colours])
+    found = embedding.embeddings(*tower, pixels, sharding.make_mesh(), 2)
+    expected = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.6, 0.8, 0), (0, 0.6, 0.8)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 FIRST = {"monitor/edge_density": 0.1, "monitor/colour_entropy": 4.0, "monitor/brightness": 0.5}
 
 
@@ -84,17 +117,17 @@ def test_the_case_that_is_known_is_an_alarm():
     assert "Colour entropy fell by 54%" in verdicts.in_words(found)
 
 
-def test_what_honest_training_of_the_box_does_is_fine():
-    """The figures of docs/images/shapes-before.png and shapes-after.png."""
-    names = ("edge_density", "colour_entropy", "brightness", "saturation", "dark", "sharpness")
-    before, after = (
-        {f"monitor/{name}": value for name, value in zip(names, values)}
-        for values in (
-            (0.052, 0.872, 0.905, 0.074, 0.0, 0.052),
-            (0.065, 1.0, 0.887, 0.093, 0.002, 0.065),
-        )
-    )
-    assert set(levels(before, after).values()) == {"fine"}
+def test_a_whole_honest_run_of_the_box_raises_no_alarm():
+    """The 400 epochs of docs/results.md, and what has moved far is to be watched."""
+    report = json.loads((ROOT / "benchmarks/results/shapes-400/monitors.json").read_text())
+    found = {v.figure: v.level for v in verdicts.judge(*report["rows"], {"shapes": 1.0})}
+    assert len(found) == 14
+    assert {name for name, level in found.items() if level != "fine"} == {
+        "move_high",
+        "move_middle",
+        "true_loss",
+    }
+    assert set(found.values()) == {"fine", "watch"}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +164,21 @@ def test_every_evaluation_but_the_first_is_judged():
     found = verdicts.verdicts(rows, {"own": 1.0})
     assert {epoch: verdicts.worst(v) for epoch, v in found.items()} == {2: "watch", 4: "fine"}
     assert [v.figure for v in found[4]] == ["edge_density", "colour_entropy"]
+
+
+@pytest.mark.parametrize("change, level", [(4e-5, "fine"), (3e-4, "watch"), (2e-3, "watch")])
+def test_log_probs_that_leave_the_clip_range_are_seen(change, level):
+    """By the epoch before the evaluation, at the step that moved most."""
+    rows = [
+        {"epoch": 0, "eval/own": 0.5, "log_prob_change/03": 1.0},
+        {"epoch": 1, "log_prob_change/03": 1e-6, "log_prob_change/11": change},
+        {"epoch": 2, "eval/own": 0.5, "log_prob_change/03": 1.0},
+    ]
+    (found,) = verdicts.verdicts(rows, {"own": 1.0}, {"clip_range": 1e-4})[2]
+    assert (found.figure, found.level) == ("log_prob_change/11", level)
+    assert "at step 11" in found.says
+    assert verdicts.verdicts(rows, {"own": 1.0}, {"clip_range": 0.0})[2] == []
+    assert verdicts.verdicts(rows, {}, {"clip_range": 1e-4, "trust_region": "dppo"})[2] == []
 
 
 def test_the_move_is_the_relative_distance_of_the_velocities():
@@ -195,6 +243,8 @@ def test_an_alarm_stops_the_run_and_the_last_good_state_is_kept(runs, tmp_path, 
         "flowgrpo_jax.monitors.picture_figures.statistics",
         lambda pixels: {"brightness": next(levels)},
     )
+    tower = (mean_colour, jnp.float32(1.0))
+    monkeypatch.setattr("flowgrpo_jax.monitors.embedding.find", lambda rewards: tower)
     settings = {"log__tensorboard": False, "eval__every": 1, "epochs": 3, "monitor__move": True}
     settings["monitor__pictures"] = "flowgrpo_jax.worlds.shapes.world:true_pictures"
     with pytest.raises(lifecycle.RunFailed, match=r"alarm at epoch 2: Brightness fell.*good"):

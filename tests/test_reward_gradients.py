@@ -138,6 +138,7 @@ def test_shortfall():
         ("flowbp", {"late_bias": -1.0}, r"late_bias=-1.0: must be at least 0"),
         ("flowbp", {"rescale": 2.0}, r"rescale=2.0: must be in \[0, 1\]"),
         ("srpo", {"levels": 0}, r"levels=0: must be at least 1"),
+        ("srpo", {"good": ""}, r"good='': must be a word or more"),
         ("srpo", {"bad": "Detail", "good": "Detail"}, r"good='Detail': must differ from bad"),
         ("neighbor", {"anchors": 0}, r"anchors=0: must be at least 1"),
         ("neighbor", {"clip_range": -0.1}, r"clip_range=-0.1: must be at least 0"),

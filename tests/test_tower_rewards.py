@@ -334,6 +334,21 @@ def test_the_gradient_is_that_of_finite_differences(name, all_rewards):
     np.testing.assert_allclose(up - down, (slope * along).sum(), rtol=0.05)
 
 
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "aesthetic", "image_similarity"])
+def test_an_embedding_is_what_the_tower_sees(name, all_rewards, clip_folder):
+    """Of unit length, as transformers' and open_clip's image tower has it."""
+    reward = make(name, **all_rewards[name])
+    ours = np.asarray(jax.jit(reward.embed)(reward.weights, IMAGES))
+    with torch.no_grad():
+        if name == "hpsv2":
+            theirs = torch_open_clip().visual(open_clip_pixels(IMAGES, SIZE))
+            theirs = theirs / theirs.norm(dim=-1, keepdim=True)
+        else:
+            read = tensor_pixels if name == "image_similarity" else pil_pixels
+            theirs = torch_looks(clip_folder, read(IMAGES, SIZE))
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-3, atol=2e-3)
+
+
 def test_all_have_a_gradient(all_rewards):
     assert all(make(name, **all_rewards[name]).differentiable for name in NAMES)
 

@@ -119,6 +119,7 @@ def test_pruned_steps_move_towards_the_root():
     "options, problem",
     [
         ({"fusion": "max"}, r"fusion='max': choose from mean, softmax"),
+        ({"alpha": -1.0}, r"alpha=-1.0: must be at least 0"),
         ({"prune": 4}, r"prune=4: must be between 0 and 3"),
         ({"prune_every": 0}, r"prune_every=0: must be at least 1"),
         ({"keep_leaves": 5}, r"keep_leaves=5: must be between 0 and 4"),

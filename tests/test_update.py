@@ -70,7 +70,7 @@ KL = grpo(0.2, kl_beta=0.5)
 
 
 def linear_share(params, rollout, advantage=ADVANTAGE, terms=(0, 1, 2), carry=None):
-    carry = carry or update.empty(KL, params)
+    carry = carry or update.empty(KL, Setup(CPS, IMAGES), params)
     terms = jnp.array(terms)
     return share(CPS, KL, params, weights(1), rollout, advantage, terms, carry)
 
@@ -213,8 +213,9 @@ def test_the_update_replays_what_the_sampler_recorded(mmdit, kernel, guidance):
 
     @jax.jit
     def replay(adapter, drawn):
-        args = (algorithm, Setup(process, 2), v, adapter, {}, drawn, advantage)
-        return update.accumulate(*args, jnp.arange(3), 4, update.empty(algorithm, adapter))
+        setup = Setup(process, 2)
+        args = (algorithm, setup, v, adapter, {}, drawn, advantage)
+        return update.accumulate(*args, jnp.arange(3), 4, update.empty(algorithm, setup, adapter))
 
     drawn = rollout(adapter)
     gradient, figures = replay(adapter, drawn)
@@ -238,13 +239,19 @@ def test_ratio_gap_and_clip_fraction_off_policy(rolled):
     np.testing.assert_allclose(figures["clip_fraction"], 1 / (3 * IMAGES), rtol=1e-6)
     squares = np.log(1.5) ** 2 + np.log(1.1) ** 2
     np.testing.assert_allclose(figures["approx_kl"], squares / 2 / (3 * IMAGES), rtol=1e-4)
+    by_step = {name: v for name, v in update.scalars(figures).items() if "/" in name}
+    begin = int(rolled.start)
+    expected = {begin: np.log(1.1) / IMAGES, begin + 1: np.log(1.5) / IMAGES, begin + 2: 0}
+    assert by_step == pytest.approx(
+        {f"log_prob_change/{step:02}": v for step, v in expected.items()}, rel=1e-4, abs=1e-6
+    )
 
 
 def test_a_constant_reward_changes_nothing(rolled):
     valid = jnp.ones(IMAGES, bool)
     advantage = advantages.normalised(jnp.full(IMAGES, -7.7), valid, group_size=IMAGES)
     algorithm, params = grpo(0.2), weights(2)
-    carry = update.empty(algorithm, params)
+    carry = update.empty(algorithm, Setup(CPS, IMAGES), params)
     args = (params, weights(1), rolled, advantage, jnp.arange(3), carry)
     gradient, figures = share(CPS, algorithm, *args)
     assert figures["ratio_gap"] > 0.01  # off policy, and yet

@@ -54,7 +54,7 @@ def tree(
         worst ones, half of each; 0: all.
     """
     leaves = branches.leaves if branches.splits else group_size
-    _check(fusion, prune, prune_every, keep_leaves, steps, leaves)
+    _check(fusion, alpha, prune, prune_every, keep_leaves, steps, leaves)
     sizes, splits = branches.sizes, np.asarray(branches.splits, int)
     last = np.full(steps, len(sizes) - 1)
     reached = (np.arange(steps)[:, None] >= splits).sum(1) if len(splits) else last
@@ -145,11 +145,18 @@ def _unpruned(epoch: jax.Array, steps: int, prune: int, every: int, last_split: 
 
 
 def _check(
-    fusion: str, prune: int, prune_every: int, keep_leaves: int, steps: int, leaves: int
+    fusion: str,
+    alpha: float,
+    prune: int,
+    prune_every: int,
+    keep_leaves: int,
+    steps: int,
+    leaves: int,
 ) -> None:
     if fusion not in FUSIONS:
         raise ValueError(f"advantage.options.fusion={fusion!r}: choose from {', '.join(FUSIONS)}")
     for name, value, least, most in (
+        ("alpha", alpha, 0, None),
         ("prune", prune, 0, steps - 1),
         ("prune_every", prune_every, 1, None),
         ("keep_leaves", keep_leaves, 0, leaves),

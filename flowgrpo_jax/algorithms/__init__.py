@@ -73,6 +73,7 @@ class Algorithm:
       weighs_kl: whether the loss has a KL to "reference" that `weigh_kl` weighs; it is the figure
         "kl", unweighted.
       worst: figures of which the largest value counts, and not the mean.
+      by_step: figures that a run also reports for each step of the rollout.
       warning: (figures of an epoch's first update) -> a sentence, or "" when all is well.
       summary: one line about the options, for the first lines that a run prints.
     """
@@ -89,6 +90,7 @@ class Algorithm:
     whole: str = ""
     weighs_kl: bool = False
     worst: tuple[str, ...] = ()
+    by_step: tuple[str, ...] = ()
     warning: Callable[[Mapping[str, float]], str] = lambda figures: ""
     summary: str = ""
 

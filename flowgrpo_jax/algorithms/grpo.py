@@ -98,6 +98,7 @@ def make(
             "policy_loss": value,
             "kl": kl,
             "approx_kl": 0.5 * jnp.square(move.log_ratio),
+            "log_prob_change": jnp.abs(move.log_ratio),
             "clip_fraction": outside.astype(jnp.float32),
             "ratio_gap": jnp.abs(ratio - 1),
         }
@@ -107,12 +108,20 @@ def make(
     return Algorithm(
         loss,
         terms=partial(_terms, steps, step_choice, "centering" if centering else trust_region),
-        figures=("policy_loss", "kl", "approx_kl", "clip_fraction", "ratio_gap"),
+        figures=(
+            "policy_loss",
+            "kl",
+            "approx_kl",
+            "log_prob_change",
+            "clip_fraction",
+            "ratio_gap",
+        ),
         records="window",
         reads=("reference",) if kl_beta else (),
         copies={"reference": copies.reset(reset_every)} if reset_every else {},
         weighs_kl=kl_beta > 0,
         worst=("ratio_gap",),
+        by_step=("log_prob_change",),
         warning=partial(_warning, jnp.inf if trust_region == "dppo" else clip_range),
         summary=f"{steps or 'all'} steps of the window{weights}, {trust_region} {limit:g},"
         f" KL {kl_beta:g}",

@@ -56,6 +56,9 @@ def make(
     """
     if levels < 1:
         raise ValueError(f"algorithm.options.levels={levels}: must be at least 1")
+    for name, word in {"good": good, "bad": bad}.items():
+        if not word.strip():
+            raise ValueError(f"algorithm.options.{name}={word!r}: must be a word or more")
     if good == bad:
         raise ValueError(f"algorithm.options.good={good!r}: must differ from bad")
 

@@ -143,7 +143,8 @@ class Family:
       base_dtypes: what it takes as `config.model.base_dtype` beside "": `quantised.INT8`, or none.
 
     The settings of `describe` and `load` are lora_spec (a LoRASpec, or None for a small one), dtype
-    (of the transformer and the text encoders), remat, attention, gather (applied to parameters of
+    (of the transformer and the text encoders), remat, attention and product (of its
+    linears; functions of models.attention and models.products), gather (applied to parameters of
     the transformer before their use; `sharding.gather_weights` makes it), base_dtype where one is
     chosen, and the options.
     """

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flowgrpo_jax.models import quantised
+from flowgrpo_jax.models.products import Product, exact
 
 Params = dict[str, Any]  # flat: path -> array, or ShapeDtypeStruct for an abstract model
 # The patch projection of diffusers' PatchEmbed: a strided convolution in files, a linear here.
@@ -41,8 +42,17 @@ class Linear(nnx.Module):
     lora_scale: float
     kernel_scale: nnx.Param
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs):
-        self.dtype = dtype
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        bias: bool = True,
+        dtype: Any,
+        product: Product = exact,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype, self.product = dtype, product
         self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (n_in, n_out)))
         if bias:
             self.bias = nnx.Param(jnp.zeros((n_out,)))
@@ -51,11 +61,12 @@ class Linear(nnx.Module):
         # One leading axis: with two, XLA on the CPU takes a third longer for the gradients.
         leading, x = x.shape[:-1], x.astype(self.dtype).reshape(-1, x.shape[-1])
         if merged := self.merges():
-            y = x @ (self.weight() + self.lora_scale * (self.lora_a[...] @ self.lora_b[...]))
+            delta = self.lora_scale * (self.lora_a[...] @ self.lora_b[...])
+            y = self.product(x, self.weight() + delta)
         elif hasattr(self, "kernel_scale"):
-            y = quantised.product(x, self.kernel[...], self.kernel_scale[...])
+            y = quantised.product(x, self.kernel[...], self.kernel_scale[...], self.product)
         else:
-            y = x @ self.weight()
+            y = self.product(x, self.weight())
         if hasattr(self, "bias"):
             y = y + self.bias[...].astype(self.dtype)
         if hasattr(self, "lora_a") and not merged:

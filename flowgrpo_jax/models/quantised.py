@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowgrpo_jax.models.products import Product
+
 INT8 = "int8"  # the only value of config.model.base_dtype besides ""
 SCALE = "_scale"  # what the path of a scale has in addition to its kernel's
 
@@ -80,7 +82,8 @@ def dequantise(kernel: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     return qwix.dequantize(qwix.QArray(kernel, scale)).astype(dtype)
 
 
-@partial(jax.checkpoint, prevent_cse=False)  # no copy of the floating kernel is kept for later
-def product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+# No copy of the floating kernel is kept for the backward pass.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
+def product(x: jax.Array, kernel: jax.Array, scale: jax.Array, multiply: Product) -> jax.Array:
     """Return x W of rows x. Integers are exact in the dtype of x, and outputs scaled at the end."""
-    return ((x @ kernel.astype(x.dtype)) * scale[0]).astype(x.dtype)
+    return (multiply(x, kernel.astype(x.dtype)) * scale[0]).astype(x.dtype)

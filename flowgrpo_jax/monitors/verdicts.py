@@ -1,7 +1,7 @@
 """Verdicts in words: what an evaluation has lost since the first one of its run.
 
-The limits are set between the runs of the model in the box, whose figures move by up to 30 % while
-the pictures get better (docs/report.md), and hacked runs, in which they move by more than 50 %: in
+The limits are set between the honest runs of the model in the box, whose pictures' figures move by
+up to 29 % in 400 epochs (docs/report.md), and hacked runs, in which they move by more than 50 %: in
 the case that is best known, edge density fell by 60 %, colour entropy by 54 % and brightness by
 73 % while the text reward rose.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 FINE, WATCH, ALARM = LEVELS = ("fine", "watch", "alarm")
@@ -45,8 +46,9 @@ class Rule:
 
 
 FLATTER, BUSIER = Limits(0.2, 0.35), Limits(0.5, 1.0)
-# At low noise the base's own velocity is small, so that the same change is a larger share of it.
-MOVES = {"high": Limits(0.15, 0.5), "middle": Limits(0.15, 0.5), "low": Limits(1.0, 2.0)}
+# From 1 on the velocity differs from the base's by more than the base's own length. At low noise
+# that is small, so that the same change is a larger share of it.
+MOVES = {"high": Limits(0.15, 1.0), "middle": Limits(0.15, 1.0), "low": Limits(1.0, 2.0)}
 RULES = (
     Rule("edge_density", "Edge density", "detail is lost", "noise or clutter", FLATTER, BUSIER),
     Rule("colour_entropy", "Colour entropy", "pictures get flat", "clutter", FLATTER, BUSIER),
@@ -61,19 +63,26 @@ RULES = (
     Rule("sharpness", "Sharpness", "blur", "noise or grain", FLATTER, BUSIER),
     Rule("diversity", "Diversity within a prompt", "pictures of a prompt become alike", "",
          Limits(0.25, 0.4)),
+    Rule("clip_diversity", "Diversity within a prompt to CLIP",
+         "pictures of a prompt show the same", "", Limits(0.25, 0.4)),
     *(
         Rule(f"move_{name}", f"Size of the move at {name} noise", "",
              "the policy leaves what the base model knows", rise=limits, absolute=True)
         for name, limits in MOVES.items()
     ),
-    # 10 % is DDRL's alarm (arXiv 2512.04332); honest runs of the box reach 85 % in 36 epochs.
+    # 10 % is DDRL's alarm (arXiv 2512.04332). No alarm here: in the box an honest run reaches 850 %
+    # in 400 epochs and a hacked one 600 % in 18, so that it does not tell them apart.
     Rule("true_loss", "Loss on true pictures", "", "the policy forgets what is true",
-         rise=Limits(0.1, 3.0)),
+         rise=Limits(0.1, math.inf)),
 )  # fmt: skip
 # Rewards that are evaluated and not trained on fall while one that is trained on rises: in standard
 # errors of the difference, and, for an alarm, also as a share of the first value.
 HELD_OUT = Limits(2.0, 4.0)
 HELD_OUT_SHARE = 0.15
+# The mean change of log-probs during an epoch, at the step where it is largest, in clip ranges.
+# Beyond 1 the clip silences most transitions of that step. No alarm: pictures lose nothing by it.
+DRIFT = Limits(1.0, math.inf)
+LOG_PROBS = "log_prob_change/"  # what a figure of one step begins with
 
 
 class Verdict(NamedTuple):
@@ -88,22 +97,27 @@ class Verdict(NamedTuple):
 
 
 def verdicts(
-    rows: Iterable[Mapping[str, Any]], weights: Mapping[str, float]
+    rows: Iterable[Mapping[str, Any]],
+    weights: Mapping[str, float],
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[int, list[Verdict]]:
     """Return the verdicts on every evaluation but the first, by epoch.
 
     Args:
-      rows: the metrics of a run; those without an evaluation are passed over.
-      weights: of the rewards that are trained on.
+      rows: the metrics of a run.
+      weights: of the rewards that are trained on; options: of the algorithm.
     """
     first, found = None, {}
+    trained: Mapping[str, Any] = {}
     for row in rows:
-        if not any(key.startswith("eval/") for key in row):
-            continue
-        if first is None:
-            first = row
-        else:
-            found[int(row["epoch"])] = judge(first, row, weights)
+        if any(key.startswith("eval/") for key in row):
+            if first is None:
+                first = row
+            else:
+                moved = drift(trained, options)
+                found[int(row["epoch"])] = judge(first, row, weights) + moved
+        if any(key.startswith(LOG_PROBS) for key in row):
+            trained = row  # an evaluation at the same epoch comes before it
     return found
 
 
@@ -161,6 +175,22 @@ def held_out(
             says += " while a reward that is trained on rose: what is gained may be a trick"
         found.append(Verdict(f"eval/{name}", f"Held-out reward {name}", level, before, after, says))
     return found
+
+
+def drift(trained: Mapping[str, Any], options: Mapping[str, Any]) -> list[Verdict]:
+    """Judge how far the updates of the last epoch before an evaluation moved the log-probs of its
+    own images. No verdict where the algorithm has no clip."""
+    steps = {name: number(v) for name, v in trained.items() if name.startswith(LOG_PROBS)}
+    clip = options.get("clip_range") if options.get("trust_region", "clip") == "clip" else None
+    if not steps or not clip:
+        return []
+    name = max(steps, key=lambda name: steps[name])
+    times = steps[name] / clip
+    level = level_of(times, DRIFT)
+    says = f"is {times:.2g} clip ranges at most, at step {int(name.removeprefix(LOG_PROBS))}"
+    if level != FINE:
+        says += f" ({level} from {DRIFT.watch:g}): lower train.learning_rate, or take fewer updates"
+    return [Verdict(name, "Change of log-probs in an epoch", level, 0.0, steps[name], says)]
 
 
 def gain(name: str, first: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, float]:

@@ -59,7 +59,7 @@ function drawChart(parent, title, note, lines, axis, range) {
   }
   const ink = css("--soft"), grid = {stroke: css("--line"), width: 1};
   const axes = [{stroke: ink, grid, ticks: grid, size: 30, values: (u, v) => v.map(shown)},
-    {stroke: ink, grid, ticks: grid, size: 62, values: (u, v) => v.map((x) => x && Math.abs(x) < 1e-3 ? x.toExponential(1) : shown(x))}];
+    {stroke: ink, grid, ticks: grid, size: 72, values: (u, v) => v.map((x) => x && Math.abs(x) < 1e-3 ? x.toExponential(1) : shown(x))}];
   const size = () => ({width: Math.max(240, box.clientWidth - 16), height: parent.classList.contains("wide") ? 260 : 180});
   const chart = new uPlot({...size(), series, bands, axes, scales: {x: {time: false, range: () => range}},
     cursor: {sync: {key: "run", scales: ["x", null]}}, legend: {live: true}}, uPlot.join(tables), box);

@@ -68,7 +68,9 @@ const CHARTS = () => {  // [heading, [[title, note, [[figure, label], ...]], ...
     ["By tag", byTag.filter((c) => c[2].length)],
     ["Training reward", rewards],
     ["Monitors of the evaluated pictures", figures("monitor/", 1).map((f) => [last(f).replaceAll("_", " "), "", [[f, last(f)]]])],
-    ["Update", [...update.map((f) => one(f)), ...others.map((f) => one(f))]],
+    ["Update", [...update.map((f) => one(f)),
+      ["log_prob_change by step", "of the images that the epoch drew", figures("log_prob_change/", 1).sort().map((f) => [f, last(f)])],
+      ...others.map((f) => one(f))]],
     ["Speed", [["seconds by stage", "", [...figures("seconds/", 1).map((f) => [f, last(f)]), ["eval_seconds", "evaluate"]]],
       one("images_per_second", "")]],
   ];

@@ -34,7 +34,8 @@ def read(workdir: epath.Path, *, bytes_of_pictures: int = BYTES) -> dict[str, An
     rows = logs.read(metrics)
     config = _object(workdir / "config.json")
     weights = config.get("reward", {}).get("weights", {})
-    judged = verdicts.verdicts(rows, weights)
+    options = config.get("algorithm", {}).get("options", {})
+    judged = verdicts.verdicts(rows, weights, options)
     last = max(judged, default=None)
     return {
         "name": workdir.name or str(workdir),

@@ -108,7 +108,10 @@ def beauty(tower: Tower, dtype: str, top: Tower) -> GraphReward:
             return top.apply(weights["head"], seen)
 
     weights = {"clip": tower.params, "head": top.params}
-    return GraphReward(weights, lambda prompts, metadata: {}, score, differentiable=True)
+    embed = partial(_look, tower, dtype, preprocess=as_pil)
+    return GraphReward(
+        weights, lambda prompts, metadata: {}, score, differentiable=True, embed=embed
+    )
 
 
 def image_similarity(
@@ -155,7 +158,8 @@ def similarity(tower: Tower, dtype: str, prepare: Prepare) -> GraphReward:
         ours = _look(tower, dtype, weights, images, as_tensor)
         return jnp.sum(ours * _embed(tower, dtype, weights, rows["pixels"]), axis=-1)
 
-    return GraphReward({"clip": tower.params}, prepare, score, differentiable=True)
+    embed = partial(_look, tower, dtype, preprocess=as_tensor)
+    return GraphReward({"clip": tower.params}, prepare, score, differentiable=True, embed=embed)
 
 
 def reference(folder: Path, metadata: Metadata, size: int) -> np.ndarray:
@@ -211,7 +215,8 @@ def agreement(
         cosine = jnp.sum(seen * read, axis=-1)
         return rule(cosine, cosine * tower.apply(weights["clip"], method="scale"))
 
-    return GraphReward({"clip": tower.params}, prepare, score, differentiable=True)
+    embed = partial(_look, tower, dtype, preprocess=preprocess)
+    return GraphReward({"clip": tower.params}, prepare, score, differentiable=True, embed=embed)
 
 
 # ---------------------------------------------------------------- described, without any weights

@@ -17,6 +17,7 @@ from flax import nnx
 
 from flowgrpo_jax.models.attention import Kernel
 from flowgrpo_jax.models.layers import Linear, timestep_embedding
+from flowgrpo_jax.models.products import Product
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,19 @@ class MMDiTConfig:
 class Maker:
     """Layers with the model's width and dtype filled in, so that the blocks read short."""
 
-    def __init__(self, config: MMDiTConfig, dtype: Any, attention: Kernel, rngs: nnx.Rngs):
-        self.config, self.dtype, self.attention, self.rngs = config, dtype, attention, rngs
+    def __init__(
+        self,
+        config: MMDiTConfig,
+        dtype: Any,
+        attention: Kernel,
+        product: Product,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype, self.rngs = config, dtype, rngs
+        self.attention, self.product = attention, product
 
     def linear(self, n_in: int, n_out: int) -> Linear:
-        return Linear(n_in, n_out, dtype=self.dtype, rngs=self.rngs)
+        return Linear(n_in, n_out, dtype=self.dtype, product=self.product, rngs=self.rngs)
 
     def head_norm(self) -> nnx.RMSNorm:
         dim = self.config.attention_head_dim

@@ -19,6 +19,7 @@ from flax import nnx
 
 from flowgrpo_jax.models import layers
 from flowgrpo_jax.models.attention import Kernel, plain
+from flowgrpo_jax.models.products import Product, exact
 from flowgrpo_jax.models.sd3.blocks import (
     AdaNorm,
     Block,
@@ -64,12 +65,13 @@ class MMDiT(nnx.Module):
         remat: bool = False,
         unroll: bool = False,
         attention: Kernel = plain,
+        product: Product = exact,
         gather: layers.Gather | None = None,
         rngs: nnx.Rngs,
     ):
-        """`attention`: a kernel of models.attention."""
+        """`attention`, `product`: functions of models.attention and models.products."""
         self.config, self.remat, self.unroll, self.gather = config, remat, unroll, gather
-        make = Maker(config, dtype, attention, rngs)
+        make = Maker(config, dtype, attention, product, rngs)
         self.pos_embed = PatchEmbed(make)
         self.time_text_embed = TimeTextEmbed(make)
         self.context_embedder = make.linear(config.joint_attention_dim, config.width)
@@ -77,7 +79,7 @@ class MMDiT(nnx.Module):
             f"{start}:{end}": layers.stack(
                 end - start,
                 lambda r, d=dual, e=last: Block(  # type: ignore[misc]
-                    d, e, Maker(config, dtype, attention, r)
+                    d, e, Maker(config, dtype, attention, product, r)
                 ),
                 rngs,
             )

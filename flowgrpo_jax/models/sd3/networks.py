@@ -16,6 +16,7 @@ from flowgrpo_jax.models import Model, layers, lora, quantised
 from flowgrpo_jax.models.attention import Kernel, plain
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.models.products import Product, exact
 from flowgrpo_jax.models.sd3.architecture import Architecture
 from flowgrpo_jax.models.sd3.mmdit import MMDiT
 from flowgrpo_jax.models.sd3.tokenizers import CLIP_LENGTH
@@ -57,6 +58,7 @@ def describe(
     t5_length: int = 256,
     remat: bool = False,
     attention: Kernel = plain,
+    product: Product = exact,
     gather: layers.Gather | None = None,
 ) -> Model:
     """The functions of a model, and the shapes of what they take; nothing is allocated.
@@ -67,7 +69,8 @@ def describe(
       base_dtype: "int8" for the kernels of the transformer's blocks in 8 bits, or "".
       t5_length: T5 tokens of a prompt.
       remat: recompute block activations in the backward pass.
-      attention: the transformer's, a kernel of models.attention.
+      attention, product: the transformer's attention, and the product of its linears, of
+        models.attention and models.products.
       gather: applied to the parameters of the transformer before their use, by
         sharding.gather_weights.
 
@@ -75,7 +78,16 @@ def describe(
     """
     spec = lora_spec or LoRASpec(rank=1, alpha=1.0, targets=("attn.to_q",))
     quantised.setting(base_dtype, spec.rank, BASE_DTYPES)
-    velocity, base, trained = _transformer(parts, spec, dtype, base_dtype, remat, attention, gather)
+    velocity, base, trained = _transformer(
+        parts,
+        spec,
+        base_dtype,
+        dtype=dtype,
+        remat=remat,
+        attention=attention,
+        product=product,
+        gather=gather,
+    )
     vae, vae_shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
     encode_text, text_shapes = _encoders(parts, dtype, t5_length)
     lengths = [min(parts.text_encoder.max_position_embeddings, CLIP_LENGTH)] * 2
@@ -128,13 +140,18 @@ def _part(create: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> tuple[Any, Pa
 def _transformer(
     parts: Architecture,
     spec: LoRASpec,
-    dtype: Any,
     base_dtype: str,
+    *,
+    dtype: Any,
     remat: bool,
-    attention: Kernel,
     gather: layers.Gather | None,
+    **settings: Any,
 ) -> tuple[Callable[..., jax.Array], Params, Params]:
-    """The velocity, and the shapes of the frozen and of the trained weights."""
+    """The velocity, and the shapes of the frozen and of the trained weights.
+
+    Args:
+      settings: the others of MMDiT.
+    """
 
     def adapted(rngs: nnx.Rngs) -> MMDiT:
         config = parts.transformer
@@ -144,9 +161,9 @@ def _transformer(
             remat=remat,
             # Laid out, XLA would keep what is to be recomputed, and the weights that are fetched.
             unroll=config.num_layers <= FEW_BLOCKS and not remat and gather is None,
-            attention=attention,
             gather=gather,
             rngs=rngs,
+            **settings,
         )
         if spec.rank:
             lora.add(module, spec)
