@@ -24,6 +24,7 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](?:\{([0-9,]*)(?::([^{}]*))?\})?")
 OPCODE = re.compile(r"([a-z][a-z0-9\-]*)\(")
 CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
+ALIASED = "output_to_operand_aliasing={{}: (0"  # another tiling of the operand, where it lies
 WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
 PATH = re.compile(r'op_name="([^"]*)"')
@@ -162,7 +163,7 @@ class _Counts:
             for place, operand in enumerate(user.operands):
                 if operand != name:
                     continue
-                if user.opcode == "bitcast":
+                if user.opcode == "bitcast" or ALIASED in user.line:
                     read += self._uses(user.name, computation, full)
                 else:
                     read += self._read(user, place, full)

@@ -83,6 +83,41 @@ def test_a_program_that_is_counted_by_hand():
     np.testing.assert_allclose(slow, (6 * f.flops / 1e9, 6 * f.bytes / 1e6))
 
 
+RETILED = """
+%tiled (whole: s8[6,256,512]) -> s8[6,256,512] {
+  %whole = s8[6,256,512]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy = s8[6,256,512]{2,1,0:T(8,128)(4,1)} copy(%whole)
+}
+
+%product (x: f32[64,256], w: s8[6,256,512], i: s32[]) -> f32[64,512] {
+  %x = f32[64,256]{1,0:T(8,128)} parameter(0)
+  %w = s8[6,256,512]{2,1,0:T(32,128)(4,1)} parameter(1)
+  %i = s32[] parameter(2)
+  %o = s32[] constant(0)
+  %t = s8[6,256,512]{2,1,0:T(8,128)(4,1)} fusion(%w), kind=kLoop, ALIASED calls=%tiled
+  %part = s8[1,256,512]{2,1,0:T(8,128)(4,1)} dynamic-slice(%t, %i, %o, %o)
+  %own = s8[256,512]{1,0:T(8,128)(4,1)} bitcast(%part)
+  ROOT %y = f32[64,512]{1,0:T(8,128)} dot(%x, %own), lhs_contracting_dims={1}
+}
+
+ENTRY %main (a: f32[64,256], ws: s8[6,256,512], n: s32[]) -> f32[64,512] {
+  %a = f32[64,256]{1,0:T(8,128)S(1)} parameter(0)
+  %ws = s8[6,256,512]{2,1,0:T(32,128)(4,1)} parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %f = f32[64,512]{1,0:T(8,128)S(1)} fusion(%a, %ws, %n), calls=%product
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "mark, layers", [("output_to_operand_aliasing={{}: (0, {})},", 1), ("", 6)]
+)
+def test_another_tiling_of_an_operand_where_it_lies(mark, layers):
+    """One layer of int8 is read where the whole is only seen in other tiles; a copy is read all."""
+    found = {w.name: w for w in program_time.work(RETILED.replace("ALIASED", mark))}
+    assert found["f"].bytes == layers * 256 * 512 + 4
+
+
 @pytest.mark.parametrize(
     "line, flops",
     [

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -84,11 +85,8 @@ def dequantise(kernel: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     return qwix.dequantize(qwix.QArray(kernel, scale)).astype(dtype)
 
 
+# No copy of the floating kernel is kept for the backward pass.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
 def product(x: jax.Array, kernel: jax.Array, scale: jax.Array, multiply: Product) -> jax.Array:
-    """Return x W of rows x. The backward pass makes W anew, so that no copy of it is kept."""
-
-    @jax.checkpoint
-    def times(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        return multiply(x, dequantise(kernel, scale, x.dtype))
-
-    return times(x, kernel, scale)
+    """Return x W of rows x. Integers are exact in the dtype of x, and outputs scaled at the end."""
+    return (multiply(x, kernel.astype(x.dtype)) * scale[0]).astype(x.dtype)
