@@ -95,7 +95,7 @@ def draw(results: list[Result], images: int, file: Path) -> None:
             right.plot(*zip(*result["curve"]), marker=".", color=colours[result["row"]])
     for row in best:
         right.plot([], [], color=colours[row], label=row)
-    right.set(xlabel="images of training", title="the best rows", ylim=(0.4, 1))
+    right.set(xlabel="images of training", title="the best rows")
     right.legend(fontsize=8)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
