@@ -11,15 +11,13 @@ minutes a row; needs `pip install -e '.[tpu,int8]'`, no TPU and no weights.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.pods import LARGE, MEDIUM, compiled
+from benchmarks.pods import LARGE, MEDIUM, collect, compiled, markdown
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 
@@ -175,25 +173,14 @@ def by_card(reports: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def markdown(lines: list[list[str]]) -> str:
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def report(row: Row) -> dict[str, Any]:
+    made = compiled(RECIPE, TOPOLOGIES[row.chip], row.flags(), PROGRAMS)
+    return {name: value for name, value in made.items() if name != "config"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True, help="file of all reports")
-    parser.add_argument("--only", default="", help="rows that contain one of these, by comma")
-    args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    reports = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for row in ROWS:
-        name = str(row)
-        if name not in reports and any(part in name for part in args.only.split(",")):
-            report = compiled(RECIPE, TOPOLOGIES[row.chip], row.flags(), PROGRAMS)
-            reports[name] = {k: v for k, v in report.items() if k != "config"}
-            args.out.write_text(json.dumps(reports, indent=1) + "\n")
-            print(name, report["verdict"], flush=True)
+    reports = collect(__doc__ or "", {str(row): partial(report, row) for row in ROWS})
     print(markdown(by_chip(reports)), markdown(by_card(reports)), sep="\n\n")
 
 

@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,23 +140,42 @@ HEADER = [
 
 
 def table(names: list[str], rows: dict[str, Any], reports: dict[str, Any]) -> str:
-    lines = [HEADER, ["---"] * len(HEADER)]
-    lines += [row(name, rows[name][1], reports[name]) for name in names if name in reports]
+    lines = [row(name, rows[name][1], reports[name]) for name in names if name in reports]
+    return markdown([HEADER, *lines])
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table in Markdown; the first line is its header."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def collect(description: str, rows: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    """Read --out and --only, and return the reports in that file with those that were missing.
+
+    Args:
+      rows: {name: what makes its report}. The file is written after each.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="file of all reports")
     parser.add_argument("--only", default="", help="rows that contain one of these, by comma")
     args = parser.parse_args()
     reports = json.loads(args.out.read_text()) if args.out.exists() else {}
-    rows = PODS | FIXED | GROWING
-    for name, (topology, _, settings) in rows.items():
+    for name, report in rows.items():
         if name not in reports and any(part in name for part in args.only.split(",")):
-            reports[name] = compiled("geneval", topology, settings)
+            reports[name] = report()
             args.out.write_text(json.dumps(reports, indent=1) + "\n")
             print(name, reports[name]["verdict"], flush=True)
+    return reports
+
+
+def main() -> None:
+    rows = PODS | FIXED | GROWING
+    made = {
+        name: partial(compiled, "geneval", topology, settings)
+        for name, (topology, _, settings) in rows.items()
+    }
+    reports = collect(__doc__ or "", made)
     print(*(table(list(part), rows, reports) for part in (PODS, FIXED, GROWING)), sep="\n\n")
 
 

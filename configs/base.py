@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
     # Kernel of the transformer's attention: auto, or one of xla (plain), cudnn (NVIDIA's GPUs in
     # bfloat16) and flash (TPUs)
     c.model.attention = "auto"
-    # Dtype of the operands of the transformer's linears; empty: as model.dtype. "bfloat16" rounds
-    # those of a model in float32, and "auto" does so on CPUs that have instructions for it.
+    # Type to which the transformer's linears round what they multiply; empty: model.dtype. It is
+    # for models in float32: bfloat16, or auto, bfloat16 on CPUs that have instructions for it.
     c.model.product_dtype = ""
     # Recompute activations in the backward pass, block by block.
     c.model.remat = True

@@ -78,6 +78,7 @@ def frozen(model: Model, mesh: Mesh) -> dict[str, Any]:
 def training_state(
     model: Model, algorithm: Algorithm, advantage: Advantage, optimiser: Any, mesh: Mesh
 ) -> Any:
+    """Return the shapes of the training state."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     memory = jax.eval_shape(lambda: advantage.initial(1))
     state = jax.eval_shape(
@@ -87,6 +88,14 @@ def training_state(
         key,
     )
     return laid_out(state, sharding.state_shardings(mesh, state, model.rules))
+
+
+def empty_update(model: Model, algorithm: Algorithm, setup: Setup, mesh: Mesh) -> tuple[Any, Any]:
+    """Return the shapes of an update's gradient and figures."""
+    empty = partial(update.empty, algorithm, setup)
+    gradient, figures = jax.eval_shape(empty, model.trained_shapes)
+    gradient = laid_out(gradient, sharding.state_shardings(mesh, gradient, model.rules))
+    return gradient, laid_out(figures, sharding.replicated(mesh))
 
 
 def rollout(setup: Setup, micro_batch: int, latent: tuple[int, ...], mesh: Mesh) -> Rollout:
@@ -134,20 +143,13 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     tokens = laid_out(model.token_shapes(encoded), everywhere)
     cond, empty, tested = conditionings(model, text, tokens, (plan.groups, 1, micro), mesh)
     setup = parts.make_setup(config, model, algorithm, sharding.row_shards(mesh))
-    carry = jax.eval_shape(partial(update.empty, algorithm, setup), model.trained_shapes)
-    gradient = laid_out(carry[0], sharding.state_shardings(mesh, carry[0], model.rules))
-    figures = laid_out(carry[1], everywhere)
+    gradient, figures = empty_update(model, algorithm, setup, mesh)
     latent = model.latent_shape(config.model.height, config.model.width)
     drawn = rollout(setup, m, latent, mesh)
     one_each, scalar = array(rows, m), array(everywhere)
     keys = laid_out(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), micro)), rows)
-    pictures = [
-        (
-            array(rows, n, config.model.height, config.model.width, 3, dtype=jnp.uint8),
-            array(rows, n),
-        )
-        for n in (m, micro)
-    ]
+    size = config.model.height, config.model.width, 3
+    pictures = [(array(rows, n, *size, dtype=jnp.uint8), array(rows, n)) for n in (m, micro)]
     scoring, judging = score(config, mesh, (plan.groups, *pictures[0]), (micro, *pictures[1]))
     judge, judged = differentiated(config, model, algorithm, plan.groups, weights["vae"], scoring)
     given = (config, model, mesh, plan, setup, algorithm, optimiser)

@@ -261,7 +261,8 @@ def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def allgather(x: np.ndarray) -> np.ndarray:
-    """All-gather an array of the same shape from every process: [processes, ...]. A barrier."""
+    """Return the arrays of all processes, which have the same shape, as [processes, ...]. Every
+    process waits here for the others."""
     if jax.process_count() == 1:
         return x[None]
     return np.asarray(multihost_utils.process_allgather(x))
@@ -284,7 +285,7 @@ def _copy_to_all_devices(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
 
 def from_first_process(numbers: list[int]) -> list[int]:
-    """Return the numbers of the first process in every process. A barrier."""
+    """Return the numbers of the first process in every process, which all wait here for it."""
     length = int(allgather(np.array(len(numbers)))[0])
     same_length = (numbers + [0] * length)[:length]
     return allgather(np.array(same_length, int))[0].tolist() if length else []

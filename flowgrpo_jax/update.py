@@ -16,7 +16,7 @@ from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup
 from flowgrpo_jax.types import Params, Rollout, TrainState
 
 Carry = tuple[Params, Figures]  # the gradient and the figures of an update, so far
-# What the name of a figure ends with that holds sums and counts of images by step, f32 [2, T]
+# Ends the name of a figure by step: its sum over images, and their number, at each step f32 [2, T]
 BY_STEP = "_by_step"
 
 
@@ -63,25 +63,20 @@ def accumulate(
         }
         return loss.sum(), reduced
 
-    def sums_at(step: jax.Array, new: Figures) -> Figures:
-        nothing = jnp.zeros((2, setup.process.steps))
-        return {
-            name + BY_STEP: nothing.at[:, step].set(jnp.stack([new[name], rollout.prompt.size]))
-            for name in algorithm.by_step
-        }
-
     def add(carry: Carry, term: jax.Array) -> tuple[Carry, None]:
         gradient, sums = carry
         (_, new), grads = jax.value_and_grad(total, has_aux=True)(policy, term)
         gradient = jax.tree.map(lambda a, g: a + scale * g, gradient, grads)
-        by_step = sums_at(rollout.start + term, new)
         means = {
             name: jnp.maximum(sums[name], value)
             if name in algorithm.worst
             else sums[name] + scale * value
             for name, value in new.items()
         }
-        return (gradient, means | {name: sums[name] + at for name, at in by_step.items()}), None
+        for name in algorithm.by_step:
+            added = jnp.stack([new[name], rollout.prompt.size])
+            means[name + BY_STEP] = sums[name + BY_STEP].at[:, rollout.start + term].add(added)
+        return (gradient, means), None
 
     return jax.lax.scan(add, carry, terms)[0]
 

@@ -1,12 +1,11 @@
 """Diversity in the space of an image tower, where a reward has one loaded.
 
-Pixels differ when an object moves; embeddings differ when something else is shown, or in another
-style. The distance of two pictures is 1 - cosine.
+Pixels differ when an object moves. Embeddings differ when a picture shows something else, or has
+another style. The distance of two pictures is 1 - cosine.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flowgrpo_jax import sharding
+from flowgrpo_jax.monitors.picture_figures import within_prompts
 from flowgrpo_jax.scoring.graph import GraphRewards
 
 Embed = Callable[[Any, jax.Array], jax.Array]
@@ -53,11 +53,7 @@ def diversity(embedded: np.ndarray, ids: np.ndarray) -> float:
     Args:
       embedded: unit vectors f32 [n, V]; ids: i32 [n], each one's prompt.
     """
-    means = []
-    for i in np.unique(ids):
-        pairs = [1 - a @ b for a, b in itertools.combinations(embedded[ids == i], 2)]
-        means += [np.mean(pairs)] if pairs else []
-    return float(np.mean(means)) if means else float("nan")
+    return within_prompts(list(embedded), ids, lambda a, b: 1 - a @ b)
 
 
 @lru_cache(maxsize=8)  # a second evaluation compiles nothing

@@ -8,6 +8,8 @@ the same run alone, for which that does not matter.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,9 +71,22 @@ def diversity(pictures: np.ndarray, ids: np.ndarray) -> float:
     Args:
       pictures: uint8 [n, H, W, 3]; ids: i32 [n], each one's prompt.
     """
+    reduced = [_reduced(picture).astype(np.float32) / 255 for picture in pictures]
+    return within_prompts(reduced, ids, lambda a, b: np.sqrt(np.mean((a - b) ** 2)))
+
+
+def within_prompts(
+    items: Sequence[np.ndarray], ids: np.ndarray, distance: Callable[[Any, Any], Any]
+) -> float:
+    """Return the mean distance between items of the same prompt, first averaged over a prompt's
+    pairs; NaN when no prompt has two.
+
+    Args:
+      items: n arrays; ids: i32 [n], each one's prompt.
+    """
     means = []
     for i in np.unique(ids):
-        own = [_reduced(p).astype(np.float32) / 255 for p in pictures[ids == i]]
-        pairs = [np.sqrt(np.mean((a - b) ** 2)) for a, b in itertools.combinations(own, 2)]
+        own = [items[row] for row in np.flatnonzero(ids == i)]
+        pairs = [distance(a, b) for a, b in itertools.combinations(own, 2)]
         means += [np.mean(pairs)] if pairs else []
     return float(np.mean(means)) if means else float("nan")

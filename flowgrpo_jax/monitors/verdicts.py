@@ -31,7 +31,7 @@ class Rule:
 
     Attributes:
       figure: its name in the metrics, without "monitor/"; label: its name for people.
-      lost, gained: what a fall and a rise beyond the limits mean.
+      lost: what a fall beyond the limit means, in words; gained: what a rise means.
       fall, rise: limits of the change, which is a share of the first value or, with `absolute`, a
         difference; None where that direction is no loss.
     """
@@ -63,7 +63,7 @@ RULES = (
     Rule("sharpness", "Sharpness", "blur", "noise or grain", FLATTER, BUSIER),
     Rule("diversity", "Diversity within a prompt", "pictures of a prompt become alike", "",
          Limits(0.25, 0.4)),
-    Rule("clip_diversity", "Diversity within a prompt to CLIP",
+    Rule("clip_diversity", "Diversity within a prompt, as CLIP sees it",
          "pictures of a prompt show the same", "", Limits(0.25, 0.4)),
     *(
         Rule(f"move_{name}", f"Size of the move at {name} noise", "",

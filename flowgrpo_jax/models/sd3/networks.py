@@ -150,7 +150,7 @@ def _transformer(
     """The velocity, and the shapes of the frozen and of the trained weights.
 
     Args:
-      settings: the others of MMDiT.
+      settings: the remaining arguments of MMDiT.
     """
 
     def adapted(rngs: nnx.Rngs) -> MMDiT:
