@@ -81,7 +81,7 @@ def _expected(
     """
     table = {}
     for path, leaf in shapes.items():
-        if path.endswith(quantised.SCALE):
+        if quantised.is_scale(path):
             continue
         names, stacked = torch_names(path), _is_stack(path)
         layer = tuple(leaf.shape[1:] if stacked else leaf.shape)

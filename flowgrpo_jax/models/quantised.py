@@ -51,9 +51,14 @@ def setting(
     return {"base_dtype": base_dtype}
 
 
+def is_scale(path: str) -> bool:
+    """Whether a parameter is the scale of a quantised kernel; CLIP's logit_scale is not."""
+    return path.endswith("kernel" + SCALE)
+
+
 def paths(params: Mapping[str, Any]) -> set[str]:
     """Return the paths of the kernels that are quantised, and of their scales."""
-    scales = {path for path in params if path.endswith("kernel" + SCALE)}
+    scales = {path for path in params if is_scale(path)}
     return scales | {path.removesuffix(SCALE) for path in scales}
 
 
