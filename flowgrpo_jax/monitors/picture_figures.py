@@ -86,7 +86,7 @@ def within_prompts(
     """
     means = []
     for i in np.unique(ids):
-        own = [items[row] for row in np.flatnonzero(ids == i)]
+        own = [item for item, prompt in zip(items, ids) if prompt == i]
         pairs = [distance(a, b) for a, b in itertools.combinations(own, 2)]
         means += [np.mean(pairs)] if pairs else []
     return float(np.mean(means)) if means else float("nan")
