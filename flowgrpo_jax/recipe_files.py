@@ -66,11 +66,17 @@ def _check_variant(recipe: str, file: Path, variant: str) -> None:
 
 def on_command_line(arguments: Sequence[str]) -> str | None:
     """The value of `--config` on a command line, if it is given."""
+    return next(iter(all_on_command_line(arguments)), None)
+
+
+def all_on_command_line(arguments: Sequence[str]) -> list[str]:
+    """Every value of `--config` on a command line; more than one is a mistake."""
+    found = []
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         flag, equals, value = argument.partition("=")
         if flag in FLAG:
-            return value if equals else following
-    return None
+            found.append(value if equals else following)
+    return found
 
 
 def located(arguments: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from etils import epath
 from flowgrpo_jax import sharding
 from flowgrpo_jax.checkpoint import Checkpoints
 from flowgrpo_jax.models.base_model import BaseModel
-from flowgrpo_jax.run_record import same_base, same_settings
+from flowgrpo_jax.run_record import changed_settings, same_base, same_settings
 from flowgrpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -144,6 +144,8 @@ class RunCheckpoints:
                 " for bit",
                 ", ".join(changed),
             )
+        if settings := changed_settings(record, self.config):
+            log.warning("the run goes on with other settings: %s", "; ".join(settings))
         return state, self.saved
 
     def _check_format(self) -> None:

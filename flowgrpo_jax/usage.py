@@ -28,6 +28,11 @@ def parse(arguments: Sequence[str]) -> list[str]:
     the one that was meant, for what cannot be understood, and FileNotFoundError for a recipe that
     does not exist. What the code of a recipe raises passes through.
     """
+    if len(recipes := recipe_files.all_on_command_line(arguments)) > 1:
+        raise ValueError(
+            f"--config is given {len(recipes)} times ({', '.join(recipes)}): a run has one recipe;"
+            " leave one out, or write a recipe of your own that builds on both"
+        )
     located = recipe_files.located(arguments)
     if HELP & set(arguments):
         print(text(arguments))

@@ -102,7 +102,7 @@ def test_imports_have_a_direction():
         {"report"},
         {"algorithms"},
         {"update"},
-        {"worlds"},
+        {"worlds", "program_shapes"},
         {"rewards"},
         {"prompts"},
         {"training_data"},
@@ -204,3 +204,10 @@ def test_every_module_says_what_it_is_for():
 def test_no_file_is_longer_than_300_lines():
     lengths = {m: len(f.read_text(encoding="utf-8").splitlines()) for m, f in FILES.items()}
     assert not {module for module, lines in lengths.items() if lines > 300}
+
+
+def test_the_page_on_the_architecture_names_every_file_and_folder():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = {file.name for file in PACKAGE.glob("*.py")} - {"__init__.py"}
+    names |= {f"{part(module)}/" for module in FILES if "." in module}
+    assert not {name for name in names if f"`{name}`" not in page}

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 from short_runs import load, rows
 
-from flowgrpo_jax import compile, parts, recipe, rewards, settings, sharding
+from flowgrpo_jax import compile, parts, program_shapes, recipe, rewards, settings, sharding
 from flowgrpo_jax.configs import pickscore
 from flowgrpo_jax.scoring import differentiable
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
@@ -215,7 +215,7 @@ def test_an_update_on_published_towers_is_described():
     images = jax.ShapeDtypeStruct((2, 512, 512, 3), jnp.uint8)
     row = jax.ShapeDtypeStruct((2,), jnp.int32)
     scoring, _ = compile.score(config, mesh, (3, images, row), (3, images, row))
-    vae = compile.frozen(model, mesh)["vae"]
+    vae = program_shapes.frozen(model, mesh)["vae"]
     judge, inputs = compile.differentiated(config, model, algorithm, 3, vae, scoring)
     latents = jax.ShapeDtypeStruct((2, 64, 64, 16), jnp.float32)
     found = jax.eval_shape(judge, inputs, latents, row)

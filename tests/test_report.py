@@ -226,6 +226,16 @@ def test_a_change_is_drawn_in_standard_errors_where_there_are_any(tmp_path):
     assert asked(tmp_path / page.FILE, tmp_path, changes) == [[0, 2], [0, None], [0, 0]]
 
 
+@pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
+def test_the_axis_of_a_figure_that_is_always_zero_ends_near_it(half, tmp_path):
+    ranges = asked(
+        half / page.FILE, tmp_path, "[heights(0, 0), heights(null, null), heights(2, 4)]"
+    )
+    assert ranges[:2] == [[0, 1], [0, 1]]
+    low, high = ranges[2]
+    assert 0 <= low < 2 and 4 < high < 6
+
+
 PROBE = """<script>
 const find = (id) => document.getElementById(id), large = find("large"), said = {};
 document.querySelector("#grid .tile").click();

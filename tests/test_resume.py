@@ -9,6 +9,7 @@ from short_runs import load, rows, same, timeless
 
 from flowgrpo_jax import policies, recipe
 from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.run_record import changed_settings
 from flowgrpo_jax.train import train
 
 
@@ -59,6 +60,16 @@ def test_a_resume_says_which_libraries_changed(runs, half, tmp_path, monkeypatch
     monkeypatch.setattr("flowgrpo_jax.run_checkpoints.versions", lambda: now)
     train(load(runs, epochs=2, eval__every=0), tmp_path / "run", resume=True)
     assert f"other libraries or devices (jax {jax.__version__} -> 0.0.1)" in caplog.text
+
+
+def test_a_resume_says_which_settings_changed(runs, half):
+    """The dtype of the base, for one, leaves no trace in the shapes of a state."""
+    record = Checkpoints(half / "checkpoints").record(2)
+    settings = record["config"]
+    given = {"epochs": settings["epochs"], "model__path": settings["model"]["path"]}
+    assert changed_settings(record, load(runs, **given).to_dict() | {"added_since": 1}) == []
+    other = load(runs, **given, model__base_dtype="int8").to_dict()
+    assert changed_settings(record, other) == ["model.base_dtype:  -> int8"]
 
 
 @pytest.mark.parametrize("how", ["garbage", "cut"])

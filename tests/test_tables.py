@@ -113,6 +113,11 @@ def test_options_are_known_and_of_the_type_of_their_defaults(options, message):
     assert tables.make(factory, {"rate": 1, "on": True}, "what", shared=1) == (1, 1, 2, True, "a")
 
 
+def test_options_of_another_algorithm_name_the_recipe_of_the_chosen_one():
+    with pytest.raises(ValueError, match=r"clip_range is unknown.*--config algorithms/nft is a"):
+        algorithms.load("nft", {"clip_range": 1e-3})
+
+
 def test_a_row_of_another_kind_is_named():
     from flowgrpo_jax import advantages, algorithms, models, sde, solvers
 

@@ -55,6 +55,7 @@ def test_a_command_line_is_read(command):
         (["--qqqq"], r"--qqqq is unknown: --help lists all"),
         (["--config.epochs=x"], r"--config\.epochs=x: .*'x'"),
         (["--step=-1"], r"--step=-1: .*non-negative"),
+        (["--config=shapes"], r"--config is given 2 times .*a run has one recipe"),
         (["a red circle"], r"'a red circle' belongs to no flag: .*between quotes"),
     ],
 )

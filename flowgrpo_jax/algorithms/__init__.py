@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from flowgrpo_jax import tables
+from flowgrpo_jax import recipe_files, tables
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.types import Credit
 
@@ -127,7 +127,12 @@ def load(name: str, options: Mapping[str, Any]) -> Algorithm:
 @lru_cache(maxsize=32)  # programs of the same algorithm are then the same as well
 def _load(name: str, options: tuple[tuple[str, Any], ...]) -> Algorithm:
     factory = tables.find(TABLE, name, "algorithm")
-    algorithm = tables.make(factory, dict(options), f"algorithm.options of {name}")
+    try:
+        algorithm = tables.make(factory, dict(options), f"algorithm.options of {name}")
+    except ValueError as error:
+        if (recipe := f"algorithms/{name}") not in recipe_files.names():
+            raise
+        raise ValueError(f"{error}; --config {recipe} is a recipe that has them set") from None
     _check_ranges(dict(options))
     return tables.check(algorithm, Algorithm, name)
 

@@ -35,6 +35,11 @@ function line(run, figure, label, axis, number) {
     error: withError ? rows.map((i) => error[i] ?? 0) : null};
 }
 
+// The least and the largest y of a chart. By itself uPlot ends the axis of a figure that is always 0 at 100.
+function heights(low, high) {
+  return low == null || (low === 0 && high === 0) ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true);
+}
+
 function drawChart(parent, title, note, lines, axis, range) {
   const box = element("div", {class: "chart"}, element("h4", {}, title));
   if (note) box.append(element("p", {}, note));
@@ -61,7 +66,8 @@ function drawChart(parent, title, note, lines, axis, range) {
   const axes = [{stroke: ink, grid, ticks: grid, size: 30, values: (u, v) => v.map(shown)},
     {stroke: ink, grid, ticks: grid, size: 72, values: (u, v) => v.map((x) => x && Math.abs(x) < 1e-3 ? x.toExponential(1) : shown(x))}];
   const size = () => ({width: Math.max(240, box.clientWidth - 16), height: parent.classList.contains("wide") ? 260 : 180});
-  const chart = new uPlot({...size(), series, bands, axes, scales: {x: {time: false, range: () => range}},
+  const scales = {x: {time: false, range: () => range}, y: {range: (u, low, high) => heights(low, high)}};
+  const chart = new uPlot({...size(), series, bands, axes, scales,
     cursor: {sync: {key: "run", scales: ["x", null]}}, legend: {live: true}}, uPlot.join(tables), box);
   box.querySelectorAll(".u-series.edge").forEach((row) => row.remove());
   new ResizeObserver(() => chart.width !== size().width && chart.setSize(size())).observe(box);
