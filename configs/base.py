@@ -44,6 +44,9 @@ def get_config() -> ConfigDict:
     c.model.product_dtype = ""
     # Recompute activations in the backward pass, block by block.
     c.model.remat = True
+    # Images that a device decodes at once, which takes some GB each at 512 px; 0: all of its share
+    # of a micro-batch.
+    c.model.decode_batch = 0
 
     # How the devices are laid out; -1: what the other two leave.
     c.mesh = ConfigDict()

@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 
 from flowgrpo_jax import branching, sampler, sharding, solvers, update
 from flowgrpo_jax.algorithms import Algorithm, Setup
+from flowgrpo_jax.decoding import Decode
 from flowgrpo_jax.sampler import Process
 from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.types import NamedScores, Params, Pictures, Rollout, TrainState
 
 HostScore = Callable[[jax.Array, jax.Array], NamedScores]
 Guided = Callable[..., jax.Array]  # made by sampler.guided
-Decode = Callable[[Params, jax.Array], Pictures]
 cached = lru_cache(maxsize=32)
 
 

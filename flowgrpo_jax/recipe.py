@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import (
+    decoding,
     diversity,
     excess_noise,
     monitor_settings,
@@ -203,6 +204,7 @@ def make_programs(
     scale = guidance(s.guidance_scale, "sample.guidance_scale", model.guidance)
     eval_scale = guidance(config.eval.guidance_scale, "eval.guidance_scale", model.guidance)
     guided = sampler.guided(model.velocity, scale, model.guidance)
+    decode = decoding.in_parts(model.decode, mesh, config.model.decode_batch)
     require(
         model.heads % tensor == 0,
         f"mesh.tensor={tensor} does not divide the transformer's {model.heads} heads: choose a"
@@ -212,7 +214,7 @@ def make_programs(
     return Programs(
         sample=programs.sample(
             guided,
-            model.decode,
+            decode,
             mesh,
             setup.process,
             latent=latent,
@@ -226,7 +228,7 @@ def make_programs(
         end_epoch=programs.end_epoch(algorithm),
         generate=programs.generate(
             sampler.guided(model.velocity, eval_scale, model.guidance),
-            model.decode,
+            decode,
             mesh,
             latent=latent,
             sigmas=parts.sigmas(model, config, config.eval.steps),

@@ -111,6 +111,7 @@ LEAST = {  # setting: the least that it may be
     "epochs": 0,
     "model.height": 1,
     "model.width": 1,
+    "model.decode_batch": 0,
     "reward.threads": 1,
     "reward.timeout": 0,
     "train.learning_rate": 0,
@@ -146,9 +147,8 @@ def _check_numbers(config: ConfigDict) -> None:
             limit = path in UNLIMITED and value == math.inf
             require(math.isfinite(value) or limit, f"{path}={value}: must be a finite number")
     for name, weight in config.reward.weights.items():
-        require(
-            isinstance(weight, float | int), f"reward.weights.{name}={weight!r}: must be a number"
-        )
+        number = isinstance(weight, float | int)
+        require(number, f"reward.weights.{name}={weight!r}: must be a number")
 
 
 def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

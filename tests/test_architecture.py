@@ -102,7 +102,7 @@ def test_imports_have_a_direction():
         {"report"},
         {"algorithms"},
         {"update"},
-        {"worlds", "program_shapes"},
+        {"worlds", "program_shapes", "decoding"},
         {"rewards"},
         {"prompts"},
         {"training_data"},

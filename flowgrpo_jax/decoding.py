@@ -1,0 +1,49 @@
+"""Decode the latents of a micro-batch a few at a time, so that fewer of them need memory at once.
+
+The decoder works at the full size of a picture, in float32: at 512 px each picture takes some GB,
+more than a step of the transformer, and large pictures gain nothing from being decoded together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flowgrpo_jax import sharding
+from flowgrpo_jax.types import Params, Pictures
+
+Decode = Callable[[Params, jax.Array], Pictures]
+
+
+@lru_cache(maxsize=32)  # one function for the same arguments, by which programs are cached
+def in_parts(decode: Decode, mesh: Mesh, at_once: int) -> Decode:
+    """Return `decode` with each device at work on at most `at_once` of its images at a time.
+
+    Args:
+      decode: (weights, latents [M, H, W, C]) -> Pictures of M images, each independent of the rest.
+      at_once: 0 means all; otherwise the largest divisor of a device's images up to it is taken.
+    """
+    shards = sharding.row_shards(mesh)
+
+    def decoded(weights: Params, latents: jax.Array) -> Pictures:
+        images, left = divmod(latents.shape[0], shards)
+        size = max((n for n in range(1, at_once + 1) if images % n == 0), default=images)
+        if left or size >= images:
+            return decode(weights, latents)
+        rows = latents.reshape(shards, images // size, size, *latents.shape[1:]).swapaxes(0, 1)
+        parts = rows.reshape(-1, shards * size, *latents.shape[1:])
+        layout = NamedSharding(mesh, PartitionSpec(None, *sharding.ROWS))
+        parts = jax.lax.with_sharding_constraint(parts, layout)
+        done = jax.lax.map(partial(decode, weights), parts)
+        return jax.tree.map(joined, done)
+
+    def joined(x: jax.Array) -> jax.Array:
+        """[parts, devices x size, ...] -> [M, ...], in the order of the latents."""
+        parts, rows, *rest = x.shape
+        by_device = x.reshape(parts, shards, rows // shards, *rest).swapaxes(0, 1)
+        return by_device.reshape(parts * rows, *rest)
+
+    return decoded
