@@ -44,8 +44,7 @@ def get_config() -> ConfigDict:
     c.model.product_dtype = ""
     # Recompute activations in the backward pass, block by block.
     c.model.remat = True
-    # Images that a device decodes at once, which takes some GB each at 512 px; 0: all of its share
-    # of a micro-batch.
+    # Images that a device decodes at once; 0: as many as have 512 x 512 pixels together, or one.
     c.model.decode_batch = 0
 
     # How the devices are laid out; -1: what the other two leave.

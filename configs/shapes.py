@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     c.model.dtype = "float32"
     c.model.product_dtype = "auto"  # bfloat16 where the CPU is faster with it
     c.model.height, c.model.width = 64, 64
+    c.model.decode_batch = 12  # 6 % faster than 72 at once: they fit into the caches
     c.model.remat = False  # 0.4 GB more, and a quarter less work in the update
     c.cpu_devices = 0  # small steps leave some of the cores idle when one device has them all
 

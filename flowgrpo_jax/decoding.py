@@ -1,7 +1,8 @@
 """Decode the latents of a micro-batch a few at a time, so that fewer of them need memory at once.
 
-The decoder works at the full size of a picture, in float32: at 512 px each picture takes some GB,
-more than a step of the transformer, and large pictures gain nothing from being decoded together.
+The decoder works at the full size of a picture, in float32: at 512 px each one takes 1.4 GB of
+memory, which is more than what the transformer needs for it. One at a time also moves less over HBM
+(docs/memory.md), and small pictures are decoded faster on a CPU when they fit into its caches.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from flowgrpo_jax import sharding
 from flowgrpo_jax.types import Params, Pictures
 
 Decode = Callable[[Params, jax.Array], Pictures]
+PIXELS = 512 * 512  # that a device decodes at once, unless the recipe says otherwise
+
+
+def automatic(height: int, width: int) -> int:
+    """Return how many images of this size in pixels a device decodes at once; at least one."""
+    return max(PIXELS // (height * width), 1)
 
 
 @lru_cache(maxsize=32)  # one function for the same arguments, by which programs are cached
@@ -24,13 +31,13 @@ def in_parts(decode: Decode, mesh: Mesh, at_once: int) -> Decode:
 
     Args:
       decode: (weights, latents [M, H, W, C]) -> Pictures of M images, each independent of the rest.
-      at_once: 0 means all; otherwise the largest divisor of a device's images up to it is taken.
+      at_once: at least 1; the largest divisor of a device's images up to it is taken.
     """
     shards = sharding.row_shards(mesh)
 
     def decoded(weights: Params, latents: jax.Array) -> Pictures:
         images, left = divmod(latents.shape[0], shards)
-        size = max((n for n in range(1, at_once + 1) if images % n == 0), default=images)
+        size = max((n for n in range(1, at_once + 1) if images % n == 0), default=1)
         if left or size >= images:
             return decode(weights, latents)
         rows = latents.reshape(shards, images // size, size, *latents.shape[1:]).swapaxes(0, 1)

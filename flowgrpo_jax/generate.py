@@ -22,6 +22,7 @@ from flowgrpo_jax import (
     batch_plan,
     checkpoint,
     cli,
+    decoding,
     models,
     outputs,
     policies,
@@ -62,7 +63,7 @@ def generate(
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     run = programs.generate(
         sampler.guided(model.velocity, scale, model.guidance),
-        model.decode,
+        decoding.in_parts(model.decode, mesh, decoding.automatic(height, width)),
         mesh,
         latent=model.latent_shape(height, width),
         sigmas=tuple(map(float, model.sigmas(steps, height, width))),

@@ -204,7 +204,10 @@ def make_programs(
     scale = guidance(s.guidance_scale, "sample.guidance_scale", model.guidance)
     eval_scale = guidance(config.eval.guidance_scale, "eval.guidance_scale", model.guidance)
     guided = sampler.guided(model.velocity, scale, model.guidance)
-    decode = decoding.in_parts(model.decode, mesh, config.model.decode_batch)
+    pictures = config.model.decode_batch or decoding.automatic(
+        config.model.height, config.model.width
+    )
+    decode = decoding.in_parts(model.decode, mesh, pictures)
     require(
         model.heads % tensor == 0,
         f"mesh.tensor={tensor} does not divide the transformer's {model.heads} heads: choose a"

@@ -28,7 +28,7 @@ def decoder():
     return lambda weights, z: to_pictures(vae(weights, z, method="decode")), weights
 
 
-@pytest.mark.parametrize("at_once, parts", [(0, 1), (1, 6), (2, 3), (4, 2), (6, 1), (100, 1)])
+@pytest.mark.parametrize("at_once, parts", [(1, 6), (2, 3), (4, 2), (6, 1), (100, 1)])
 def test_the_pictures_are_those_of_all_at_once(decoder, at_once, parts):
     """Of 6 images: 4 do not divide them, and 3 at once are the most below."""
     decode, weights = decoder
@@ -58,7 +58,12 @@ def test_one_at_a_time_takes_less_memory(decoder):
         run = jax.jit(decoding.in_parts(decode, mesh, at_once))
         return run.lower(weights, z).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(1) < temporaries(0) / 4
+    assert temporaries(1) < temporaries(8) / 4
+
+
+@pytest.mark.parametrize("size, images", [((512, 512), 1), ((64, 64), 64), ((1024, 768), 1)])
+def test_as_many_as_have_the_pixels_of_one_of_512_px(size, images):
+    assert decoding.automatic(*size) == images
 
 
 def test_programs_share_the_function():
