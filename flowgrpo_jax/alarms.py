@@ -49,7 +49,7 @@ def act_on_alarms(
         checkpoints.keep_good(epoch, state)
         return
     metrics.write(epoch, report)
-    page.save(workdir, report)
+    page.save(workdir, epoch, report)
     raise RunFailed(
         f"the monitors raise an alarm at epoch {epoch}: {words or 'see the first process'}. The"
         f" last state without one is in {workdir / 'good'}, and {workdir / page.FILE} shows what"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from flowgrpo_jax import knobs
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.models.base_model import BaseModel
 
@@ -33,19 +34,10 @@ def same_settings(
 def changed_settings(record: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """The settings that have another value in the config than in a record, each as "NAME: THEN ->
     NOW". Settings that only one of them has, because another version wrote it, are left out."""
-    then = dict(_flat(record.get("config", {})))
-    now = dict(_flat(json.loads(json.dumps(config))))  # as a record keeps it: tuples are lists
+    then = knobs.flat(record.get("config", {}))
+    now = knobs.flat(json.loads(json.dumps(config)))  # as a record keeps it: tuples are lists
     shared = [name for name in then if name in now]
     return [f"{name}: {then[name]} -> {now[name]}" for name in shared if then[name] != now[name]]
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("section.key", value) for each setting of a config."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def base_of(record: dict[str, Any]) -> BaseModel:

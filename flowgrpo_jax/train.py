@@ -235,6 +235,7 @@ def train(
                 if every and epoch % every == 0:
                     report = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
                     run = raise_kl(run, metrics, epoch, report)
+                    page.save(workdir, epoch, report)
                 record = recorder(workdir, run, epoch, report)
                 begun = time.perf_counter()
                 with lifecycle.traced(workdir / "profile", epoch == profile):
@@ -246,7 +247,7 @@ def train(
                 figures["seconds"] = time.perf_counter() - begun
                 figures |= run_costs.speed(run, flop, epoch - 1, figures["seconds"])
                 metrics.write(epoch - 1, figures | report)
-                page.save(workdir, report)
+                page.save(workdir, epoch - 1, report)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
                     checkpoints.save(epoch, state)
@@ -254,7 +255,7 @@ def train(
             if every and epoch == config.epochs:
                 last = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
                 metrics.write(epoch, last)
-                page.save(workdir, last)
+                page.save(workdir, epoch, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
             if epoch > first:

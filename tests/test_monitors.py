@@ -121,7 +121,7 @@ def test_a_whole_honest_run_of_the_box_raises_no_alarm():
     """The 400 epochs of docs/results.md, and what has moved far is to be watched."""
     report = json.loads((ROOT / "benchmarks/results/shapes-400/monitors.json").read_text())
     found = {v.figure: v.level for v in verdicts.judge(*report["rows"], {"shapes": 1.0})}
-    assert len(found) == 14
+    assert len(found) == 15
     assert {name for name, level in found.items() if level != "fine"} == {
         "move_high",
         "move_middle",
@@ -136,22 +136,41 @@ def test_a_whole_honest_run_of_the_box_raises_no_alarm():
         (0.9, 0.2, "alarm"),  # 0.3 lower: six standard errors of the difference
         (0.9, 0.38, "watch"),
         (0.9, 0.5, "fine"),
-        (0.5, 0.2, "fine"),  # nothing was gained: no trick, but a run that gets worse
+        (0.5, 0.2, "alarm"),  # nothing was gained: no trick, but a run that gets worse
     ],
 )
-def test_a_held_out_reward_that_falls_while_the_trained_one_rises(trained, held_out, level):
+def test_a_held_out_reward_that_falls(trained, held_out, level):
     error = 0.05 / np.sqrt(2)  # so that a difference has 0.05
     errors = {"eval_error/own": error, "eval_error/other": error}
     first = {"eval/own": 0.5, "eval/other": 0.5} | errors
     now = {"eval/own": trained, "eval/other": held_out} | errors
-    assert levels(first, now, {"own": 1.0, "other": 0.0}) == {"eval/other": level}
+    weights = {"own": 1.0, "other": 0.0}
+    assert levels(first, now, weights) == {"eval/own": "fine", "eval/other": level}
+    said = verdicts.judge(first, now, weights)[1].says
+    assert ("a trick" in said, "does harm" in said) == (
+        level != "fine" and trained > 0.5,
+        level != "fine" and trained == 0.5,
+    )
+
+
+@pytest.mark.parametrize(
+    "weight, now, level", [(1.0, 0.2, "alarm"), (1.0, 0.8, "fine"), (-1.0, 0.8, "alarm")]
+)
+def test_a_trained_reward_that_moves_against_its_weight(weight, now, level):
+    """Reward-weighted regression with too large a step drew nothing in the end (docs/league.md)."""
+    error = {"eval_error/own": 0.02}
+    found = verdicts.judge({"eval/own": 0.5} | error, {"eval/own": now} | error, {"own": weight})
+    assert [(v.label, v.level) for v in found] == [("Trained reward own", level)]
 
 
 def test_a_reward_that_counts_faults_is_worse_when_it_rises():
     errors = {"eval_error/shapes": 0.01, "eval_error/shapes_unknown": 0.01}
     first = {"eval/shapes": 0.5, "eval/shapes_unknown": 0.1} | errors
     now = {"eval/shapes": 0.9, "eval/shapes_unknown": 0.4} | errors
-    assert levels(first, now, {"shapes": 1.0}) == {"eval/shapes_unknown": "alarm"}
+    assert levels(first, now, {"shapes": 1.0}) == {
+        "eval/shapes": "fine",
+        "eval/shapes_unknown": "alarm",
+    }
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -159,7 +178,8 @@ def test_a_reward_that_no_picture_changes_is_no_gain(value):
     """It has no standard error: nothing or everything is right in both evaluations."""
     first = {"eval/own": value, "eval_error/own": 0.0, "eval/other": 0.5, "eval_error/other": 0.01}
     now = first | {"eval/other": 0.2}
-    assert levels(first, now, {"own": 1.0}) == {"eval/other": "fine"}
+    own, other = verdicts.judge(first, now, {"own": 1.0})
+    assert own.level == "fine" and "a trick" not in other.says
     assert verdicts.gain("own", first, now) == (0.0, 0.0)
 
 

@@ -1,7 +1,12 @@
 """The page of a run: what it holds, that it needs no network, and that a browser can draw it."""
 
+import ast
 import json
 import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import chromium
 import numpy as np
@@ -12,10 +17,11 @@ from short_runs import rows
 
 from flowgrpo_jax.monitors import verdicts
 from flowgrpo_jax.report import __main__ as command
-from flowgrpo_jax.report import about, page, pictures, run_data
+from flowgrpo_jax.report import about, commands, page, pictures, run_data
 from flowgrpo_jax.scoring.scores import Sample, Scores
 from flowgrpo_jax.types import PromptBatch
 
+ROOT = Path(__file__).parent.parent
 LOADS = re.compile(r"""(?:src|href)\s*=\s*["'](?!\#)|@import|url\(["']?https?:|fetch\(["']http""")
 
 
@@ -165,7 +171,8 @@ def test_training_pictures_have_the_prompt_and_advantage_of_their_row(tmp_path):
 
 
 def test_an_error_of_the_page_ends_no_run(tmp_path, caplog):
-    page.save(epath.Path(tmp_path), {"eval/own": 0.5})  # where no run is
+    (tmp_path / "file").write_text("")  # where a folder should be
+    page.save(epath.Path(tmp_path) / "file", 0, {"eval/own": 0.5})
     about.save(epath.Path(tmp_path) / "file" / "below", {})
     assert "the run's page could not be written" in caplog.text
 
@@ -177,7 +184,105 @@ def test_the_command_compares_runs(half, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(out)
     assert [run["name"] for run in data_of(out)["runs"]] == ["half", "other"]
     with pytest.raises(FileNotFoundError, match=r"holds no run.*--workdir"):
-        command.main(["--workdir", str(tmp_path / "nothing"), "--out", str(out)])
+        command.main(["--workdir", str(tmp_path / "nothing")])
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_runs_of_the_same_folder_name_are_told_apart():
+    assert page.distinct(["a/run", "b/run", "/c/d/other"]) == ["a/run", "b/run", "d/other"]
+    assert page.distinct(["a/run", "b/two"]) == ["run", "two"]
+    assert page.distinct(["gs://x/1/run", "gs://x/2/run"]) == ["1/run", "2/run"]
+    assert page.distinct(["run", "run"]) == ["run", "run"]  # the same one twice
+
+
+def test_an_evaluation_is_shown_before_its_epoch_has_ended(tmp_path):
+    """It may last for hours, when a human votes."""
+    workdir = epath.Path(tmp_path)
+    page.save(workdir, 0, {"eval/own": 0.5})
+    assert data_of(tmp_path / page.FILE)["runs"][0]["series"]["eval/own"] == [0.5]
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(json.dumps({"epoch": 0, "reward": 0.1, "eval/own": 0.5}) + "\n")
+    assert run_data.read(workdir)["series"]["epoch"] == [0]  # once, when it has
+    run_data.save_newest(workdir, 3, {"eval/own": 0.7})
+    assert run_data.read(workdir)["series"]["epoch"] == [0]  # left from before it went back
+
+
+SETTINGS = {
+    "epochs": 2,
+    "lora": {"rank": 4},
+    "eval": {"steps": 40, "guidance_scale": 4.5},
+    "model": {
+        "path": "my models/one",
+        "dtype": "bfloat16",
+        "height": 64,
+        "width": 32,
+        "options": {"t5": False, "t5_length": 0},
+    },
+}
+PARSED = """
+import runpy, sys
+from absl import flags
+from flowgrpo_jax import cli, usage
+cli.run = lambda main: usage.parse(sys.argv)
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+for name in NAMES.split(","):
+    value = flags.FLAGS
+    for part in name.split("."):
+        value = getattr(value, part)
+    print(repr(value))
+"""
+
+
+def read_by(module, arguments, *names):
+    """The values of flags as a command reads them from its command line."""
+    program = [sys.executable, "-c", PARSED.replace("NAMES", repr(",".join(names)))]
+    done = subprocess.run([*program, module, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [ast.literal_eval(line) for line in done.stdout.splitlines()]
+
+
+def test_the_printed_commands_are_understood_by_the_commands():
+    """Also a text with a quote, a tuple and a folder whose name has a space."""
+    changed = {
+        "name": ["'shapes'", "'mine'"],
+        "eval.rewards": ["('shapes',)", "('shapes', 'shapes_strict')"],
+        "model.path": ["'shapes'", "'my models/one'"],
+        "prompts.test": ["'shapes:test'", '"it\'s.txt"'],
+        "train.learning_rate": ["0.0015", "0.001"],
+        "model.options.t5": ["True", "False"],
+    }
+    about = {"recipe": "shapes", "changed": changed}
+    shown = commands.lines("runs/a b", SETTINGS, about)
+    calls = [shlex.split(line) for line in shown if not line.startswith("#")]
+    assert [call[:2] for call in calls] == [["python", "-m"]] * 5
+    given = {call[2].rpartition(".")[2]: call[2:] for call in calls}
+    knobs = ["config.eval.rewards", "config.prompts.test", "config.train.learning_rate"]
+    values = [("shapes", "shapes_strict"), "it's.txt", 0.001]
+    for name, flag in (("train", "workdir"), ("evaluate", "checkpoint")):
+        module, *arguments = given[name]
+        assert read_by(module, arguments, flag, *knobs) == ["runs/a b", *values]
+    assert read_by(given["export"][0], given["export"][1:], "workdir", "out") == [
+        "runs/a b",
+        "lora",
+    ]
+    flags = ["model", "lora", "guidance", "dtype", "height", "width", "option"]
+    assert read_by(given["generate"][0], given["generate"][1:], *flags) == [
+        "my models/one",
+        "lora",
+        4.5,
+        "bfloat16",
+        64,
+        32,
+        ["t5=false"],
+    ]
+    assert command.parse(given["report"][1:]).workdir == "runs/a b"
+
+
+def test_the_commands_of_a_run_from_python_say_what_to_put():
+    shown = commands.lines("runs/a", SETTINGS, {"recipe": "", "changed": {"epochs": ["1", "2"]}})
+    assert shown[0].startswith("# RECIPE: a file") and "--config RECIPE --workdir" in shown[2]
+    full = commands.lines("runs/a", SETTINGS | {"lora": {"rank": 0}}, {"recipe": "shapes"})
+    assert not any("generate" in line for line in full)  # it draws with an adapter
 
 
 @pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
@@ -207,7 +312,7 @@ def test_the_page_is_dark_in_the_dark_and_fits_a_phone(half, tmp_path):
 @pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
 def test_a_run_without_an_epoch_has_a_page(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    page.save(epath.Path(tmp_path), {"eval/own": 0.5})
+    page.save(epath.Path(tmp_path), 0, {"eval/own": 0.5})
     drawn = chromium.call((tmp_path / page.FILE).as_uri(), "--dump-dom")
     assert 'data-ready="yes"' in drawn and "come with the first evaluation" in drawn
 
@@ -221,7 +326,7 @@ def test_a_change_is_drawn_in_standard_errors_where_there_are_any(tmp_path):
     ]
     lines = [json.dumps({"epoch": i, **row}) + "\n" for i, row in enumerate(evaluations)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    page.save(epath.Path(tmp_path), {"eval/a": 2.0})
+    page.save(epath.Path(tmp_path), 1, {"eval/a": 2.0})
     changes = "changes(RUNS[0], 0, 'epochs').map((l) => l.y)"
     assert asked(tmp_path / page.FILE, tmp_path, changes) == [[0, 2], [0, None], [0, 0]]
 
@@ -234,6 +339,45 @@ def test_the_axis_of_a_figure_that_is_always_zero_ends_near_it(half, tmp_path):
     assert ranges[:2] == [[0, 1], [0, 1]]
     low, high = ranges[2]
     assert 0 <= low < 2 and 4 < high < 6
+
+
+@pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
+def test_dragging_enlarges_and_a_double_click_goes_back(half, tmp_path):
+    """As uPlot does it: a drag sets the scale, a double click sets it to all of the data."""
+    code = """(() => {
+      const made = [], real = uPlot;
+      uPlot = function (...given) {
+        made.push(new real(...given));
+        return made.at(-1);
+      };
+      Object.assign(uPlot, real);
+      showCurves();
+      const chart = made[0], at = () => [chart.scales.x.min, chart.scales.x.max];
+      chart.batch(() => chart.setScale("x", {min: 0.25, max: 0.5}));
+      const dragged = at();
+      const all = chart.data[0];
+      chart.batch(() => chart.setScale("x", {min: all[0], max: all.at(-1)}));
+      return [dragged, at()];
+    })()"""
+    dragged, back = asked(half / page.FILE, tmp_path, code.replace("\n", " "))
+    assert dragged == [0.25, 0.5] and back == [0, 2]
+
+
+@pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
+def test_in_a_comparison_dashes_still_mean_held_out(half, tmp_path):
+    other = a_run(tmp_path / "other")
+    out = tmp_path / "both.html"
+    command.main(["--workdir", str(half), "--compare", str(other), "--out", str(out)])
+    code = """(() => {
+      const seen = [], real = uPlot;
+      uPlot = function (...given) { seen.push(given[0].series); return new real(...given); };
+      Object.assign(uPlot, real);
+      showCurves();
+      return seen[0].slice(1).map((s) => [s.label, s.stroke, s.dash.length > 0]);
+    })()"""
+    lines = asked(out, tmp_path, code.replace("\n", " "))
+    assert len({colour for _, colour, _ in lines}) == len(lines) >= 3
+    assert {dashed == ("held out" in label) for label, _, dashed in lines} == {True}
 
 
 PROBE = """<script>

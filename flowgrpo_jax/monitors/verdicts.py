@@ -75,10 +75,13 @@ RULES = (
     Rule("true_loss", "Loss on true pictures", "", "the policy forgets what is true",
          rise=Limits(0.1, math.inf)),
 )  # fmt: skip
-# Rewards that are evaluated and not trained on fall while one that is trained on rises: in standard
-# errors of the difference, and, for an alarm, also as a share of the first value.
-HELD_OUT = Limits(2.0, 4.0)
-HELD_OUT_SHARE = 0.15
+# How far an evaluated reward falls: in standard errors of the difference, and, for an alarm, also
+# as a share of the first value. While a reward that is trained on rises, that is how hacking looks;
+# otherwise the training does harm, for example by too large a step.
+REWARDS = Limits(2.0, 4.0)
+REWARDS_SHARE = 0.15
+TRICK = " while a reward that is trained on rose: what is gained may be a trick"
+DAMAGE = " and no reward that is trained on rose: training does harm, lower train.learning_rate"
 # The mean change of log-probs during an epoch, at the step where it is largest, in clip ranges.
 # Beyond 1 the clip silences most transitions of that step. No alarm: pictures lose nothing by it.
 DRIFT = Limits(1.0, math.inf)
@@ -155,25 +158,23 @@ def by_rule(rule: Rule, first: Mapping[str, Any], now: Mapping[str, Any]) -> Ver
 def held_out(
     first: Mapping[str, Any], now: Mapping[str, Any], weights: Mapping[str, float]
 ) -> list[Verdict]:
-    """Judge the rewards that are evaluated and not trained on."""
+    """Judge the evaluated rewards: those that are trained on, and those that are held out."""
     names = [k.removeprefix("eval/") for k in now if k.startswith("eval/") and k.count("/") == 1]
-    gains = [gain(name, first, now) for name in names if weights.get(name)]
-    rises = any(errors > HELD_OUT.watch for _, errors in gains)
+    gains = {name: gain(name, first, now, weights.get(name, 0.0)) for name in names}
+    rises = any(weights.get(name) and errors > REWARDS.watch for name, (_, errors) in gains.items())
     found = []
-    for name in names:
-        if weights.get(name):
-            continue
-        before, after = number(first.get(f"eval/{name}")), number(now.get(f"eval/{name}"))
-        difference, errors = gain(name, first, now)
+    for name, (difference, errors) in gains.items():
         if math.isnan(errors):
             continue
-        level = level_of(-errors, HELD_OUT) if rises else FINE
-        if level == ALARM and -difference < HELD_OUT_SHARE * abs(before):
+        before, after = number(first.get(f"eval/{name}")), number(now.get(f"eval/{name}"))
+        level = level_of(-errors, REWARDS)
+        if level == ALARM and -difference < REWARDS_SHARE * abs(before):
             level = WATCH
         says = f"{'better' if difference >= 0 else 'worse'} by {abs(errors):.1f} standard errors"
         if level != FINE:
-            says += " while a reward that is trained on rose: what is gained may be a trick"
-        found.append(Verdict(f"eval/{name}", f"Held-out reward {name}", level, before, after, says))
+            says += TRICK if rises else DAMAGE
+        kind = "Trained" if weights.get(name) else "Held-out"
+        found.append(Verdict(f"eval/{name}", f"{kind} reward {name}", level, before, after, says))
     return found
 
 
@@ -195,13 +196,20 @@ def drift(trained: Mapping[str, Any], options: Mapping[str, Any]) -> list[Verdic
     return [Verdict(name, "Change of log-probs in an epoch", level, 0.0, steps[name], says)]
 
 
-def gain(name: str, first: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, float]:
+def gain(
+    name: str, first: Mapping[str, Any], now: Mapping[str, Any], weight: float = 0.0
+) -> tuple[float, float]:
     """Return how much better an evaluated reward became, and that in standard errors of the
     difference as if the two evaluations were independent, which is cautious: prompts and noise are
-    the same. Without an error a change is infinitely many, and none is 0."""
+    the same. Without an error a change is infinitely many, and none is 0.
+
+    Args:
+      weight: that it is trained with, by whose sign a fall may be what is wanted; 0: none.
+    """
     before, after = number(first.get(f"eval/{name}")), number(now.get(f"eval/{name}"))
     errors = [number(row.get(f"eval_error/{name}")) for row in (first, now)]
-    difference = before - after if name in LOWER_IS_BETTER else after - before
+    lower = weight < 0 if weight else name in LOWER_IS_BETTER
+    difference = before - after if lower else after - before
     error = math.hypot(*errors)
     if difference and not error:
         return difference, math.copysign(math.inf, difference)

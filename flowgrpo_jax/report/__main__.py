@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         server.serve(workdirs, epath.Path(args.votes), args.host, args.port)
         return
     out = epath.Path(args.out) if args.out else workdirs[0] / page.FILE
-    outputs.check_file(out, "--out")
     budget = run_data.BYTES // len(workdirs)
     runs = [run_data.read(place, bytes_of_pictures=budget) for place in workdirs]
+    outputs.check_file(out, "--out")
     files.replace(out, page.html(runs))
     print(out)
 

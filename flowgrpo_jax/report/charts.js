@@ -1,5 +1,6 @@
 "use strict";
-// Curves with a shared cursor, by uPlot. A line is {label, x, y, error?, run, dashed?}.
+// Curves with a shared cursor, by uPlot. A line is {label, x, y, error?, run, dashed?}; `dashed` is true or false
+// where dashes have a meaning.
 const COLOURS = ["#3b7ddd", "#e0742b", "#2a9d5c", "#c44569", "#8e62d6", "#8a7a1f", "#169aa8", "#7f8793"];
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -47,8 +48,10 @@ function drawChart(parent, title, note, lines, axis, range) {
   const tables = [], series = [{label: axis, value: (u, v) => shown(v)}], bands = [];
   const labels = [...new Set(lines.map((l) => l.label))], runs = new Set(lines.map((l) => l.run));
   for (const l of lines) {
-    const colour = COLOURS[(labels.length > 1 ? labels.indexOf(l.label) : l.run) % COLOURS.length];
-    const dash = l.dashed || (labels.length > 1 && runs.size > 1 && l.run) ? [6, 3 + 3 * l.run] : [];
+    // Dashes tell runs apart, unless they mean something else: then each run has its own colours.
+    const meant = l.dashed != null, place = meant ? labels.indexOf(l.label) + labels.length * l.run : labels.indexOf(l.label);
+    const colour = COLOURS[(labels.length > 1 ? place : l.run) % COLOURS.length];
+    const dash = meant ? (l.dashed ? [6, 4] : []) : labels.length > 1 && l.run ? [6, 3 + 3 * l.run] : [];
     const label = runs.size > 1 ? [l.label, RUNS[l.run].name].filter(Boolean).join(" · ") : l.label;
     tables.push([l.x, l.y]);
     series.push({label, stroke: colour, width: 1.5, dash, spanGaps: true, value: (u, v) => shown(v),
@@ -66,7 +69,10 @@ function drawChart(parent, title, note, lines, axis, range) {
   const axes = [{stroke: ink, grid, ticks: grid, size: 30, values: (u, v) => v.map(shown)},
     {stroke: ink, grid, ticks: grid, size: 72, values: (u, v) => v.map((x) => x && Math.abs(x) < 1e-3 ? x.toExponential(1) : shown(x))}];
   const size = () => ({width: Math.max(240, box.clientWidth - 16), height: parent.classList.contains("wide") ? 260 : 180});
-  const scales = {x: {time: false, range: () => range}, y: {range: (u, low, high) => heights(low, high)}};
+  // uPlot asks for a range with all of the data's, or with the part that was dragged over.
+  const whole = (u, low, high) => low == null || (low <= u.data[0][0] && high >= u.data[0].at(-1));
+  const widths = (u, low, high) => whole(u, low, high) ? range : [low, high];
+  const scales = {x: {time: false, range: widths}, y: {range: (u, low, high) => heights(low, high)}};
   const chart = new uPlot({...size(), series, bands, axes, scales,
     cursor: {sync: {key: "run", scales: ["x", null]}}, legend: {live: true}}, uPlot.join(tables), box);
   box.querySelectorAll(".u-series.edge").forEach((row) => row.remove());

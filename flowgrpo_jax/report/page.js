@@ -38,11 +38,11 @@ function showMonitors() {
 // Trained and held-out rewards in one chart: changes in standard errors of the difference.
 function changes(run, number, axis) {
   return figures("eval/", 1).map((figure) => line(run, figure, figure.slice(5), axis, number)).filter(Boolean).map((l) => {
-    const sign = DATA.lower.includes(l.label) ? -1 : 1, first = l.y[0], error = l.error || [];
+    const weight = run.weights[l.label] || 0;
+    const sign = (weight || (DATA.lower.includes(l.label) ? -1 : 1)) < 0 ? -1 : 1, first = l.y[0], error = l.error || [];
     const of = (v, size) => v === first ? 0 : size ? sign * (v - first) / size : null;  // null: not known
     const y = l.y.map((v, i) => of(v, Math.hypot(error[0], error[i])));
-    const trained = Boolean(run.weights[l.label]);
-    return {...l, y, error: null, dashed: !trained, label: `${l.label} (${trained ? "trained" : "held out"})`};
+    return {...l, y, error: null, dashed: !weight, label: `${l.label} (${weight ? "trained" : "held out"})`};
   });
 }
 
@@ -102,9 +102,9 @@ function showCurves() {
 }
 
 function showAbout() {
-  const place = inside("about"), quote = (s) => /^[\w./:=,-]+$/.test(s) ? s : `'${s}'`;
+  const place = inside("about");
   for (const run of RUNS) {
-    const about = run.about, recipe = about.recipe || "RECIPE";
+    const about = run.about;
     if (RUNS.length > 1) place.append(element("h3", {}, run.name));
     const changed = Object.entries(about.changed || {});
     if (changed.length) {
@@ -114,14 +114,7 @@ function showAbout() {
     const made = [["commit", about.commit || "–"], ["started", about.started ? new Date(1000 * about.started).toLocaleString() : "–"],
       ...Object.entries(about.machine || {}), ...Object.entries(about.versions || {}).filter(([k]) => k !== "devices")];
     place.append(element("h3", {}, "Made with"), table(["", ""], made.map(([k, v]) => [k, String(v)])));
-    const given = changed.filter(([k]) => about.recipe && k !== "name").map(([k, v]) => quote(`--config.${k}=${v[1].replace(/^'(.*)'$/, "$1")}`));
-    const config = [`--config ${quote(recipe)}`, ...given].join(" "), where = quote(run.workdir);
-    place.append(element("h3", {}, "How to go on"), element("pre", {}, [
-      `# go on from the last checkpoint (raise epochs to go beyond ${run.epochs})`,
-      `python -m flowgrpo_jax.train ${config} --workdir ${where} --resume`,
-      "# see it while it runs", `python -m flowgrpo_jax.report --workdir ${where} --serve`,
-      "# measure it, draw with it", `python -m flowgrpo_jax.evaluate ${config} --checkpoint ${where} --out evaluation.json`,
-      `python -m flowgrpo_jax.generate ${config} --checkpoint ${where} --prompt '...'`].join("\n")));
+    place.append(element("h3", {}, "How to go on"), element("pre", {}, run.commands.join("\n")));
   }
 }
 

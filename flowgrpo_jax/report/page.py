@@ -18,12 +18,17 @@ from flowgrpo_jax.report import run_data
 FILE = "report.html"
 
 
-def save(workdir: epath.Path, evaluated: Mapping[str, float]) -> None:
+def save(workdir: epath.Path, epoch: int, evaluated: Mapping[str, float]) -> None:
     """Write the page of a run to its work directory, if something was evaluated since the last one.
-    An error is a warning."""
+    An error is a warning.
+
+    Args:
+      evaluated: the figures of the evaluation at `epoch`, which may not be in the metrics yet.
+    """
     if jax.process_index() > 0 or not evaluated:
         return
     with logs.warn_on_error("the run's page"):
+        run_data.save_newest(workdir, epoch, evaluated)
         files.replace(workdir / FILE, html([run_data.read(workdir)]))
 
 
@@ -31,7 +36,7 @@ def announced(workdir: epath.Path, every: int) -> str:
     """Return the line that says, when a run starts, where its page will be."""
     if not every:
         return "page        none, for the run is never evaluated: eval.every is 0"
-    return f"page        {workdir / FILE}, after the first epoch and then every {every} epochs"
+    return f"page        {workdir / FILE}, at the first evaluation and then every {every} epochs"
 
 
 def html(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
@@ -40,6 +45,8 @@ def html(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
     Args:
       live: the page is served, and asks for new data from time to time.
     """
+    names = distinct([run["workdir"] for run in runs])
+    runs = [run | {"name": name} for run, name in zip(runs, names)]
     shown = {"runs": runs, "live": live, "lower": verdicts.LOWER_IS_BETTER}
     data = json.dumps(shown, allow_nan=False)
     parts = {
@@ -54,6 +61,16 @@ def html(runs: Sequence[dict[str, Any]], *, live: bool = False) -> str:
         "LIVE": _file("live.js") if live else "",
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("page.html"))
+
+
+def distinct(workdirs: Sequence[str]) -> list[str]:
+    """Return the last folder of each path, with as many above it as tell all of them apart."""
+    parts = [[p for p in place.split("/") if p] or [place] for place in workdirs]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(path[-depth:]) for path in parts]
+        if len(set(names)) == len(set(workdirs)):
+            break
+    return names
 
 
 def _file(name: str) -> str:

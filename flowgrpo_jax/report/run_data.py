@@ -13,10 +13,11 @@ from etils import epath
 
 from flowgrpo_jax import files, logs
 from flowgrpo_jax.monitors import verdicts
-from flowgrpo_jax.report import about
+from flowgrpo_jax.report import about, commands
 from flowgrpo_jax.report.pictures import FOLDER
 
 ROWS = 3000  # epochs that the curves show at most; of a longer run every second, third, ... epoch
+NEWEST = "newest.json"  # in the folder of pictures: the evaluation whose epoch is being trained
 BYTES = 5_000_000  # of a run's sheets of evaluations; of more, some of the evaluations are shown
 
 
@@ -25,20 +26,21 @@ def read(workdir: epath.Path, *, bytes_of_pictures: int = BYTES) -> dict[str, An
 
     Raises FileNotFoundError where there is no run.
     """
-    metrics = workdir / "metrics.jsonl"
-    if not metrics.exists():
+    metrics, newest = workdir / "metrics.jsonl", _object(workdir / FOLDER / NEWEST)
+    if not metrics.exists() and not newest:
         raise FileNotFoundError(
             f"{workdir} holds no run, for there is no metrics.jsonl: give the --workdir of a"
             " training run"
         )
-    rows = logs.read(metrics)
+    rows = logs.read(metrics) if metrics.exists() else []
+    if newest and newest["epoch"] == max((row["epoch"] + 1 for row in rows), default=0):
+        rows = [*rows, newest]  # else its epoch has ended, or the run went back behind it
     config = _object(workdir / "config.json")
     weights = config.get("reward", {}).get("weights", {})
     options = config.get("algorithm", {}).get("options", {})
     judged = verdicts.verdicts(rows, weights, options)
-    last = max(judged, default=None)
+    last, made = max(judged, default=None), _object(workdir / FOLDER / about.FILE)
     return {
-        "name": workdir.name or str(workdir),
         "workdir": str(workdir),
         "written": time.time(),
         "epoch": max((row["epoch"] + 1 for row in rows if "reward" in row), default=0),
@@ -49,9 +51,17 @@ def read(workdir: epath.Path, *, bytes_of_pictures: int = BYTES) -> dict[str, An
         "verdicts": [v._asdict() for v in judged[last]] if last is not None else [],
         "judged": last,
         "worst": {str(epoch): verdicts.worst(found) for epoch, found in judged.items()},
-        "about": _object(workdir / FOLDER / about.FILE),
+        "about": made,
+        "commands": commands.lines(str(workdir), config, made),
         "sheets": sheets(workdir / FOLDER, {row["epoch"] for row in rows}, bytes_of_pictures),
     }
+
+
+def save_newest(workdir: epath.Path, epoch: int, evaluated: Mapping[str, float]) -> None:
+    """Write the figures of an evaluation for the page, which the metrics get with its epoch's."""
+    (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+    row = json.dumps(logs.plain({"epoch": epoch, **evaluated}))
+    files.replace(workdir / FOLDER / NEWEST, row)
 
 
 def _object(file: epath.Path) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from flowgrpo_jax.report import page, run_data, votes
+from flowgrpo_jax.report.pictures import FOLDER
 
 NAME = re.compile(r"[0-9a-f]{16}")
 
@@ -67,8 +69,9 @@ def app(workdirs: Sequence[epath.Path], folder: epath.Path, hosts: Sequence[str]
 
 
 def version(workdirs: Sequence[epath.Path]) -> str:
-    """Return a text that changes with the metrics of the runs."""
-    files = [place / "metrics.jsonl" for place in workdirs]
+    """Return a text that changes with the metrics and evaluations of the runs."""
+    newest = f"{FOLDER}/{run_data.NEWEST}"
+    files = [place / name for place in workdirs for name in ("metrics.jsonl", newest)]
     found = [file.stat() for file in files if file.exists()]
     return ",".join(f"{stat.length}-{stat.mtime}" for stat in found)
 
@@ -102,6 +105,20 @@ def serve(workdirs: Sequence[epath.Path], folder: epath.Path, host: str, port: i
             "the live page needs Starlette and uvicorn: pip install 'flowgrpo_jax[serve]'"
         ) from error
     hosts = ("127.0.0.1", "localhost") if host == "127.0.0.1" else ("*",)
-    print(f"http://{host}:{port}", flush=True)
     made = app(workdirs, folder, hosts)
-    uvicorn.run(made, host=host, port=port, log_level="warning", access_log=False)
+    settings = uvicorn.Config(made, log_level="warning", access_log=False)
+    with listening(host, port) as opened:
+        print(f"http://{host}:{port}", flush=True)
+        uvicorn.Server(settings).run(sockets=[opened])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address. Raises ValueError where that cannot be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--host={host} --port={port}: nothing can be served there ({error}); give another"
+            " --port, such as 18092"
+        ) from error
