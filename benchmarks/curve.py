@@ -1,4 +1,7 @@
-"""The learning curve of a run as a picture: python -m benchmarks.curve --workdir DIR --out FILE."""
+"""The learning curve of a run as a picture.
+
+python -m benchmarks.curve --workdir DIR --out FILE
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,11 @@ def curve(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="of the training run")
+    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
     args = parser.parse_args()
     rows = logs.read(args.workdir / "metrics.jsonl")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))

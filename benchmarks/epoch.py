@@ -416,12 +416,13 @@ def describe(config: dict[str, Any], hardware: dict[str, Any], env: dict[str, st
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.epoch",
-        description="The same training epoch in JAX and in PyTorch.",
+        description=__doc__,
         epilog="A size that is not given is that of configs/shapes.py.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="shapes",
                         help="directory, hub id, shapes, or random:NAME")  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="of all engines")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of the transformer; VAE and adapter stay float32")  # fmt: skip
     parser.add_argument("--product_dtype", choices=("", "bfloat16"), default="",

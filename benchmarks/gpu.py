@@ -232,17 +232,21 @@ def _keep_curve(command: list[str], out: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="See the file.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder, or a stage's JSON file")
     parser.add_argument("--stage", help="run this one here; for the driver itself")
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of stages")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=9.0, help="limit of all stages")
     parser.add_argument("--runs", help="folder of the run of `shapes`")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--side", type=int, default=SIDE)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--model", default="random:sd3.5-medium")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), default="gpu", help="cpu tries the script"
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="of the model")
+    parser.add_argument("--side", type=int, default=SIDE, help="of the product that is timed")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the attention alone")
+    parser.add_argument("--model", default="random:sd3.5-medium", help="as of benchmarks.epoch")
     for name, default in (("size", 512), ("groups", 2), ("group_size", 8), ("micro_batch", 8)):
         parser.add_argument(f"--{name}", type=int, default=default, help="of benchmarks.epoch")
     for name, default in (("steps", 10), ("window", 3)):

@@ -176,7 +176,9 @@ def true_loss(run: Recipe, policy: Params) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--rows", default=",".join(rows()), help="rows, separated by commas; CLAIMS: the variants"
     )
@@ -184,7 +186,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=14_400, help="images of training a run")
     parser.add_argument("--evaluated", type=int, default=1_152, help="pictures that measure a run")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "league")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "league", help="folder of work directories"
+    )
     parser.add_argument("--table", action="store_true", help="draw and print what is there")
     parser.add_argument("--claims", action="store_true", help="print the verdicts on the claims")
     args = parser.parse_args()

@@ -32,7 +32,9 @@ def figures(run: Recipe, checkpoint: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, help="as of flowgrpo_jax.evaluate")
     parser.add_argument("--images", type=int, default=288, help="pictures of each")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")

@@ -156,7 +156,9 @@ def collect(description: str, rows: dict[str, Callable[[], dict[str, Any]]]) -> 
     Args:
       rows: {name: what makes its report}. The file is written after each.
     """
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="file of all reports")
     parser.add_argument("--only", default="", help="rows that contain one of these, by comma")
     args = parser.parse_args()

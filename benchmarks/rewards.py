@@ -76,7 +76,9 @@ def gigaflops(name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each reward costs.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     result = {

@@ -1,5 +1,6 @@
 """The benchmark runs, and its engines compute the same before they are timed."""
 
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -70,3 +71,18 @@ def test_a_published_model_with_random_weights_loads_and_keeps_its_scale(tmp_pat
     assert random_model.find("shapes", tmp_path) is None
     with pytest.raises(ValueError, match=r"random:sd4.*choose random: and one of .*sd3\.5-medium"):
         random_model.find("random:sd4", tmp_path)
+
+
+def test_every_benchmark_explains_its_options_and_shows_an_example():
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+        named = [(ast.unparse(call.func).rpartition(".")[2], call) for call in calls]
+        options = [call for name, call in named if name == "add_argument"]
+        unsaid = [o for o in options if "help" not in {k.arg for k in o.keywords}]
+        assert not unsaid, f"{file.name}: {ast.unparse(unsaid[0])} has no help"
+        for name, call in named:
+            if name == "ArgumentParser":
+                given = {k.arg: ast.unparse(k.value) for k in call.keywords}
+                assert given["description"] in ("__doc__", "description"), file.name
+                assert f"python -m benchmarks.{file.stem}" in ast.get_docstring(tree)

@@ -1,6 +1,7 @@
 """The live page and the vote: what is served, to whom, and that a vote becomes a reward."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 from etils import epath
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.report import run_data, votes
+from flowgrpo_jax.report import page, run_data, votes
 
 uvicorn = pytest.importorskip("uvicorn")
 from flowgrpo_jax.report import server  # noqa: E402
@@ -126,6 +127,29 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path):
     assert server.version([place]) != ""
     run = run_data.read(place)
     assert run["series"] == {"epoch": [], "hours": []} and run["judged"] is None
+
+
+def test_a_port_that_is_taken_is_named():
+    with server.listening("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"--port={port}: nothing can be served .*another"):
+            server.listening("127.0.0.1", port)
+
+
+@pytest.mark.skipif(not chromium.PROGRAM, reason="Debian's package chromium is not installed")
+def test_a_page_that_reloads_itself_shows_what_was_chosen(half, tmp_path):
+    """The axis and the evaluation at which a reader looks."""
+    live = page.html([run_data.read(epath.Path(half))], live=True)
+    code = """
+        CHOSEN[0].value = "hours"; CHOSEN[1].value = 0; keepView();
+        CHOSEN[0].value = "epochs"; CHOSEN[1].value = 1; restoreView();
+        document.title = JSON.stringify([CHOSEN[0].value, CHOSEN[1].value, find("at")]);
+    """.replace("find(", "((id) => document.getElementById(id).textContent)(")
+    probe = tmp_path / "probe.html"
+    probe.write_text(live.replace("</body>", f"<script>{code}</script></body>"))
+    title = re.search(r"<title>(.*?)</title>", chromium.call(probe.as_uri(), "--dump-dom"))[1]
+    axis, place, at = json.loads(title)
+    assert (axis, place) == ("hours", "0") and at.startswith("epoch 0")
 
 
 def test_pages_from_elsewhere_can_neither_read_nor_vote(client, folder):

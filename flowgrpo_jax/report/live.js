@@ -3,8 +3,31 @@ let seen = null, asked = null;
 
 async function look() {
   const now = await (await fetch("version")).text();
-  if (seen !== null && now !== seen && !document.getElementById("large").open && !asked) location.reload();
+  if (seen !== null && now !== seen && !document.getElementById("large").open && !asked) {
+    keepView();
+    location.reload();
+  }
   seen = now;
+}
+
+// What a reader has chosen stays as it is when the page reloads itself.
+const CHOSEN = ["axis", "slider", "beside"].map((id) => document.getElementById(id));
+
+function keepView() {
+  const [axis, slider, beside] = CHOSEN;
+  const at = slider.value === slider.max ? null : slider.value;  // the last one stays the last one
+  sessionStorage.setItem("view", JSON.stringify([axis.value, at, beside.checked]));
+}
+
+function restoreView() {
+  const [axis, slider, beside] = CHOSEN, kept = JSON.parse(sessionStorage.getItem("view") || "null");
+  if (!kept) return;
+  sessionStorage.removeItem("view");
+  axis.value = kept[0];
+  beside.checked = kept[2];
+  if (kept[1] !== null) slider.value = kept[1];
+  axis.dispatchEvent(new Event("change"));
+  slider.dispatchEvent(new Event("input"));
 }
 
 async function askForVote() {
@@ -40,6 +63,7 @@ function follow(task, seconds) {  // a run or a server that is gone leaves the p
   again();
 }
 if (DATA.live) {
+  restoreView();
   follow(look, 10);
   follow(askForVote, 2);
 }
