@@ -11,7 +11,6 @@ from jax.experimental import topologies
 
 from flowgrpo_jax import cost, program_time
 from flowgrpo_jax.hardware import TPUS, Chip
-from flowgrpo_jax.program_time import Work
 
 DEAREST = 5  # instructions of a program that are named
 
@@ -88,8 +87,8 @@ def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
     hlo = compiled.as_text()
     found, works = cost.collectives(hlo), program_time.work(hlo, cost.kernels(traced.jaxpr))
     sent = sum(c.bytes for c in found)
-    alone = sum(w.seconds(chip.peak, chip.bandwidth) for w in works)
-    seconds = max(arithmetic, alone, sent / chip.links)
+    by_operation = program_time.by_operation(works, chip.peak, chip.bandwidth)
+    seconds = max(arithmetic, sum(by_operation.values()), sent / chip.links)
     return empty._replace(
         memory=others
         + needs.argument_size_in_bytes
@@ -102,16 +101,8 @@ def inspect(program: Program, resident: Any, chip: Chip, chips: int) -> Report:
         collectives={c.kind: (c.times, c.bytes) for c in found},
         seconds=seconds,
         share=arithmetic / seconds if seconds else 1.0,
-        dearest=_dearest(works, chip),
+        dearest=sorted(by_operation.items(), key=lambda item: -item[1])[:DEAREST],
     )
-
-
-def _dearest(works: list[Work], chip: Chip) -> list[tuple[str, float]]:
-    """Return the operations that take longest and their seconds, equal ones together."""
-    seconds: dict[str, float] = {}
-    for w in works:
-        seconds[w.operation] = seconds.get(w.operation, 0.0) + w.seconds(chip.peak, chip.bandwidth)
-    return sorted(seconds.items(), key=lambda item: -item[1])[:DEAREST]
 
 
 def table(reports: list[Report], resident: float, chip: Chip, images: int) -> str:

@@ -2,8 +2,10 @@
 
 An instruction of the optimised program takes as long as its products at the chip's peak, or as
 the bytes that it reads from HBM and writes to it, whichever is longer. A program takes the sum,
-with what is in a loop as often as it runs. That is a lower bound: elementwise arithmetic, transfers
-within a chip, and the start of an instruction are not counted.
+with what is in a loop as often as it runs. Transfers that begin with `-start` run beside the others
+and fill what these leave of the bandwidth; only what is left over takes time of its own. That is a
+lower bound: elementwise arithmetic, transfers within a chip, and the start of an instruction are
+not counted.
 
 What is counted as moved: the operands and the result of an instruction, in their layout's padded
 size, where they lie in HBM (`S(1)` marks those in on-chip memory). Of an operand that is only
@@ -15,14 +17,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from flowgrpo_jax.cost import BYTES, computations, times_run
+from flowgrpo_jax import hlo
+from flowgrpo_jax.cost import computations, times_run
+from flowgrpo_jax.hlo import Array, Computation, Instruction
 
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
-ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](?:\{([0-9,]*)(?::([^{}]*))?\})?")
-OPCODE = re.compile(r"([a-z][a-z0-9\-]*)\(")
 CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 ALIASED = "output_to_operand_aliasing={{}: (0"  # another tiling of the operand, where it lies
 WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
@@ -36,23 +37,6 @@ FREE |= {"call", "after-all", "partition-id", "replica-id", "optimization-barrie
 SLICES = {"dynamic-slice", "slice", "gather"}
 
 
-class Array(NamedTuple):
-    """An array of a program, as it lies in memory."""
-
-    shape: tuple[int, ...]
-    bytes: float  # with the padding of its layout; 0 outside of HBM
-
-
-class Instruction(NamedTuple):
-    """A line of a program."""
-
-    name: str
-    opcode: str
-    result: tuple[Array, ...]  # several of a tuple
-    operands: tuple[str, ...]
-    line: str
-
-
 class Work(NamedTuple):
     """The work of an instruction, each time that it runs."""
 
@@ -61,24 +45,47 @@ class Work(NamedTuple):
     times: int
     flops: float
     bytes: float
+    where: str = ""  # the computation that it belongs to, such as the body of a loop
+    beside: bool = False  # whether it is a transfer that runs beside others
 
     def seconds(self, peak: float, bandwidth: float) -> float:
         """Seconds of all its runs, at `peak` FLOP/s and `bandwidth` bytes/s."""
         return self.times * max(self.flops / peak, self.bytes / bandwidth)
 
+    def idle(self, peak: float, bandwidth: float) -> float:
+        """Seconds for which HBM could serve others meanwhile."""
+        return self.times * max(self.flops / peak - self.bytes / bandwidth, 0.0)
 
-Computation = dict[str, Instruction]  # in the order of the program; the last one is its result
+
+BESIDE = "transfers that nothing hides"
 
 
-def work(hlo: str, kernels: Mapping[str, float] | None = None) -> list[Work]:
-    """Return the work of each instruction of a compiled program, `compiled.as_text()`.
+def by_operation(works: Iterable[Work], peak: float, bandwidth: float) -> dict[str, float]:
+    """Return the seconds of each operation; `BESIDE` are those of the transfers that are left over.
+
+    A transfer may be hidden by any work of its own computation, and by none of another one.
+    """
+    found: dict[str, float] = {}
+    left: dict[str, float] = {}
+    for w in works:
+        seconds = w.seconds(peak, bandwidth)
+        if w.beside:
+            left[w.where] = left.get(w.where, 0.0) + seconds
+        else:
+            found[w.operation] = found.get(w.operation, 0.0) + seconds
+            left[w.where] = left.get(w.where, 0.0) - w.idle(peak, bandwidth)
+    return found | {BESIDE: sum(max(seconds, 0.0) for seconds in left.values())}
+
+
+def work(text: str, kernels: Mapping[str, float] | None = None) -> list[Work]:
+    """Return the work of each instruction of a compiled program, the text of `compiled.as_text()`.
 
     Args:
       kernels: {name of a Pallas kernel: FLOP of a call}, for those that the program has no figure
         of; see `cost.kernels`.
     """
-    bodies, entry = computations(hlo)
-    program = {name: _parse(lines) for name, lines in bodies.items()}
+    bodies, entry = computations(text)
+    program = {name: hlo.parse(lines) for name, lines in bodies.items()}
     times = times_run(bodies, entry)
     fused = {
         called[1]
@@ -94,6 +101,8 @@ def work(hlo: str, kernels: Mapping[str, float] | None = None) -> list[Work]:
             times[name],
             counts.flops(each, computation),
             counts.moved(each, computation),
+            name,
+            each.opcode.endswith("-start"),
         )
         for name, computation in program.items()
         if times[name] and name not in fused
@@ -184,68 +193,20 @@ class _Counts:
         arrays = [a for a in each.result if math.prod(a.shape) > 1]
         if each.opcode in ("copy-start", "slice-start", "async-start") and len(arrays) >= 2:
             source, target = arrays[0], arrays[1]
-            logical = min(_plain(source), _plain(target))
+            logical = min(source.size, target.size)
             return logical * (bool(source.bytes) + bool(target.bytes))
         read = sum(_size(computation[n].result) for n in each.operands if n in computation)
         return read + max(_size(each.result) - read, 0.0)
 
 
-def _parse(lines: list[str]) -> Computation:
-    found = {}
-    for line in lines:
-        if not (match := INSTRUCTION.match(line)):
-            continue
-        name, rest = match.groups()
-        opcode = OPCODE.search(rest)
-        if not opcode:
-            continue
-        result = tuple(_array(*a) for a in ARRAY.findall(rest[: opcode.start()]))
-        operands = tuple(re.findall(r"%([\w.\-]+)", _arguments(rest[opcode.end() :])))
-        found[name] = Instruction(name, opcode[1], result, operands, line)
-    return found
-
-
-def _arguments(text: str) -> str:
-    """Return the part of a text before the bracket that closes it."""
-    depth = 1
-    for i, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if not depth:
-            return text[:i]
-    return text
-
-
-def _array(kind: str, sizes: str, order: str, tiles: str) -> Array:
-    shape = tuple(int(n) for n in sizes.split(",") if n)
-    size = float(BYTES.get(kind, 0) * math.prod(_laid_out(shape, order, tiles)))
-    return Array(shape, 0.0 if re.search(r"S\([1-9]\)", tiles) else size)
-
-
-def _laid_out(shape: tuple[int, ...], order: str, tiles: str) -> list[int]:
-    """Return the sizes of an array, major first, padded to the layout's tile such as T(8,128)."""
-    minor_to_major = [int(n) for n in order.split(",") if n]
-    sizes = [shape[axis] for axis in reversed(minor_to_major)] or list(shape)
-    if not (tile := re.match(r"T\(([0-9,]+)\)", tiles)):
-        return sizes
-    steps = [int(n) for n in tile[1].split(",")]
-    kept = len(sizes) - len(steps)
-    if kept < 0:
-        return sizes
-    padded = [-(-n // step) * step for n, step in zip(sizes[kept:], steps)]
-    return sizes[:kept] + padded
-
-
 def _size(arrays: tuple[Array, ...]) -> float:
+    """Return the bytes that lie in HBM."""
     return sum(a.bytes for a in arrays)
 
 
 def _padded(arrays: tuple[Array, ...]) -> float:
     """Return the size of an instruction's result for what lies in HBM, wherever it lies itself."""
-    return sum(a.bytes or 2.0 * math.prod(a.shape) for a in arrays)
-
-
-def _plain(array: Array) -> float:
-    return array.bytes or 2.0 * math.prod(array.shape)
+    return sum(a.size for a in arrays)
 
 
 def _products(each: Instruction, computation: Computation) -> float:

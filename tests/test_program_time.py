@@ -208,3 +208,33 @@ for f in (jnp.dot, ten):
     matrix = 2 * 8192**2
     assert one[1] == 3 * matrix
     assert 30 * matrix <= ten[1] < 54 * matrix  # the carried matrix may be copied in each
+
+
+def test_transfers_run_beside_what_leaves_bandwidth():
+    """At 1 FLOP/s and 1 byte/s: a product of 10 s reads for 4, so that 6 s of transfers are hidden
+    in its loop, and none in another one; what only moves hides nothing."""
+    product = program_time.Work("p", "dot", 1, flops=10.0, bytes=4.0, where="loop")
+    moved = program_time.Work("m", "add", 2, flops=0.0, bytes=1.0, where="loop")
+    fetch = program_time.Work("f", "slice", 1, flops=0.0, bytes=5.0, where="loop", beside=True)
+
+    def seconds(*works):
+        return program_time.by_operation(works, peak=1.0, bandwidth=1.0)
+
+    assert seconds(product, moved, fetch) == {"dot": 10, "add": 2, program_time.BESIDE: 0}
+    assert seconds(product, moved, fetch, fetch)[program_time.BESIDE] == 4
+    elsewhere = fetch._replace(where="main")
+    assert seconds(product, moved, elsewhere)[program_time.BESIDE] == 5
+
+
+def test_a_started_copy_is_such_a_transfer():
+    hlo = """
+ENTRY %main (x: f32[256,128]) -> f32[256,128] {
+  %x = f32[256,128]{1,0:T(8,128)} parameter(0)
+  %s = (f32[256,128]{1,0:T(8,128)S(1)}, f32[256,128]{1,0:T(8,128)}, u32[]) copy-start(%x)
+  %d = f32[256,128]{1,0:T(8,128)S(1)} copy-done(%s)
+  ROOT %y = f32[256,128]{1,0:T(8,128)} negate(%d)
+}
+"""
+    start, negate = program_time.work(hlo)
+    assert (start.name, start.beside, start.bytes) == ("s", True, 4 * 256 * 128)
+    assert (negate.name, negate.beside, negate.bytes) == ("y", False, 4 * 256 * 128)
