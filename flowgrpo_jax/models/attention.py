@@ -47,8 +47,12 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import flash_attention as pallas
 
     def padded(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 2, 1)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, 0)))
+        batch, tokens, *head = x.shape
+        if missing := -tokens % LANES:
+            # As `jnp.pad` this would be a pass of its own. XLA joins it with the concatenation of
+            # two streams, which x mostly is.
+            x = jnp.concatenate([x, jnp.zeros((batch, missing, *head), x.dtype)], axis=1)
+        return jnp.moveaxis(x, 2, 1)
 
     def segments(x: jax.Array) -> jax.Array:  # 1 for a token, 0 for padding
         real = jnp.arange(x.shape[1] + -x.shape[1] % LANES) < x.shape[1]
