@@ -183,7 +183,7 @@ def undescribed(config: ConfigDict) -> list[str]:
     return sorted(names - set(rewards.describe(names, config.reward.options.to_dict())))
 
 
-def inspected(program: Program, stays: Any, chip: Chip, chips: int) -> Report:
+def inspect_timed(program: Program, stays: Any, chip: Chip, chips: int) -> Report:
     """`inspect` a program, and say how long that took: some take many minutes."""
     began = time.monotonic()
     report = inspect(program, stays, chip, chips)
@@ -209,7 +209,7 @@ def main(_: list[str]) -> None:
     wanted = flags.FLAGS.programs or names
     if unknown := sorted(set(wanted) - set(names)):
         raise ValueError(f"--programs: {', '.join(unknown)} is not one of {', '.join(names)}")
-    reports = [inspected(p, stays, chip, mesh.size) for p in listed if p.name in wanted]
+    reports = [inspect_timed(p, stays, chip, mesh.size) for p in listed if p.name in wanted]
     resident = chip_bytes(stays)
     verdict = advice(
         reports, resident, chip, fsdp=sharding.weight_shards(mesh), remat=config.model.remat

@@ -2,7 +2,7 @@
 
 The decoder works at the full size of a picture, in float32: at 512 px each one takes 1.4 GB of
 memory, which is more than what the transformer needs for it. One at a time also moves less over HBM
-(docs/memory.md), and small pictures are decoded faster on a CPU when they fit into its caches.
+(docs/performance.md), and small pictures are decoded faster on a CPU when they fit into its caches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def in_parts(decode: Decode, mesh: Mesh, at_once: int) -> Decode:
 
     def decoded(weights: Params, latents: jax.Array) -> Pictures:
         images, left = divmod(latents.shape[0], shards)
-        size = max((n for n in range(1, at_once + 1) if images % n == 0), default=1)
+        size = max(n for n in range(1, at_once + 1) if images % n == 0)
         if left or size >= images:
             return decode(weights, latents)
         rows = latents.reshape(shards, images // size, size, *latents.shape[1:]).swapaxes(0, 1)

@@ -114,7 +114,7 @@ def test_options_are_known_and_of_the_type_of_their_defaults(options, message):
 
 
 def test_options_of_another_algorithm_name_the_recipe_of_the_chosen_one():
-    with pytest.raises(ValueError, match=r"clip_range is unknown.*--config algorithms/nft is a"):
+    with pytest.raises(ValueError, match=r"clip_range is unknown.*--config algorithms/nft sets"):
         algorithms.load("nft", {"clip_range": 1e-3})
 
 

@@ -132,7 +132,7 @@ def _load(name: str, options: tuple[tuple[str, Any], ...]) -> Algorithm:
     except ValueError as error:
         if (recipe := f"algorithms/{name}") not in recipe_files.names():
             raise
-        raise ValueError(f"{error}; --config {recipe} is a recipe that has them set") from None
+        raise ValueError(f"{error}; the recipe --config {recipe} sets its options") from None
     _check_ranges(dict(options))
     return tables.check(algorithm, Algorithm, name)
 

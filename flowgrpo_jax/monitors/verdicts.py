@@ -129,7 +129,7 @@ def judge(
 ) -> list[Verdict]:
     """Return the verdicts on an evaluation, by the first one's figures. See `verdicts`."""
     found = [by_rule(rule, first, now) for rule in RULES]
-    return [v for v in [*found, *held_out(first, now, weights)] if v]
+    return [v for v in [*found, *rewards(first, now, weights)] if v]
 
 
 def worst(found: Iterable[Verdict]) -> str:
@@ -155,7 +155,7 @@ def by_rule(rule: Rule, first: Mapping[str, Any], now: Mapping[str, Any]) -> Ver
     return Verdict(rule.figure, rule.label, level, before, after, says)
 
 
-def held_out(
+def rewards(
     first: Mapping[str, Any], now: Mapping[str, Any], weights: Mapping[str, float]
 ) -> list[Verdict]:
     """Judge the evaluated rewards: those that are trained on, and those that are held out."""
