@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from flowgrpo_jax import logs
+from flowgrpo_jax.storage import logs
 
 LABELS = {
     "shapes_strict": "strict accuracy",

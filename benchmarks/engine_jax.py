@@ -11,8 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.epoch import Arrays, serve
-from flowgrpo_jax import recipe, sampler, settings, sharding, update
+from flowgrpo_jax import sharding, update
+from flowgrpo_jax.assembly import recipe, settings
 from flowgrpo_jax.models import lora_files
+from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.types import PromptBatch, Rollout
 
 

@@ -122,7 +122,9 @@ def ratio(args: argparse.Namespace, kernel: str) -> dict[str, Any]:
     """Return the ratio_gap of an epoch's first update, of the model in the box in bfloat16."""
     import numpy as np
 
-    from flowgrpo_jax import cli, recipe, settings, train
+    from flowgrpo_jax import train
+    from flowgrpo_jax.assembly import recipe, settings
+    from flowgrpo_jax.command_line import cli
     from flowgrpo_jax.configs import shapes
 
     config = shapes.get_config()

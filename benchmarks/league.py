@@ -29,18 +29,16 @@ from ml_collections import ConfigDict
 
 from benchmarks import claims, standings
 from benchmarks.epoch import ROOT, machine
-from flowgrpo_jax import (
-    evaluate,
-    logs,
-    policies,
-    recipe,
-    recipe_files,
-    run_costs,
-)
+from flowgrpo_jax import evaluate
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.checkpoints import policies
+from flowgrpo_jax.command_line import recipe_files
+from flowgrpo_jax.costs import run_costs
 from flowgrpo_jax.models import layers
 from flowgrpo_jax.models.sd3.architecture import read
 from flowgrpo_jax.models.vae import VAE
-from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.storage import logs
 from flowgrpo_jax.train import train
 from flowgrpo_jax.types import Params
 from flowgrpo_jax.worlds.shapes import grammar

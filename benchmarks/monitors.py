@@ -14,10 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.epoch import machine
-from flowgrpo_jax import cli, evaluate, policies, recipe, run_evaluation
+from flowgrpo_jax import evaluate
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.checkpoints import policies
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.monitors import verdicts
-from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.training import run_evaluation
 
 TRUE_PICTURES = "flowgrpo_jax.worlds.shapes.world:true_pictures"
 

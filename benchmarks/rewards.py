@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from flowgrpo_jax import cost, rewards
+from flowgrpo_jax import rewards
+from flowgrpo_jax.costs import cost
 from flowgrpo_jax.worlds.shapes import grammar as shapes
 from flowgrpo_jax.worlds.shapes.render import render as render_scene
 from flowgrpo_jax.worlds.signs import grammar as signs

@@ -162,8 +162,8 @@ def get_config() -> ConfigDict:
     # package.module:function; empty: no.
     c.advantage.diversity = ""
 
-    # By how much each image's KL counts, beside the algorithm's own beta: a row of
-    # flowgrpo_jax/kl_control.py, constant, adaptive or uncertain, or one of your own.
+    # By how much each image's KL counts, beside the algorithm's own beta: constant, adaptive or
+    # uncertain, rows of flowgrpo_jax/regularisation/kl_control.py, or one of your own.
     c.kl = ConfigDict()
     # Name of the row; empty: none, every image's KL counts alike.
     c.kl.name = ""

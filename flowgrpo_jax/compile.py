@@ -30,22 +30,13 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import (
-    batch_plan,
-    cli,
-    outputs,
-    parts,
-    recipe,
-    rewards,
-    rollout_settings,
-    settings,
-    sharding,
-)
+from flowgrpo_jax import rewards, sharding
 from flowgrpo_jax.algorithms import Algorithm
-from flowgrpo_jax.batch_plan import Plan
-from flowgrpo_jax.hardware import Chip
-from flowgrpo_jax.models import TEXTS, Model
-from flowgrpo_jax.program_costs import (
+from flowgrpo_jax.assembly import batch_plan, parts, recipe, rollout_settings, settings
+from flowgrpo_jax.assembly.batch_plan import Plan
+from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.costs.hardware import Chip
+from flowgrpo_jax.costs.program_costs import (
     Program,
     Report,
     advice,
@@ -54,7 +45,7 @@ from flowgrpo_jax.program_costs import (
     table,
     topology,
 )
-from flowgrpo_jax.program_shapes import (
+from flowgrpo_jax.costs.program_shapes import (
     array,
     conditionings,
     empty_update,
@@ -63,8 +54,10 @@ from flowgrpo_jax.program_shapes import (
     rollout,
     training_state,
 )
+from flowgrpo_jax.models import TEXTS, Model
 from flowgrpo_jax.scoring import graph
 from flowgrpo_jax.scoring.differentiable import Judge
+from flowgrpo_jax.storage import outputs
 from flowgrpo_jax.types import Credit
 
 

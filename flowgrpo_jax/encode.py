@@ -14,8 +14,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import cli, outputs, parts, prompts, settings, sharding
+from flowgrpo_jax import prompts, sharding
+from flowgrpo_jax.assembly import parts, settings
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.models import TEXTS
+from flowgrpo_jax.storage import outputs
 
 
 def needed(config: ConfigDict, epochs: int) -> list[str]:

@@ -11,7 +11,7 @@ settings, and a grid of pictures next to it.
 
 from __future__ import annotations
 
-from flowgrpo_jax import huge_pages
+from flowgrpo_jax.compilation import huge_pages
 
 if __name__ == "__main__":
     huge_pages.restart()  # before the imports below, which take seconds
@@ -27,22 +27,16 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from flowgrpo_jax import (
-    cli,
-    logs,
-    outputs,
-    policies,
-    prompts,
-    recipe,
-    run_checkpoints,
-    sampler,
-    settings,
-    sharding,
-)
+from flowgrpo_jax import prompts, sharding
+from flowgrpo_jax.assembly import recipe, settings
+from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.checkpoints import policies, run_checkpoints
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.models import TEXTS
-from flowgrpo_jax.recipe import Recipe
+from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores
+from flowgrpo_jax.storage import logs, outputs
 from flowgrpo_jax.types import Params, PromptBatch
 
 

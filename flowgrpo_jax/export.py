@@ -17,11 +17,14 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from flowgrpo_jax import cli, models, outputs, policies
-from flowgrpo_jax.cli import CONFIG_FILE
-from flowgrpo_jax.files import read_json
+from flowgrpo_jax import models
+from flowgrpo_jax.checkpoints import policies
+from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line.cli import CONFIG_FILE
 from flowgrpo_jax.models import directories, lora_files
 from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.storage import outputs
+from flowgrpo_jax.storage.files import read_json
 
 
 def export(

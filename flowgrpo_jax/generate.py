@@ -18,23 +18,14 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from flowgrpo_jax import (
-    batch_plan,
-    checkpoint,
-    cli,
-    decoding,
-    models,
-    outputs,
-    policies,
-    programs,
-    sampler,
-    seeds,
-    settings,
-    sharding,
-    solvers,
-)
-from flowgrpo_jax.models import Family, Model, attention, lora_files, quantised
+from flowgrpo_jax import models, programs, seeds, sharding
+from flowgrpo_jax.assembly import batch_plan, settings
+from flowgrpo_jax.checkpoints import checkpoint, policies
+from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.models import Family, Model, attention, decoding, lora_files, quantised
 from flowgrpo_jax.models.lora import LoRASpec
+from flowgrpo_jax.sampling import sampler, solvers
+from flowgrpo_jax.storage import outputs
 from flowgrpo_jax.types import Params
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flowgrpo_jax import branching, sampler, sharding, solvers, update
+from flowgrpo_jax import sharding, update
 from flowgrpo_jax.algorithms import Algorithm, Setup
-from flowgrpo_jax.decoding import Decode
-from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.models.decoding import Decode
+from flowgrpo_jax.sampling import branching, sampler, solvers
+from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.types import NamedScores, Params, Pictures, Rollout, TrainState
 

@@ -25,7 +25,8 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-from flowgrpo_jax import rewards, user_errors
+from flowgrpo_jax import rewards
+from flowgrpo_jax.command_line import user_errors
 from flowgrpo_jax.transport import http_client, wire_format
 from flowgrpo_jax.transport.worker import Worker
 

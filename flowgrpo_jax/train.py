@@ -9,7 +9,7 @@ recipe's algorithm. Now and then: evaluation by the deterministic ODE, and a che
 
 from __future__ import annotations
 
-from flowgrpo_jax import huge_pages
+from flowgrpo_jax.compilation import huge_pages
 
 if __name__ == "__main__":
     huge_pages.restart()  # before the imports below, which take seconds
@@ -27,31 +27,23 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import (
-    advantages,
-    cli,
-    credit,
-    data_loss,
-    lifecycle,
-    logs,
-    parts,
-    recipe,
-    run_costs,
-    sampler,
-    settings,
-    sharding,
-    update,
-)
-from flowgrpo_jax.alarms import raise_kl
-from flowgrpo_jax.data_loss import EpochData
+from flowgrpo_jax import advantages, sharding, update
+from flowgrpo_jax.assembly import parts, recipe, settings
+from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.checkpoints.run_checkpoints import RunCheckpoints
+from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.costs import run_costs
 from flowgrpo_jax.models import base_model
-from flowgrpo_jax.recipe import Recipe
 from flowgrpo_jax.report import about, page
-from flowgrpo_jax.run_checkpoints import RunCheckpoints
-from flowgrpo_jax.run_evaluation import Record, evaluate_into, nobody, recorder
-from flowgrpo_jax.run_state import initial_state
+from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
+from flowgrpo_jax.storage import logs
+from flowgrpo_jax.training import credit, data_loss, lifecycle
+from flowgrpo_jax.training.alarms import raise_kl
+from flowgrpo_jax.training.data_loss import EpochData
+from flowgrpo_jax.training.run_evaluation import Record, evaluate_into, nobody, recorder
+from flowgrpo_jax.training.run_state import initial_state
 from flowgrpo_jax.types import Conditioning, Credit, PromptBatch, Rollout, TrainState
 
 log = logging.getLogger(__name__)

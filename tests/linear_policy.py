@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgrpo_jax import sampler, sde, update
+from flowgrpo_jax import update
 from flowgrpo_jax.algorithms import Setup, renoise
-from flowgrpo_jax.sampler import ODE_KEY, Process
+from flowgrpo_jax.sampling import sampler, sde
+from flowgrpo_jax.sampling.sampler import ODE_KEY, Process
 from flowgrpo_jax.types import Rollout
 
 KEY = jax.random.key(0)

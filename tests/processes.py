@@ -15,8 +15,12 @@ import numpy as np
 from etils import epath
 from short_runs import timeless
 
-from flowgrpo_jax import cli, files, policies, recipe, rewards
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax import rewards
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.checkpoints import policies
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
+from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.storage import files
 from flowgrpo_jax.train import initial_state, train
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flowgrpo_jax import logs
+from flowgrpo_jax.storage import logs
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """

@@ -25,9 +25,10 @@ from linear_policy import (
 )
 from scipy.optimize import approx_fprime
 
-from flowgrpo_jax import advantages, algorithms, sde, update
+from flowgrpo_jax import advantages, algorithms, update
 from flowgrpo_jax.algorithms import renoise
 from flowgrpo_jax.algorithms.trust_regions import clipped
+from flowgrpo_jax.sampling import sde
 
 ADVANTAGE = jnp.asarray([-2.0, 1.0, 0.25, 0.75, 1.5, -0.5, -1.25, 0.25])  # two groups of four
 ROWS = {  # case: row, options that suit a rollout of eight steps

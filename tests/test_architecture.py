@@ -59,13 +59,20 @@ def part(module):
 
 
 def test_the_reader_reads():
-    assert {"sde", "models.vae", "scoring.host", "worlds.shapes.grammar"} <= set(FILES)
-    assert {"sde", "sharding", "models.lora"} <= own("parts")
-    assert "flax.nnx" in imports("models.vae") and "jax" in libraries("sde")
+    assert {"sampling.sde", "models.vae", "scoring.host", "worlds.shapes.grammar"} <= set(FILES)
+    assert {"sampling.sde", "sharding", "models.lora"} <= own("assembly.parts")
+    assert "flax.nnx" in imports("models.vae") and "jax" in libraries("sampling.sde")
 
 
 @pytest.mark.parametrize(
-    "module", ["sde", "excess_noise", "advantages.group", "algorithms.grpo", "algorithms.nft"]
+    "module",
+    [
+        "sampling.sde",
+        "sampling.excess_noise",
+        "advantages.group",
+        "algorithms.grpo",
+        "algorithms.nft",
+    ],
 )
 def test_the_mathematics_imports_only_jax(module):
     assert libraries(module) <= {"jax", "numpy", "flowgrpo_jax"}
@@ -79,41 +86,18 @@ def test_imports_have_a_direction():
         folders[part(module)] |= {part(m) for m in own(module)} - {part(module)}
     list(TopologicalSorter(folders).static_order())
     layers = [
-        {"types", "cost", "files", "tables", "pictures", "seeds", "huge_pages", "outputs"},
-        {"hardware", "hlo"},
-        {"program_time"},
-        {"configs", "recipe_files"},
-        {"program_costs", "knobs", "user_errors", "compilation_cache", "compilation_report"},
-        {"branching", "sde", "advantages", "sharding", "logs", "models", "detection", "transport"},
-        {"diversity", "kl_control"},
-        {
-            "solvers",
-            "sampler",
-            "tails",
-            "windows",
-            "excess_noise",
-            "text_cache",
-            "scoring",
-            "cli",
-            "usage",
-        },
-        {"monitors"},
-        {"run_record", "checkpoint", "policies"},
-        {"run_checkpoints"},
-        {"report"},
-        {"algorithms"},
-        {"update"},
-        {"worlds", "program_shapes", "decoding"},
-        {"rewards"},
+        {"types", "tables", "seeds", "sharding", "configs"},
+        {"storage", "sampling", "scoring"},
+        {"models", "detection", "transport", "advantages", "monitors", "compilation"},
+        {"command_line"},
+        {"checkpoints", "algorithms"},
+        {"update", "report", "worlds"},
+        {"programs", "rewards"},
         {"prompts"},
-        {"training_data"},
-        {"rollout_settings"},
-        {"monitor_settings", "programs", "settings", "lifecycle"},
-        {"batch_plan"},
-        {"parts"},
-        {"recipe"},
-        {"run_costs"},
-        ENTRY_POINTS | {"run_evaluation", "run_state", "alarms", "credit", "data_loss"},
+        {"regularisation"},
+        {"assembly"},
+        {"costs"},
+        ENTRY_POINTS | {"training"},
     ]
     height = {name: i for i, layer in enumerate(layers) for name in layer} | {"": 0}
     for module in FILES:
@@ -165,18 +149,8 @@ def test_recipes_import_recipes_alone():
 
 def test_configs_stop_at_the_entry_points():
     users = {module for module in FILES if libraries(module) & {"ml_collections", "absl"}}
-    assert users <= ENTRY_POINTS | {
-        *(
-            "recipe",
-            "parts",
-            "batch_plan",
-            "settings",
-            "rollout_settings",
-            "monitor_settings",
-            "cli",
-            "usage",
-        )
-    }
+    checkers = {module for module in FILES if part(module) in ("assembly", "command_line")}
+    assert users <= ENTRY_POINTS | checkers
 
 
 def test_only_sharding_names_a_mesh_axis():

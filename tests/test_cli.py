@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from flowgrpo_jax import cli
+from flowgrpo_jax.command_line import cli
 
 
 def test_a_run_that_failed_before_it_trained_can_be_begun_again(tmp_path):
@@ -156,7 +156,7 @@ def test_jax_understands_that_all_devices_are_meant():
     names = ("OMPI_", "FLOWGRPO_", "CUDA_", "JAX_LOCAL")
     outside = {k: v for k, v in os.environ.items() if not k.startswith(names)}
     script = (
-        "import jax; from flowgrpo_jax import cli; cli.connect();"
+        "import jax; from flowgrpo_jax.command_line import cli; cli.connect();"
         " print(jax.distributed.is_initialized(), jax.config.values['jax_cuda_visible_devices'])"
     )
     out = subprocess.run(

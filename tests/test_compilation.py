@@ -14,7 +14,8 @@ import pytest
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from flowgrpo_jax import compilation_cache, compilation_report, lifecycle
+from flowgrpo_jax.compilation import compilation_cache, compilation_report
+from flowgrpo_jax.training import lifecycle
 
 OPTIONS = (
     "jax_compilation_cache_dir",

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import batch_plan, parts, recipe, rewards, settings, sharding
+from flowgrpo_jax import rewards, sharding
+from flowgrpo_jax.assembly import batch_plan, parts, recipe, settings
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
 

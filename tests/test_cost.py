@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flowgrpo_jax import compile, cost, rewards, sharding
+from flowgrpo_jax import compile, rewards, sharding
 from flowgrpo_jax.configs import pickscore, shapes
+from flowgrpo_jax.costs import cost
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.rewards import towers
@@ -147,7 +148,8 @@ sys.path.insert(0, "tests")
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from flowgrpo_jax.configs import pickscore, shapes
-from flowgrpo_jax import compile, cost, sharding
+from flowgrpo_jax import compile, sharding
+from flowgrpo_jax.costs import cost
 from test_cost import W, X, layers_loss
 
 def laid_out(mesh, x, spec):
@@ -260,9 +262,11 @@ print([tuple(c) for c in collectives(devices)])
 @needs_libtpu
 @pytest.mark.parametrize("name, chips", [("v5e:1x1", 1), ("v5p:1x1x1", 1), ("v6e:2x4", 8)])
 def test_topologies_of_one_chip_and_more(name, chips):
-    out = run(
-        f"from flowgrpo_jax import program_costs; print(len(program_costs.topology({name!r})[1]))"
-    )
+    out = run(f"""
+from flowgrpo_jax.costs import program_costs
+
+print(len(program_costs.topology({name!r})[1]))
+""")
     assert int(out) == chips
 
 
@@ -299,7 +303,9 @@ def test_the_recipe_in_the_box_compiles_for_a_pod(tmp_path):
 SHARDED = """
 import jax
 from flowgrpo_jax.configs import shapes
-from flowgrpo_jax import batch_plan, compile, cost, parts, sharding
+from flowgrpo_jax import compile, sharding
+from flowgrpo_jax.assembly import batch_plan, parts
+from flowgrpo_jax.costs import cost
 
 config = shapes.get_config()
 config.mesh.data, config.sample.guidance_scale = 1, 2.0

@@ -16,16 +16,11 @@ from PIL import Image
 from scipy.optimize import approx_fprime
 from short_runs import load, rows, same, timeless
 
-from flowgrpo_jax import (
-    batch_plan,
-    programs,
-    sampler,
-    sharding,
-    solvers,
-    training_data,
-    update,
-)
+from flowgrpo_jax import programs, sharding, update
+from flowgrpo_jax.assembly import batch_plan
 from flowgrpo_jax.models import sd3
+from flowgrpo_jax.regularisation import training_data
+from flowgrpo_jax.sampling import sampler, solvers
 from flowgrpo_jax.train import train
 from flowgrpo_jax.worlds.pretraining import data
 from flowgrpo_jax.worlds.shapes.world import WORLD

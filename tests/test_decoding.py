@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import decoding, sharding
-from flowgrpo_jax.models import layers
+from flowgrpo_jax import sharding
+from flowgrpo_jax.models import decoding, layers
 from flowgrpo_jax.models.vae import VAE, VAEConfig, to_pictures
 from flowgrpo_jax.types import Pictures
 
@@ -77,7 +77,8 @@ def test_every_device_decodes_its_own_images():
     code = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
-from flowgrpo_jax import decoding, sharding
+from flowgrpo_jax import sharding
+from flowgrpo_jax.models import decoding
 from flowgrpo_jax.types import Pictures
 mesh = sharding.make_mesh(2, 2, 1)
 def decode(weights, z):

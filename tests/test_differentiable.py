@@ -7,8 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 from short_runs import load, rows
 
-from flowgrpo_jax import compile, parts, program_shapes, recipe, rewards, settings, sharding
+from flowgrpo_jax import compile, rewards, sharding
+from flowgrpo_jax.assembly import parts, recipe, settings
 from flowgrpo_jax.configs import pickscore
+from flowgrpo_jax.costs import program_shapes
 from flowgrpo_jax.scoring import differentiable
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer

@@ -11,19 +11,12 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from flowgrpo_jax import (
-    advantages,
-    algorithms,
-    cli,
-    knobs,
-    rewards,
-    sampler,
-    sde,
-    settings,
-    sharding,
-)
+from flowgrpo_jax import advantages, algorithms, rewards, sharding
 from flowgrpo_jax.algorithms import Setup
-from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.assembly import settings
+from flowgrpo_jax.command_line import cli, knobs
+from flowgrpo_jax.sampling import sampler, sde
+from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer

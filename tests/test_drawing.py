@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from short_runs import call, load
 
-from flowgrpo_jax import policies, recipe
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.export import export
 from flowgrpo_jax.generate import generate
@@ -65,7 +66,7 @@ def test_generating_with_the_base(runs, monkeypatch):
     assert draw(two[:1], height=32, width=96).shape == (1, 32, 96, 3)
     # In parts of two, the last one filled up: a hundred prompts must not need the memory for all.
     three = draw([*two, "a star"])
-    monkeypatch.setattr("flowgrpo_jax.batch_plan.AT_ONCE", 2 * 64 * 64)
+    monkeypatch.setattr("flowgrpo_jax.assembly.batch_plan.AT_ONCE", 2 * 64 * 64)
     np.testing.assert_allclose(draw([*two, "a star"]).astype(int), three.astype(int), atol=1)
 
 

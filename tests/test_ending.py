@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 AT_WORK = """
 import signal, sys, threading
 import jax, jax.numpy as jnp
-from flowgrpo_jax import cli
+from flowgrpo_jax.command_line import cli
 
 @jax.jit
 def long(x):  # hours, if nobody ends it
@@ -66,7 +66,8 @@ def test_a_stop_has_its_status_though_a_program_is_running(end, status):
 
 
 def test_a_message_for_the_user_is_still_printed():
-    program = "from flowgrpo_jax import cli\nwith cli.ending():\n    raise SystemExit('no file')"
+    program = "with cli.ending():\n    raise SystemExit('no file')"
+    program = f"from flowgrpo_jax.command_line import cli\n{program}"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},

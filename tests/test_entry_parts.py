@@ -11,22 +11,14 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from flowgrpo_jax import (
-    algorithms,
-    evaluate,
-    generate,
-    logs,
-    policies,
-    run_checkpoints,
-    run_record,
-    seeds,
-    update,
-)
+from flowgrpo_jax import algorithms, evaluate, generate, seeds, update
+from flowgrpo_jax.checkpoints import policies, run_checkpoints, run_record
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.models import base_model, sd3
 from flowgrpo_jax.models.base_model import BaseModel
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.lora_files import write
+from flowgrpo_jax.storage import logs
 
 RESULT = {"metrics": {"shapes": 0.5}, "per_tag": {"colors": {"shapes": 0.5}}, "failed": 0.0}
 

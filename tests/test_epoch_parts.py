@@ -11,23 +11,14 @@ from linear_policy import KEY, SHAPE, SIGMAS, close, flat, gradient_of, linear, 
 from ml_collections import ConfigDict
 from short_runs import load, rows, timeless
 
-from flowgrpo_jax import (
-    algorithms,
-    batch_plan,
-    branching,
-    parts,
-    recipe,
-    rollout_settings,
-    sampler,
-    sde,
-    tails,
-    windows,
-)
+from flowgrpo_jax import algorithms
 from flowgrpo_jax.algorithms import Setup
-from flowgrpo_jax.branching import Branches
+from flowgrpo_jax.assembly import batch_plan, parts, recipe, rollout_settings
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.configs.algorithms import branch_grpo, flash_grpo, g2rpo, tempflow
-from flowgrpo_jax.sampler import ODE_KEY, Process
+from flowgrpo_jax.sampling import branching, sampler, sde, tails, windows
+from flowgrpo_jax.sampling.branching import Branches
+from flowgrpo_jax.sampling.sampler import ODE_KEY, Process
 from flowgrpo_jax.train import train
 
 RECORDS = [{"prompt": f"a picture of {n}"} for n in range(40)]

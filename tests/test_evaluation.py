@@ -9,14 +9,18 @@ import pytest
 from PIL import Image
 from short_runs import call, load, rows
 
-from flowgrpo_jax import cli, logs, policies, recipe, run_checkpoints, sharding
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax import sharding
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.checkpoints import policies, run_checkpoints
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models.base_model import BaseModel
-from flowgrpo_jax.run_evaluation import evaluate_into
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
+from flowgrpo_jax.storage import logs
 from flowgrpo_jax.train import initial_state
+from flowgrpo_jax.training.run_evaluation import evaluate_into
 from flowgrpo_jax.types import GraphReward, Pictures
 
 
@@ -45,7 +49,9 @@ def test_an_evaluation_whose_reward_failed_is_not_the_best(
         "monitored": {},
         "show": None,
     }.items():
-        monkeypatch.setattr(f"flowgrpo_jax.run_evaluation.{name}", lambda *_, value=value: value)
+        monkeypatch.setattr(
+            f"flowgrpo_jax.training.run_evaluation.{name}", lambda *_, value=value: value
+        )
     run, state = SimpleNamespace(config=load(runs)), SimpleNamespace(copies={"ema": {}})
     epochs: list[int] = []
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flowgrpo_jax import excess_noise, parts, recipe, sde, settings
-from flowgrpo_jax.sampler import Process
-from flowgrpo_jax.windows import Window
+from flowgrpo_jax.assembly import parts, recipe, settings
+from flowgrpo_jax.sampling import excess_noise, sde
+from flowgrpo_jax.sampling.sampler import Process
+from flowgrpo_jax.sampling.windows import Window
 
 SIGMAS = sde.sigma_schedule(10)
 # SD3's schedule of 10 steps, worked out apart from this code.

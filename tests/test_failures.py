@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from short_runs import load, rows, timeless
 
 from flowgrpo_jax import algorithms, rewards
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.train import one_epoch, train
 
 
@@ -95,7 +95,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(
 
 
 def test_the_last_state_finds_a_place_when_the_disk_is_full(runs, small_disk, monkeypatch):
-    monkeypatch.setattr("flowgrpo_jax.run_checkpoints.tempfile.tempdir", str(runs))
+    monkeypatch.setattr("flowgrpo_jax.checkpoints.run_checkpoints.tempfile.tempdir", str(runs))
 
     def disturbed(*arguments):
         fill(small_disk, leave=50_000)

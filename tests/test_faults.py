@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from processes import HERE, PAIR, final_state, outcome, spawn, start
 
-from flowgrpo_jax import cli
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
+from flowgrpo_jax.command_line import cli
 
 pytestmark = pytest.mark.usefixtures("nothing_goes_on")
 

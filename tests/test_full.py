@@ -10,7 +10,9 @@ import pytest
 import short_runs
 from short_runs import rows
 
-from flowgrpo_jax import export, policies, recipe
+from flowgrpo_jax import export
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models import convert, sd3
 from flowgrpo_jax.models.lora import LoRASpec
@@ -128,7 +130,7 @@ def test_frozen_weights_are_kept_for_the_kl_alone(runs, tmp_path, monkeypatch, k
         return one_epoch(run, state, number, *rest)
 
     real = recipe.build
-    monkeypatch.setattr("flowgrpo_jax.recipe.build", build)
+    monkeypatch.setattr("flowgrpo_jax.assembly.recipe.build", build)
     monkeypatch.setattr("flowgrpo_jax.train.one_epoch", epoch)
     train(
         load(runs, epochs=2, eval__every=0, algorithm__options__kl_beta=kl_beta), tmp_path / "run"

@@ -12,7 +12,10 @@ from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
 from short_runs import load, rows, same, timeless
 
-from flowgrpo_jax import algorithms, diversity, kl_control, settings
+from flowgrpo_jax import algorithms
+from flowgrpo_jax.advantages import diversity
+from flowgrpo_jax.assembly import settings
+from flowgrpo_jax.regularisation import kl_control
 from flowgrpo_jax.train import train
 from flowgrpo_jax.types import Credit
 

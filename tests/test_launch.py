@@ -81,7 +81,7 @@ def test_sigterm_reaches_the_run_and_ends_the_launcher(tmp_path):
 STOPS = """
 import signal, sys, time
 from pathlib import Path
-from flowgrpo_jax import cli
+from flowgrpo_jax.command_line import cli
 
 with cli.Stop() as stop:
     Path("up").touch()

@@ -8,8 +8,8 @@ from PIL import Image
 from processes import PAIR, outcome, spawn_each, start, wait_for
 from tiny_model import MMDIT
 
-from flowgrpo_jax import logs
 from flowgrpo_jax.models.sd3.mmdit import MMDiT
+from flowgrpo_jax.storage import logs
 from flowgrpo_jax.worlds.pretraining import package
 
 pytestmark = pytest.mark.usefixtures("nothing_goes_on")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgrpo_jax import logs
+from flowgrpo_jax.storage import logs
 
 
 def test_a_prolonged_run_keeps_its_last_evaluation(tmp_path):

@@ -9,7 +9,9 @@ import ripple
 from ml_collections import ConfigDict
 from short_runs import rows, same
 
-from flowgrpo_jax import evaluate, export, generate, models, policies, recipe
+from flowgrpo_jax import evaluate, export, generate, models
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.train import train
 

@@ -10,11 +10,15 @@ import pytest
 from PIL import Image
 from short_runs import ROOT, load, rows
 
-from flowgrpo_jax import alarms, lifecycle, policies, recipe, sampler, sharding
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax import sharding
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.checkpoints import policies
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.monitors import embedding, move, picture_figures, true_loss, verdicts
+from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.scoring.graph import GraphRewards
 from flowgrpo_jax.train import train
+from flowgrpo_jax.training import alarms, lifecycle
 from flowgrpo_jax.types import GraphReward
 
 

@@ -10,8 +10,8 @@ from scipy.special import log_softmax
 
 from flowgrpo_jax import algorithms, programs, sharding
 from flowgrpo_jax.algorithms import neighbor
-from flowgrpo_jax.branching import Branches
-from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.sampling.branching import Branches
+from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.types import Pictures
 
 ADVANTAGE = jnp.asarray([-2.0, 1.0, 0.25, 0.75, 1.5, -0.5, -1.25, 0.25])  # two groups of four

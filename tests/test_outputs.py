@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from flowgrpo_jax import cli, compile, encode, evaluate, export, generate, outputs, policies, serve
+from flowgrpo_jax import compile, encode, evaluate, export, generate, serve
+from flowgrpo_jax.checkpoints import policies
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.models import convert
+from flowgrpo_jax.storage import outputs
 
 
 @pytest.mark.parametrize("name", ["a.png", "new/a.PNG", "a.jpg", "a.webp", "a.b.png"])

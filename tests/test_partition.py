@@ -26,7 +26,7 @@ def test_the_files_that_run_in_both_exist():
         ('torch = pytest.importorskip("torch")', "torch"),
         ("from torch_models import write_pipeline", "torch"),
         ("def test_one(tmp_path, checkpoint): ...", "torch"),
-        ("from flowgrpo_jax import checkpoint", "newest"),
+        ("from flowgrpo_jax.checkpoints import checkpoint", "newest"),
     ],
 )
 def test_a_new_file_runs_once_where_it_finds_what_it_needs(tmp_path, source, environment):

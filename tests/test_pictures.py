@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgrpo_jax import pictures
+from flowgrpo_jax.storage import pictures
 from flowgrpo_jax.transport import wire_format
 
 # Three rows of two colours: no turn or reflection of it is equal to another.

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from torch_models import PROMPTS, TOLERANCE, channels_first, channels_last, diffusers, worst
 
-from flowgrpo_jax import sampler, sde
 from flowgrpo_jax.models import convert, sd3
 from flowgrpo_jax.models.sd3 import architecture
+from flowgrpo_jax.sampling import sampler, sde
 
 STEPS = 4
 

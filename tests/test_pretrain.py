@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from flowgrpo_jax import cli
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.models import directories, sd3
 from flowgrpo_jax.models.sd3 import architecture
 from flowgrpo_jax.models.text import CLIPConfig, T5Config

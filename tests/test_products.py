@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import recipe, sampler, settings, sharding
+from flowgrpo_jax import sharding
+from flowgrpo_jax.assembly import recipe, settings
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.models import products
+from flowgrpo_jax.sampling import sampler
 
 
 def arrays(*shapes):

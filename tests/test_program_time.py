@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import cost, program_time
+from flowgrpo_jax.costs import cost, program_time
 from flowgrpo_jax.models import attention
 
 LOOP = """
@@ -188,7 +188,8 @@ def test_a_program_compiled_for_a_tpu():
     code = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from flowgrpo_jax import program_costs, program_time, sharding
+from flowgrpo_jax import sharding
+from flowgrpo_jax.costs import program_costs, program_time
 mesh = sharding.make_mesh(devices=program_costs.topology("v5e:1x1")[1])
 here = NamedSharding(mesh, PartitionSpec())
 x = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16, sharding=here)

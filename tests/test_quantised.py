@@ -14,7 +14,9 @@ import pytest
 import short_runs
 from PIL import Image
 
-from flowgrpo_jax import generate, parts, policies, recipe, sharding
+from flowgrpo_jax import generate, sharding
+from flowgrpo_jax.assembly import parts, recipe
+from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.export import export
 from flowgrpo_jax.models import quantised, sd3
 from flowgrpo_jax.models.lora import LoRASpec

@@ -16,7 +16,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from flowgrpo_jax import batch_plan, parts, rewards, settings
+from flowgrpo_jax import rewards
+from flowgrpo_jax.assembly import batch_plan, parts, settings
 from flowgrpo_jax.rewards import geneval
 from flowgrpo_jax.train import train
 

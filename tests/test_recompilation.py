@@ -12,8 +12,9 @@ import processes
 import pytest
 import tiny_model
 
-from flowgrpo_jax import logs, rewards
-from flowgrpo_jax.compilation_report import COMPILE
+from flowgrpo_jax import rewards
+from flowgrpo_jax.compilation.compilation_report import COMPILE
+from flowgrpo_jax.storage import logs
 from flowgrpo_jax.train import train
 
 PROGRAMS = ("draw_rollouts", "add_gradient", "apply_gradient", "draw_images")

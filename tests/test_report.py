@@ -222,7 +222,7 @@ SETTINGS = {
 PARSED = """
 import runpy, sys
 from absl import flags
-from flowgrpo_jax import cli, usage
+from flowgrpo_jax.command_line import cli, usage
 cli.run = lambda main: usage.parse(sys.argv)
 runpy.run_module(sys.argv.pop(1), run_name="__main__")
 for name in NAMES.split(","):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from short_runs import load, rows, same, timeless
 
-from flowgrpo_jax import policies, recipe
-from flowgrpo_jax.checkpoint import Checkpoints
-from flowgrpo_jax.run_record import changed_settings
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.checkpoints import policies
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
+from flowgrpo_jax.checkpoints.run_record import changed_settings
 from flowgrpo_jax.train import train
 
 
@@ -57,7 +58,7 @@ def test_a_resume_says_which_libraries_changed(runs, half, tmp_path, monkeypatch
     saved = Checkpoints(half / "checkpoints").record(2)["versions"]
     assert saved["jax"] == jax.__version__ and saved["numpy"] == np.__version__
     now = saved | {"jax": "0.0.1"}
-    monkeypatch.setattr("flowgrpo_jax.run_checkpoints.versions", lambda: now)
+    monkeypatch.setattr("flowgrpo_jax.checkpoints.run_checkpoints.versions", lambda: now)
     train(load(runs, epochs=2, eval__every=0), tmp_path / "run", resume=True)
     assert f"other libraries or devices (jax {jax.__version__} -> 0.0.1)" in caplog.text
 

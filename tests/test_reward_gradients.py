@@ -20,10 +20,11 @@ from linear_policy import (
     weights,
 )
 
-from flowgrpo_jax import algorithms, sampler, solvers, update
+from flowgrpo_jax import algorithms, update
 from flowgrpo_jax.algorithms import Setup, flowbp, srpo
 from flowgrpo_jax.algorithms.reward_gradients import shortfall
-from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.sampling import sampler, solvers
+from flowgrpo_jax.sampling.sampler import Process
 
 ROWS = {
     "refl": ("refl", {"last": 5}),

@@ -17,7 +17,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from flowgrpo_jax import advantages, cli, parts, prompts, rewards, sharding
+from flowgrpo_jax import advantages, prompts, rewards, sharding
+from flowgrpo_jax.assembly import parts
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.configs import ocr as ocr_recipe
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.rewards import geneval, imagereward, ocr, remote

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 from short_runs import load, rows
 
-from flowgrpo_jax import hardware, lifecycle, recipe, run_costs
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.costs import hardware, run_costs
 from flowgrpo_jax.train import train
+from flowgrpo_jax.training import lifecycle
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from flowgrpo_jax import programs, sampler, sde, sharding
-from flowgrpo_jax.branching import Branches
-from flowgrpo_jax.sampler import ODE_KEY, SDE_KEY, Process
+from flowgrpo_jax import programs, sharding
+from flowgrpo_jax.sampling import sampler, sde
+from flowgrpo_jax.sampling.branching import Branches
+from flowgrpo_jax.sampling.sampler import ODE_KEY, SDE_KEY, Process
 from flowgrpo_jax.types import Pictures
 
 SHAPE = (4, 4, 2)

@@ -10,7 +10,10 @@ from ml_collections import ConfigDict
 from scipy.stats import rankdata
 from short_runs import load, rows
 
-from flowgrpo_jax import cli, policies, prompts, recipe, rewards, sharding
+from flowgrpo_jax import prompts, rewards, sharding
+from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.checkpoints import policies
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.scoring.host import Limited
 from flowgrpo_jax.scoring.pending import PendingScores, calls_of

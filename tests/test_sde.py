@@ -9,7 +9,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from flowgrpo_jax import sde
+from flowgrpo_jax.sampling import sde
 
 KERNELS = tuple(sde.TABLE)
 SIGMAS = sde.sigma_schedule(10)

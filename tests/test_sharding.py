@@ -5,7 +5,8 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from flowgrpo_jax import cli, sharding
+from flowgrpo_jax import sharding
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.models import layers, lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import sampler, sde, solvers, tails
-from flowgrpo_jax.sampler import ODE_KEY, Process
+from flowgrpo_jax.sampling import sampler, sde, solvers, tails
+from flowgrpo_jax.sampling.sampler import ODE_KEY, Process
 
 M, S0 = 0.8, 0.5  # data ~ N(M, S0^2)
 

@@ -10,9 +10,10 @@ import time
 import pytest
 from short_runs import ROOT, load, rows, start, timeless
 
-from flowgrpo_jax import cli, logs
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.scoring import host
+from flowgrpo_jax.storage import logs
 from flowgrpo_jax.train import train
 
 
@@ -39,7 +40,8 @@ def test_sigterm_saves_and_stops(runs, whole):
 
 HANGING = """
 import threading, concurrent.futures as futures, pathlib, runpy, sys
-from flowgrpo_jax import cli, rewards
+from flowgrpo_jax import rewards
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.train import train
 
 pool = futures.ThreadPoolExecutor(1)  # whose thread Python joins before it ends
@@ -72,7 +74,8 @@ def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(runs):
 
 SLEEPING = """
 import pathlib, runpy, sys, time
-from flowgrpo_jax import cli, rewards
+from flowgrpo_jax import rewards
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.train import train
 
 limit, seconds, calls = float(sys.argv[1]), float(sys.argv[2]), []

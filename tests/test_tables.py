@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import advantages, algorithms, prompts, rewards, sde, settings, tables
+from flowgrpo_jax import advantages, algorithms, prompts, rewards, tables
+from flowgrpo_jax.assembly import settings
+from flowgrpo_jax.sampling import sde
 
 OWN = """
 import dataclasses
 import numpy as np
-from flowgrpo_jax import advantages, algorithms, sde
+from flowgrpo_jax import advantages, algorithms
+from flowgrpo_jax.sampling import sde
 
 def brightness(images, prompts, metadata):
     return images.mean((1, 2, 3)) / 255, np.ones(len(images), bool)
@@ -119,7 +122,8 @@ def test_options_of_another_algorithm_name_the_recipe_of_the_chosen_one():
 
 
 def test_a_row_of_another_kind_is_named():
-    from flowgrpo_jax import advantages, algorithms, models, sde, solvers
+    from flowgrpo_jax import advantages, algorithms, models
+    from flowgrpo_jax.sampling import sde, solvers
 
     for load in (sde.load, solvers.load):
         with pytest.raises(ValueError, match=r"'os:getcwd' gives a builtin.*, it must be a .*\."):
@@ -182,8 +186,9 @@ def test_an_error_inside_a_row_of_the_package_is_not_hidden():
 
 def test_a_second_model_of_the_same_settings_shares_its_programs():
     """The functions of two descriptions are the same object, so that nothing is traced again."""
-    from flowgrpo_jax import programs, sampler, sharding
+    from flowgrpo_jax import programs, sharding
     from flowgrpo_jax.models import sd3
+    from flowgrpo_jax.sampling import sampler
 
     parts = sd3.find_architecture("shapes")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import prompts, settings
+from flowgrpo_jax import prompts
+from flowgrpo_jax.assembly import settings
 from flowgrpo_jax.configs import base
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.scoring.reward_weights import RewardWeights

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import text_cache
 from flowgrpo_jax.models import sd3
-from flowgrpo_jax.text_cache import encode_cached, fingerprint
+from flowgrpo_jax.storage import text_cache
+from flowgrpo_jax.storage.text_cache import encode_cached, fingerprint
 
 
 class Encoder:

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 from short_runs import ROOT, call, load, rows, timeless
 
-from flowgrpo_jax import algorithms, parts, recipe, rewards, sharding
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax import algorithms, rewards, sharding
+from flowgrpo_jax.assembly import parts, recipe
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.train import train
 from flowgrpo_jax.types import GraphReward

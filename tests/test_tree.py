@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from linear_policy import KEY, SHAPE, SIGMAS, close, flat, gradient_of, linear, weights
 
-from flowgrpo_jax import advantages, algorithms, branching, sampler, sde
+from flowgrpo_jax import advantages, algorithms
 from flowgrpo_jax.algorithms import Setup
-from flowgrpo_jax.branching import ALONE, Branches
-from flowgrpo_jax.sampler import ODE_KEY, Process
+from flowgrpo_jax.sampling import branching, sampler, sde
+from flowgrpo_jax.sampling.branching import ALONE, Branches
+from flowgrpo_jax.sampling.sampler import ODE_KEY, Process
 
 FOUR = Branches(4, (0, 2))  # two splits of a window of four steps
 REWARDS = [1.0, 3.0, 4.0, 8.0, 5.0, 5.0, 5.0, 5.0]  # two trees of four leaves

@@ -19,10 +19,11 @@ from linear_policy import (
 )
 from scipy.stats import norm
 
-from flowgrpo_jax import algorithms, sde, update
+from flowgrpo_jax import algorithms, update
 from flowgrpo_jax.algorithms import step_weights, trust_regions
 from flowgrpo_jax.algorithms.trust_regions import Move
-from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.sampling import sde
+from flowgrpo_jax.sampling.sampler import Process
 
 ADVANTAGE = jnp.linspace(-2, 1, IMAGES)
 FLASH = sde.Kernel(  # the diffusion sigma_max sigma; the mean plays no part in a weight

@@ -16,12 +16,13 @@ from flax import nnx
 from scipy.optimize import approx_fprime
 from scipy.stats import norm
 
-from flowgrpo_jax import advantages, algorithms, sampler, sde, sharding, update
+from flowgrpo_jax import advantages, algorithms, sharding, update
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.models import lora, sd3
 from flowgrpo_jax.models.layers import functional
 from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
-from flowgrpo_jax.sampler import ODE_KEY, Process
+from flowgrpo_jax.sampling import sampler, sde
+from flowgrpo_jax.sampling.sampler import ODE_KEY, Process
 from flowgrpo_jax.types import Rollout
 
 KEY = jax.random.key(0)

@@ -8,7 +8,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from flowgrpo_jax import batch_plan, knobs, prompts, recipe_files, settings, usage, user_errors
+from flowgrpo_jax import prompts
+from flowgrpo_jax.assembly import batch_plan, settings
+from flowgrpo_jax.command_line import knobs, recipe_files, usage, user_errors
 
 ROOT = Path(__file__).parent.parent
 

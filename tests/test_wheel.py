@@ -77,7 +77,7 @@ BUILD = """
 import sys
 import mine
 import flowgrpo_jax
-from flowgrpo_jax import recipe
+from flowgrpo_jax.assembly import recipe
 
 assert flowgrpo_jax.__file__.startswith(sys.argv[1]), flowgrpo_jax.__file__
 run = recipe.build(mine.get_config(), training=False)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flowgrpo_jax import algorithms, sde, settings, tails, windows
+from flowgrpo_jax import algorithms
+from flowgrpo_jax.assembly import settings
 from flowgrpo_jax.configs.algorithms import mixgrpo as mixgrpo_recipe
-from flowgrpo_jax.windows import Window
+from flowgrpo_jax.sampling import sde, tails, windows
+from flowgrpo_jax.sampling.windows import Window
 
 KEY = jax.random.key(0)
 

@@ -25,7 +25,7 @@ from flowgrpo_jax.advantages import (
     masked_mean,
     weighted,
 )
-from flowgrpo_jax.branching import Branches
+from flowgrpo_jax.sampling.branching import Branches
 
 FUSIONS = ("mean", "softmax")
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import jax
 
-from flowgrpo_jax import recipe_files, tables
-from flowgrpo_jax.sampler import Process
+from flowgrpo_jax import tables
+from flowgrpo_jax.command_line import recipe_files
+from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.types import Credit
 
 # v(x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C]: the guided velocity of one policy. A

@@ -16,13 +16,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax import sde
 from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
 from flowgrpo_jax.algorithms.reward_gradients import (
     algorithm,
     check_euler,
     check_last,
 )
+from flowgrpo_jax.sampling import sde
 from flowgrpo_jax.types import Rollout
 
 

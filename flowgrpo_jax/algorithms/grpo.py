@@ -20,7 +20,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax import sde
 from flowgrpo_jax.algorithms import (
     Algorithm,
     Figures,
@@ -32,8 +31,9 @@ from flowgrpo_jax.algorithms import (
     trust_regions,
     weigh_kl,
 )
-from flowgrpo_jax.branching import shared
-from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.sampling import sde
+from flowgrpo_jax.sampling.branching import shared
+from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.types import Credit, Rollout
 
 STEP_CHOICES = ("random", "first")

@@ -29,9 +29,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax import sampler, sde
 from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
 from flowgrpo_jax.algorithms.trust_regions import clipped
+from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.types import Rollout
 
 

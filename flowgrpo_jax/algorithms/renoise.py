@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax import sampler
 from flowgrpo_jax.algorithms import Setup
+from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.types import Rollout
 
 

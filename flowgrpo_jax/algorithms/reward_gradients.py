@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax import solvers
 from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocities
+from flowgrpo_jax.sampling import solvers
 from flowgrpo_jax.types import Rollout
 
 FIGURES = ("policy_loss", "below_threshold")

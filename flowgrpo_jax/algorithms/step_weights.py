@@ -22,7 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.sampler import Process
+from flowgrpo_jax.sampling.sampler import Process
 
 TEMPFLOW = 2.25
 

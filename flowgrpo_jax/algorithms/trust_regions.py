@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax import sampler, sde
+from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.types import Rollout
 
 

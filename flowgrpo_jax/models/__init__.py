@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgrpo_jax import tables
-from flowgrpo_jax.files import read_object
 from flowgrpo_jax.models import directories, lora
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.sharding import Rules
+from flowgrpo_jax.storage.files import read_object
 from flowgrpo_jax.types import Conditioning, Pictures
 
 TEXTS = 64  # prompts that are encoded at once

@@ -10,9 +10,9 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from flowgrpo_jax.files import digest
 from flowgrpo_jax.models import Model, directories
 from flowgrpo_jax.models.weight_files import component_files
+from flowgrpo_jax.storage.files import digest
 
 
 class BaseModel(NamedTuple):

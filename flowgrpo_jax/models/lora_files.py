@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from flowgrpo_jax.files import read_object
 from flowgrpo_jax.models import peft_config
 from flowgrpo_jax.models.convert import torch_names
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.weight_files import open_safetensors
+from flowgrpo_jax.storage.files import read_object
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from flowgrpo_jax.files import read_json
+from flowgrpo_jax.storage.files import read_json
 
 STORAGES = {
     "DoubleStorage": np.float64,

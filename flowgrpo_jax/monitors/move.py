@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flowgrpo_jax import sampler, sharding
+from flowgrpo_jax import sharding
+from flowgrpo_jax.sampling import sampler
 
 STEPS = 8  # of the ODE
 IMAGES = 8  # at least

@@ -19,7 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageOps
 
-from flowgrpo_jax import pictures, sampler, sharding, tables
+from flowgrpo_jax import sharding, tables
+from flowgrpo_jax.sampling import sampler
+from flowgrpo_jax.storage import pictures
 
 PICTURES = 32  # at most
 LEVELS = (0.2, 0.4, 0.6, 0.8)  # of sigma

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from flowgrpo_jax import files, outputs, user_errors
+from flowgrpo_jax.command_line import user_errors
 from flowgrpo_jax.report import page, run_data, server
+from flowgrpo_jax.storage import files, outputs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from flowgrpo_jax import files, knobs, logs, recipe_files
+from flowgrpo_jax.checkpoints.run_checkpoints import versions
+from flowgrpo_jax.command_line import knobs, recipe_files
 from flowgrpo_jax.report.pictures import FOLDER
-from flowgrpo_jax.run_checkpoints import versions
+from flowgrpo_jax.storage import files, logs
 
 FILE = "about.json"
 

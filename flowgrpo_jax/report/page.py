@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from flowgrpo_jax import files, logs
 from flowgrpo_jax.monitors import verdicts
 from flowgrpo_jax.report import run_data
+from flowgrpo_jax.storage import files, logs
 
 FILE = "report.html"
 

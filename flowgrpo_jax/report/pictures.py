@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from flowgrpo_jax import files, logs
 from flowgrpo_jax.scoring.scores import Scores
+from flowgrpo_jax.storage import files, logs
 from flowgrpo_jax.types import PromptBatch
 
 FOLDER = "report"

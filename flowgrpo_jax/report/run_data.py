@@ -11,10 +11,10 @@ from typing import Any
 
 from etils import epath
 
-from flowgrpo_jax import files, logs
 from flowgrpo_jax.monitors import verdicts
 from flowgrpo_jax.report import about, commands
 from flowgrpo_jax.report.pictures import FOLDER
+from flowgrpo_jax.storage import files, logs
 
 ROWS = 3000  # epochs that the curves show at most; of a longer run every second, third, ... epoch
 NEWEST = "newest.json"  # in the folder of pictures: the evaluation whose epoch is being trained

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from flowgrpo_jax import files
+from flowgrpo_jax.storage import files
 
 ANSWER = ".answer.json"
 

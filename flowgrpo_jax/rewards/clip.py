@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgrpo_jax import pictures
 from flowgrpo_jax.models.tokenizers import padded
 from flowgrpo_jax.models.towers.aesthetic_head import Head
 from flowgrpo_jax.models.towers.clip import CLIP, VIT_H_14, VIT_L_14, DualConfig
 from flowgrpo_jax.models.towers.preprocess import as_pil, as_tensor, to_even
 from flowgrpo_jax.rewards import towers
 from flowgrpo_jax.rewards.towers import CLIP_H, CLIP_L, HEAD_FILES, HPS_FILES, Tower
+from flowgrpo_jax.storage import pictures
 from flowgrpo_jax.types import Described, GraphReward, Metadata
 
 log = logging.getLogger(__name__)

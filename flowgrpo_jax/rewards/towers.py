@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.files import read_object
 from flowgrpo_jax.models import convert
 from flowgrpo_jax.models.layers import Params, abstract
 from flowgrpo_jax.models.towers.aesthetic_head import Head
 from flowgrpo_jax.models.towers.blip import BLIPConfig, ImageReward
 from flowgrpo_jax.models.towers.clip import CLIP, DualConfig, from_open_clip, is_open_clip
 from flowgrpo_jax.models.weight_files import Tensors, open_file
+from flowgrpo_jax.storage.files import read_object
 from flowgrpo_jax.types import Metadata
 
 CLIP_L, CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

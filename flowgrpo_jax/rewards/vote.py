@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from flowgrpo_jax import outputs
 from flowgrpo_jax.report import pictures, votes
+from flowgrpo_jax.storage import outputs
 from flowgrpo_jax.types import Metadata
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from flowgrpo_jax import pictures
+from flowgrpo_jax.storage import pictures
 from flowgrpo_jax.types import Metadata
 
 FORMS = ("png", "npy")

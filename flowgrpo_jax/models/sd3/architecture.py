@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowgrpo_jax.files import read_object
 from flowgrpo_jax.models.sd3.mmdit import MMDiTConfig
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.models.vae import VAEConfig
+from flowgrpo_jax.storage.files import read_object
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flowgrpo_jax import sde, sharding
+from flowgrpo_jax import sharding
 from flowgrpo_jax.models import Model, layers, lora, quantised
 from flowgrpo_jax.models.attention import Kernel, plain
 from flowgrpo_jax.models.layers import Params
@@ -22,6 +22,7 @@ from flowgrpo_jax.models.sd3.mmdit import MMDiT
 from flowgrpo_jax.models.sd3.tokenizers import CLIP_LENGTH
 from flowgrpo_jax.models.text import CLIPText, T5Encoder
 from flowgrpo_jax.models.vae import VAE, to_levels, to_pictures
+from flowgrpo_jax.sampling import sde
 from flowgrpo_jax.types import Conditioning
 
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo_jax.files import read_object
 from flowgrpo_jax.models.text import LEGACY_EOS, CLIPConfig, T5Config
 from flowgrpo_jax.models.tokenizers import load_clip, load_t5, padded
+from flowgrpo_jax.storage.files import read_object
 
 CLIP_LENGTH = 77  # positions of both CLIP text models; a tokenizer's own limit may be lower
 MOST_T5 = 128  # tokens of a prompt: the paper's

@@ -23,11 +23,13 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from flowgrpo_jax import cli, files, seeds
-from flowgrpo_jax.checkpoint import Checkpoints
+from flowgrpo_jax import seeds
+from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
+from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.sd3.tokenizers import Tokenizers
 from flowgrpo_jax.models.vae import VAEConfig
+from flowgrpo_jax.storage import files
 from flowgrpo_jax.worlds.pretraining import data, flow, package, vae
 from flowgrpo_jax.worlds.pretraining.tokenizers import sizes, write_tokenizers
 from flowgrpo_jax.worlds.pretraining.world import World

@@ -1,0 +1,46 @@
+"""These functions read from a config how images are drawn: window, branches, advantages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from flowgrpo_jax import advantages
+from flowgrpo_jax.advantages import Advantage
+from flowgrpo_jax.algorithms import Algorithm
+from flowgrpo_jax.sampling import windows
+from flowgrpo_jax.sampling.branching import Branches
+
+
+def window(config: ConfigDict, algorithm: Algorithm) -> windows.Window:
+    """Return the window: all steps but the last unless the config says fewer, and none for an
+    algorithm that draws by the ODE alone."""
+    s = config.sample
+    if algorithm.records != "window":
+        return windows.Window(0, 0, 0)
+    return windows.find(s.steps, s.window, s.window_range)
+
+
+def branches(config: ConfigDict) -> Branches:
+    """Return which images of a group share a part of their path."""
+    s = config.sample
+    return Branches(s.branches or s.group_size, tuple(s.splits), s.split_noise)
+
+
+def make_advantage(config: ConfigDict, algorithm: Algorithm) -> Advantage:
+    """Return the advantage; a section that a recipe has replaced may lack the newer knobs."""
+    c, size, steps = config.advantage, config.sample.group_size, window(config, algorithm).size
+    paths: dict[str, Any] = {"branches": branches(config), "steps": steps}
+    how = c.get("transform", "none")
+    return advantages.load(
+        c.name, c.options.to_dict(), group_size=size, clip=c.clip, transform=how, **paths
+    )
+
+
+def make_window(config: ConfigDict, algorithm: Algorithm) -> windows.Start:
+    """Return the first step of an epoch's window, as a function of the run's key and the epoch."""
+    s, chosen = config.sample, window(config, algorithm)
+    if not chosen.size:
+        return windows.frozen(chosen)
+    return windows.load(s.window_schedule, s.window_options.to_dict(), chosen)

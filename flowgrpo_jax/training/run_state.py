@@ -1,0 +1,25 @@
+"""The state that a run begins with."""
+
+from __future__ import annotations
+
+import jax
+
+from flowgrpo_jax import update
+from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.training import credit
+from flowgrpo_jax.types import TrainState
+
+
+def initial_state(run: Recipe) -> TrainState:
+    """The state before the first update, on the devices."""
+    key = jax.random.key(run.config.seed)
+    memory = credit.initial(run)
+    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
+    state = update.init(
+        run.put(run.model.init_trained(key)),
+        run.algorithm.copies,
+        memory,
+        run.optimiser,
+        key,
+    )
+    return run.put(state)
