@@ -5,7 +5,6 @@ python -m benchmarks.curve --workdir DIR --out FILE
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks import machine
 from flowgrpo_jax.storage import logs
 
 LABELS = {
@@ -35,9 +35,7 @@ def curve(rows: list[dict], key: str) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = machine.parser(__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of the training run")
     parser.add_argument("--out", type=Path, required=True, help="the picture to write")
     args = parser.parse_args()

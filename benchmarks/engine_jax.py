@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.epoch import Arrays, serve
+from benchmarks.engine import Arrays, serve
 from flowgrpo_jax import sharding, update
 from flowgrpo_jax.assembly import recipe, settings
 from flowgrpo_jax.models import lora_files
@@ -19,7 +19,7 @@ from flowgrpo_jax.types import PromptBatch, Rollout
 
 
 class JaxEngine:
-    """See `epoch.Engine`."""
+    """See `engine.Engine`."""
 
     def __init__(self, name: str, config: dict[str, Any], inputs: Arrays):
         del name

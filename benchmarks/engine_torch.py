@@ -21,11 +21,11 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from benchmarks.epoch import Arrays, serve
+from benchmarks.engine import Arrays, serve
 
 
 class TorchEngine:
-    """See `epoch.Engine`."""
+    """See `engine.Engine`."""
 
     def __init__(self, name: str, config: dict[str, Any], inputs: Arrays):
         torch.set_num_threads(

@@ -31,74 +31,22 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
-import resource
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from benchmarks import machine
+from benchmarks.agreement import check
+from benchmarks.engine import ENGINES, HUGEPAGES, Worker, environment
 from flowgrpo_jax.models import attention
 
-ENGINES = {
-    "jax": "benchmarks.engine_jax",
-    "torch": "benchmarks.engine_torch",
-    "torch-compile": "benchmarks.engine_torch",
-}
 TIMES = ("sample", "decode", "update", "epoch")  # seconds; sampling includes decoding
-# Largest relative difference to the first engine; of images, largest difference in grey levels.
-# On a GPU products are in TF32 or bfloat16, and so are the differences.
-TOLERANCES = {
-    "cpu": {"velocity": 1e-4, "gradient": 1e-3, "images": 1.0},
-    "bfloat16": {"velocity": 0.05, "gradient": 0.1, "images": 1.0},  # of products on the CPU
-    "gpu": {"velocity": 5e-2, "gradient": 2e-1, "images": 16.0},
-}
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "peft", "numpy")
-HUGEPAGES = "glibc.malloc.hugetlb=1"
-ROOT = Path(__file__).parent.parent
-
-Arrays = dict[str, np.ndarray]
-
-
-# ------------------------------------------------------------------------------- what is measured
-
-
-class Engine(Protocol):
-    """One implementation of the epoch. Every method returns when its work is done."""
-
-    def draw(self) -> Arrays:
-        """A micro-batch's rollout: x [W + 1, M, H, W, C] and log_prob [W, M] of its window."""
-        ...
-
-    def probe(self, drawn: Arrays) -> Arrays:
-        """On such a rollout: the first step's velocity, the images uint8 that x[0] decodes to, and
-        the gradient of each factor "lora..."."""
-        ...
-
-    def sample(self) -> None:
-        """Draw an epoch's trajectories and bring its images to the host as uint8."""
-        ...
-
-    def decode(self) -> None:
-        """Decode the epoch's latents once more: the second part of `sample`, for itself."""
-        ...
-
-    def update(self) -> None:
-        """One policy update on the epoch's trajectories."""
-        ...
-
-    def device_peak(self) -> float:
-        """Most GiB of an accelerator's memory in use so far; 0 on the CPU."""
-        ...
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
@@ -151,145 +99,6 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
 
 
-# ------------------------------------------------------------------------------- engine's side
-
-
-def serve(load: Callable[[str, dict[str, Any], Arrays], Engine]) -> None:
-    """Be an engine's process: answer each command on stdin with a line of JSON on stdout."""
-    folder, name = Path(sys.argv[1]), sys.argv[2]
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
-    config = json.loads((folder / "config.json").read_text())
-    engine = load(name, config, dict(np.load(folder / "inputs.npz")))
-    for command in sys.stdin:
-        if command.strip() == "probe":
-            np.savez(folder / f"{name}.npz", **engine.probe(shared_rollout(engine, folder)))
-            print("{}", file=answers)
-        else:
-            print(json.dumps(one_epoch(engine)), file=answers)
-
-
-def shared_rollout(engine: Engine, folder: Path) -> Arrays:
-    """Return the rollout that all engines are probed with; the first engine draws it."""
-    file = folder / "drawn.npz"
-    if not file.exists():
-        np.savez(file, **engine.draw())
-    drawn = dict(np.load(file))
-    drawn["log_prob"][:, ::2] += 0.01  # every other image out of the clip range: that counts too
-    return drawn
-
-
-def one_epoch(engine: Engine) -> dict[str, float]:
-    """Seconds of each phase, and the process's peak memory so far in GiB."""
-    figures = {}
-    for phase in (engine.sample, engine.update, engine.decode):
-        begun = time.perf_counter()
-        phase()
-        figures[phase.__name__] = time.perf_counter() - begun
-    figures["epoch"] = figures["sample"] + figures["update"]
-    figures["peak_gib"] = engine.device_peak() or resident_peak()
-    return figures
-
-
-def resident_peak() -> float:
-    """Most GiB of the host's memory that this process has had."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-# ------------------------------------------------------------------------------- driver's side
-
-
-class Worker:
-    """An engine's process, stopped whenever it is not asked for anything."""
-
-    def __init__(self, name: str, folder: Path, environment: dict[str, str]):
-        self.name, self._log = name, folder / f"{name}.log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", ENGINES[name], str(folder), name],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                bufsize=1,
-                cwd=ROOT,
-                env=environment,
-            )
-
-    def ask(self, command: str) -> dict[str, float]:
-        """Raises RuntimeError with the end of its log when the process has died."""
-        assert self._process.stdin and self._process.stdout
-        answer = ""
-        try:
-            self._process.send_signal(signal.SIGCONT)
-            self._process.stdin.write(command + "\n")
-            answer = self._process.stdout.readline()
-            if answer:  # otherwise it is ending, and would never end if it were stopped
-                self._process.send_signal(signal.SIGSTOP)
-        except BrokenPipeError:
-            pass
-        if not answer:
-            end = "\n".join(self._log.read_text().splitlines()[-12:])
-            raise RuntimeError(f"{self.name} ended with {self._process.wait()}:\n{end}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def environment(device: str, hugepages: bool) -> dict[str, str]:
-    """Return the environment variables of every engine's process."""
-    platform = {"cpu": "cpu", "gpu": "cuda"}[device]
-    result = dict(os.environ, JAX_PLATFORMS=platform, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-    if hugepages:
-        tunables = [result.get("GLIBC_TUNABLES", ""), HUGEPAGES]
-        result["GLIBC_TUNABLES"] = ":".join(filter(None, tunables))
-    return result
-
-
-def differences(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
-    """{engine: {velocity, gradient, images}}, each engine against the first."""
-    first, *others = ({k: v for k, v in np.load(folder / f"{n}.npz").items()} for n in names)
-    return {name: _difference(other, first) for name, other in zip(names[1:], others)}
-
-
-def _difference(a: Arrays, b: Arrays) -> dict[str, float]:
-    if a.keys() != b.keys():
-        raise RuntimeError(f"only one engine has {sorted(a.keys() ^ b.keys())}")
-
-    def relative(names: list[str]) -> float:
-        x, y = (np.concatenate([part[n].ravel() for n in names]) for part in (a, b))
-        return float(np.linalg.norm(x - y) / np.linalg.norm(y))
-
-    levels = np.abs(a["images"].astype(int) - b["images"]).max()
-    gradient = sorted(name for name in a if name.startswith("lora."))
-    return {
-        "velocity": relative(["velocity"]),
-        "gradient": relative(gradient),
-        "images": float(levels),
-    }
-
-
-def check(folder: Path, names: list[str], kind: str) -> dict[str, dict[str, float]]:
-    """Print how far engines differ on one rollout. Raises RuntimeError when it is too far."""
-    found = differences(folder, names)
-    for name, values in found.items():
-        print(
-            f"{name} against {names[0]}, same weights and rollout: velocity differs by"
-            f" {values['velocity']:.1e} (relative), gradient by {values['gradient']:.1e}, images by"
-            f" at most {values['images']:.0f} of 255 levels"
-        )
-        for what, value in values.items():
-            if not value <= TOLERANCES[kind][what]:
-                raise RuntimeError(
-                    f"{name} and {names[0]} do not compute the same {what}: {value:.2g} is above"
-                    f" {TOLERANCES[kind][what]:g}, so a comparison of their times means nothing"
-                )
-    return found
-
-
 def start(
     names: list[str], folder: Path, env: dict[str, str], warmup: int
 ) -> tuple[dict[str, Worker], dict[str, float], dict[str, str]]:
@@ -334,39 +143,6 @@ def summarise(epochs: list[dict[str, float]], images: int) -> dict[str, float]:
     }
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Versions and hardware."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "gpu": gpu() if device == "gpu" else None,
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "commit": commit,
-        **{name: version(name) for name in PACKAGES},
-    }
-
-
-def gpu() -> str:
-    """Name, memory and driver."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def version(name: str) -> str | None:
-    """None where it is not installed: JAX can be measured alone."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def table(figures: dict[str, dict[str, float]], ratio: dict[str, dict[str, float]]) -> str:
     columns = {
         "sample+decode s": "sample",
@@ -398,7 +174,7 @@ def ratios(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def describe(config: dict[str, Any], hardware: dict[str, Any], env: dict[str, str]) -> str:
     s, model = config["sample"], config["model"]
-    versions = ", ".join(f"{name} {hardware[name]}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {hardware[name]}" for name in machine.PACKAGES)
     return "\n".join(
         [
             f"{model['path']}, {model['height']} px, {model['dtype']}, LoRA rank"
@@ -414,11 +190,10 @@ def describe(config: dict[str, Any], hardware: dict[str, Any], env: dict[str, st
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = machine.parser(
+        __doc__,
         prog="python -m benchmarks.epoch",
-        description=__doc__,
         epilog="A size that is not given is that of configs/shapes.py.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="shapes",
                         help="directory, hub id, shapes, or random:NAME")  # fmt: skip
@@ -454,7 +229,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    env, hardware = environment(args.device, args.hugepages), machine(args.device)
+    env, hardware = environment(args.device, args.hugepages), machine.described(args.device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = multiprocessing.get_context("spawn").Process(target=prepare, args=(args, folder))

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.epoch import ROOT, machine
+from benchmarks import machine
 
 SIDE = 8192  # of the matrices of `peak`
 TOKENS, HEADS, CHANNELS = 1229, 24, 64  # SD3.5-medium at 512 px
@@ -184,7 +184,7 @@ def drive(args: argparse.Namespace) -> int:
     """Run the stages until the time is up. Returns the number of those that failed."""
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
-    summary: dict[str, Any] = {"machine": machine(args.device), "stages": {}}
+    summary: dict[str, Any] = {"machine": machine.described(args.device), "stages": {}}
     platform = {"cpu": "cpu", "gpu": "cuda"}[args.device]
     env = dict(os.environ, JAX_PLATFORMS=platform, XLA_PYTHON_CLIENT_PREALLOCATE="false")
     for name, command, limit in stages(args):
@@ -212,7 +212,12 @@ def _write(file: Path, result: Any) -> None:
 
 def _run(command: list[str], env: dict[str, str], log: Any, limit: float) -> str:
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=machine.ROOT,
+        env=env,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         code = process.wait(limit)
@@ -234,9 +239,7 @@ def _keep_curve(command: list[str], out: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = machine.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder, or a stage's JSON file")
     parser.add_argument("--stage", help="run this one here; for the driver itself")
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of stages")

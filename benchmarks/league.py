@@ -16,7 +16,6 @@ says how much of the base model was lost.
 
 from __future__ import annotations
 
-import argparse
 import json
 import runpy
 from pathlib import Path
@@ -27,8 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import claims, standings
-from benchmarks.epoch import ROOT, machine
+from benchmarks import claims, machine, standings
 from flowgrpo_jax import evaluate
 from flowgrpo_jax.assembly import recipe
 from flowgrpo_jax.assembly.recipe import Recipe
@@ -44,8 +42,8 @@ from flowgrpo_jax.types import Params
 from flowgrpo_jax.worlds.shapes import grammar
 from flowgrpo_jax.worlds.shapes.world import WORLD
 
-RESULTS = ROOT / "benchmarks" / "results" / "league"
-FIGURE = ROOT / "docs" / "images" / "league.png"
+RESULTS = machine.ROOT / "benchmarks" / "results" / "league"
+FIGURE = machine.ROOT / "docs" / "images" / "league.png"
 REWARDS = ("shapes", "shapes_strict", "shapes_unknown")
 TRUE_PICTURES = 512
 
@@ -174,9 +172,7 @@ def true_loss(run: Recipe, policy: Params) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = machine.parser(__doc__)
     parser.add_argument(
         "--rows", default=",".join(rows()), help="rows, separated by commas; CLAIMS: the variants"
     )
@@ -185,7 +181,10 @@ def main() -> None:
     parser.add_argument("--evaluated", type=int, default=1_152, help="pictures that measure a run")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs" / "league", help="folder of work directories"
+        "--runs",
+        type=Path,
+        default=machine.ROOT / "runs" / "league",
+        help="folder of work directories",
     )
     parser.add_argument("--table", action="store_true", help="draw and print what is there")
     parser.add_argument("--claims", action="store_true", help="print the verdicts on the claims")
@@ -206,7 +205,7 @@ def main() -> None:
         except KeyError:
             known = ", ".join([*rows(), *claims.rows()[1:]])
             parser.error(f"--rows: {row!r} is not one of {known}")
-    hardware = machine("cpu")  # now: the commit may be another one when a run has ended
+    hardware = machine.described("cpu")  # now: the commit may be another one when a run has ended
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, args.seeds.split(",")):
         for row in chosen:

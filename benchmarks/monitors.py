@@ -7,13 +7,12 @@ The limits in flowgrpo_jax/monitors/verdicts.py were set by this: an honest run 
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.epoch import machine
+from benchmarks import machine
 from flowgrpo_jax import evaluate
 from flowgrpo_jax.assembly import recipe
 from flowgrpo_jax.assembly.recipe import Recipe
@@ -36,9 +35,7 @@ def figures(run: Recipe, checkpoint: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = machine.parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="as of flowgrpo_jax.evaluate")
     parser.add_argument("--images", type=int, default=288, help="pictures of each")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -54,7 +51,7 @@ def main() -> None:
     for v in verdicts.verdicts(rows, config.reward.weights)[1]:
         print(f"{v.level:6}{v.figure:20}{v.first:9.4f} -> {v.now:.4f}  {v.says}")
     if args.out:
-        report = {"checkpoint": args.checkpoint, "machine": machine("cpu"), "rows": rows}
+        report = {"checkpoint": args.checkpoint, "machine": machine.described("cpu"), "rows": rows}
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -10,7 +10,6 @@ again. Takes minutes a row; needs `pip install -e '.[tpu]'`, no TPU and no weigh
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import subprocess
@@ -20,6 +19,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks import machine
 
 MEDIUM, LARGE = "stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3.5-large"
 TRAINING = ("sample", "accumulate", "apply")
@@ -156,9 +157,7 @@ def collect(description: str, rows: dict[str, Callable[[], dict[str, Any]]]) -> 
     Args:
       rows: {name: what makes its report}. The file is written after each.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = machine.parser(description)
     parser.add_argument("--out", type=Path, required=True, help="file of all reports")
     parser.add_argument("--only", default="", help="rows that contain one of these, by comma")
     args = parser.parse_args()

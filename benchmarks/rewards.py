@@ -9,7 +9,6 @@ arithmetic is counted in the program that would run, for one image and its promp
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from benchmarks import machine
 from flowgrpo_jax import rewards
 from flowgrpo_jax.costs import cost
 from flowgrpo_jax.worlds.shapes import grammar as shapes
@@ -77,9 +77,7 @@ def gigaflops(name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = machine.parser(__doc__)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     result = {

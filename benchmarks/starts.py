@@ -20,7 +20,6 @@ epoch without compilation is measured for comparison.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -31,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.epoch import ROOT, machine
+from benchmarks import machine
 
 CONFIG = ["--config", "shapes"]
 DRAWS = "begins to draw"
@@ -65,7 +64,7 @@ class Command:
                 [sys.executable, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                cwd=ROOT,
+                cwd=machine.ROOT,
                 env=os.environ | cache | variables,
             )
 
@@ -148,9 +147,7 @@ def table(starts: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = machine.parser(__doc__)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     load = os.getloadavg()[0]
@@ -158,7 +155,12 @@ def main() -> None:
         starts, epoch = measure(Path(folder))
     print(f"\n{table(starts)}\n\nan epoch without compilation: {epoch:.1f} s; load before: {load}")
     if args.out:
-        report = {"machine": machine("cpu"), "load": load, "starts": starts, "epoch": epoch}
+        report = {
+            "machine": machine.described("cpu"),
+            "load": load,
+            "starts": starts,
+            "epoch": epoch,
+        }
         args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
