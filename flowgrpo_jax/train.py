@@ -27,7 +27,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import advantages, sharding, update
+from flowgrpo_jax import advantages, update
 from flowgrpo_jax.assembly import parts, recipe, settings
 from flowgrpo_jax.assembly.recipe import Recipe
 from flowgrpo_jax.checkpoints.run_checkpoints import RunCheckpoints
@@ -39,7 +39,7 @@ from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
 from flowgrpo_jax.storage import logs
-from flowgrpo_jax.training import credit, data_loss, lifecycle
+from flowgrpo_jax.training import credit, data_loss, gradient, lifecycle
 from flowgrpo_jax.training.alarms import raise_kl
 from flowgrpo_jax.training.data_loss import EpochData
 from flowgrpo_jax.training.run_evaluation import Record, evaluate_into, nobody, recorder
@@ -138,41 +138,22 @@ def improve(
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
-    per_micro = credit.cut(given, plan.updates * plan.micro_batches)
     figures: dict[str, Any] = {}
     begun = state.step
     parts = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
     steps = [(u, part) for u in range(plan.updates) for part in parts]
     for i, (u, part) in enumerate(steps):
-        others = {name: run.named_policy(state, name) for name in algorithm.reads}
-        gradient, sums = update.empty(algorithm, run.setup, state.policy)
-        for m in range(u * plan.micro_batches, (u + 1) * plan.micro_batches):
-            stop.check()
-            # A program may leave them cut in another way, and would be compiled once more for that.
-            gradient, sums = run.put((gradient, sums))
-            before = sums
-            gradient, sums = run.programs.accumulate(
-                gradient,
-                sums,
-                state.policy,
-                others,
-                run.model.base,
-                cond,
-                run.empty,
-                rollouts[m],
-                sharding.split_rows(run.mesh, per_micro[m], axis=-1),
-                part,
-                judged,
-            )
-            jax.block_until_ready(before)  # two at a time, as in sampling
+        summed, sums = gradient.of_update(
+            run, state, cond, rollouts, given, part, judged, u, stop.check
+        )
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
         if i == 0:  # only before the first update is the policy the one that drew the images
             figures |= worst
             if problem := algorithm.warning(worst | update.scalars(sums)):
                 log.warning("epoch %d: %s", epoch, problem)
-        gradient, on_data = data_loss.add(run, data, u, state, epoch, gradient)
-        state, applied = run.programs.apply(state, gradient)
-        state = run.put(state)  # as above
+        summed, on_data = data_loss.add(run, data, u, state, epoch, summed)
+        state, applied = run.programs.apply(state, summed)
+        state = run.put(state)  # as each micro-batch's gradient, in gradient.py
         for name, value in (sums | applied | on_data).items():
             figures[name] = figures.get(name, 0.0) + np.asarray(value, float) / len(steps)
     state, alone = data_loss.step(run, data, state, epoch)

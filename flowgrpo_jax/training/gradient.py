@@ -1,0 +1,58 @@
+"""The gradient of one policy step, summed over the micro-batches of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from flowgrpo_jax import sharding, update
+from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.training import credit
+from flowgrpo_jax.types import Conditioning, Credit, Rollout, TrainState
+
+
+def of_update(
+    run: Recipe,
+    state: TrainState,
+    cond: Conditioning,
+    rollouts: Sequence[Rollout],
+    given: jax.Array | Credit,
+    terms: jax.Array,
+    judged: dict[str, Any],
+    number: int,
+    check: Callable[[], None],
+) -> update.Carry:
+    """Return the gradient of the epoch's update `number`, and the sums of its figures.
+
+    Args:
+      rollouts: of each micro-batch of the epoch; given: the epoch's advantages f32 [B] or [W, B],
+        or a Credit of them; terms: i32 [K], what the algorithm sums its loss over.
+      judged: what an algorithm that differentiates the rewards takes them from.
+      check: called before each micro-batch; raises cli.Stopped where the run is to stop.
+    """
+    plan = run.plan
+    per_micro = credit.cut(given, plan.updates * plan.micro_batches)
+    others = {name: run.named_policy(state, name) for name in run.algorithm.reads}
+    gradient, sums = update.empty(run.algorithm, run.setup, state.policy)
+    for m in range(number * plan.micro_batches, (number + 1) * plan.micro_batches):
+        check()
+        # A program may leave them cut in another way, and would be compiled once more for that.
+        gradient, sums = run.put((gradient, sums))
+        before = sums
+        gradient, sums = run.programs.accumulate(
+            gradient,
+            sums,
+            state.policy,
+            others,
+            run.model.base,
+            cond,
+            run.empty,
+            rollouts[m],
+            sharding.split_rows(run.mesh, per_micro[m], axis=-1),
+            terms,
+            judged,
+        )
+        jax.block_until_ready(before)  # two at a time, as in sampling
+    return gradient, sums
