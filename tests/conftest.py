@@ -73,6 +73,16 @@ def half(runs):
 
 
 @pytest.fixture(scope="session")
+def shown(half):
+    """The data of the page of those two epochs, which `train` wrote by itself."""
+    from run_pages import data_of
+
+    from flowgrpo_jax.report import page
+
+    return data_of(half / page.FILE)
+
+
+@pytest.fixture(scope="session")
 def whole(runs):
     """The work directory of four epochs and the state that they end in. Not to be written to."""
     from short_runs import load
@@ -129,3 +139,31 @@ def pipeline(checkpoint):
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(checkpoint)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A tiny CLIP as transformers writes it, with a real tokenizer. Not to be written to."""
+    from tower_scores import write_clip_folder
+
+    folder = tmp_path_factory.mktemp("clip")
+    write_clip_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    """The shapes of the parameters of a small transformer."""
+    from weights_on_disk import SMALL, shapes_of
+
+    from flowgrpo_jax.models.sd3.mmdit import MMDiT
+
+    return shapes_of(MMDiT, SMALL)
+
+
+@pytest.fixture(scope="module")
+def tensors(shapes):
+    """A random state dict for them."""
+    from weights_on_disk import random_tensors
+
+    return random_tensors(shapes)

@@ -5,6 +5,10 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
+from flowgrpo_jax.transport import http_client
+
 
 class Stub:
     """`answer(request, body)` returns (status, bytes), or None if it has written the answer itself.
@@ -68,3 +72,14 @@ def free_port():
 def nobody():
     """An address where no server is."""
     return f"http://127.0.0.1:{free_port()}"
+
+
+def always(status, body=b""):
+    return lambda request, _: (status, body)
+
+
+def refused(f, *arguments, **options):
+    """What f raised: Failed or one of its kinds."""
+    with pytest.raises(http_client.Failed) as caught:
+        f(*arguments, **options)
+    return caught.value

@@ -15,6 +15,7 @@ from flowgrpo_jax.types import Rollout
 KEY = jax.random.key(0)
 SIGMAS = tuple(sde.sigma_schedule(8).tolist())
 IMAGES, SHAPE = 8, (2, 2, 3)
+ADVANTAGE = jnp.asarray([-2.0, 1.0, 0.25, 0.75, 1.5, -0.5, -1.25, 0.25])  # two groups of four
 
 
 def setup_of(algorithm, sigmas=SIGMAS, kernel=sde.CPS, noise_level=0.8, group_size=4):

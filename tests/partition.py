@@ -10,14 +10,23 @@ ENVIRONMENTS = ("torch", "newest")
 ON_BOTH = {
     "test_advantages",
     "test_algorithms",
+    "test_clipped_loss",
+    "test_collectives",
     "test_compilation",
     "test_compile_cache",
     "test_cost",
+    "test_decoupled",
     "test_lora",
+    "test_marginals",
+    "test_optimiser",
+    "test_prompt_statistics",
+    "test_replay",
     "test_resume",
     "test_sampler",
     "test_sde",
+    "test_several_rewards",
     "test_sharding",
+    "test_tpu_chips",
     "test_update",
 }
 NEEDS_EXTRAS = re.compile(

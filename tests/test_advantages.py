@@ -1,6 +1,4 @@
-"""Advantages against scipy, hand computation and a deque."""
-
-from collections import deque
+"""Advantages of one reward against scipy, numpy and hand computation."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,102 +91,6 @@ def test_only_group_std_forgets_a_groups_own_scale():
     np.testing.assert_allclose(
         score(ratio * REWARDS, std="none", clip=99), ratio * plain, atol=1e-4
     )
-
-
-# --------------------------------------------------------------------------- several rewards
-
-
-IDS = jnp.arange(3)
-
-
-def several(scores, weights, name):
-    weights = np.broadcast_to(np.array(weights, np.float32)[:, None], np.shape(scores))
-    row = advantages.load(name, {}, group_size=4, clip=5.0)
-    advantage, memory = row.compute({}, jnp.asarray(scores, jnp.float32), weights, IDS)
-    assert memory == {}
-    return np.asarray(advantage)
-
-
-def test_advantages_of_several_rewards_do_not_depend_on_their_ranges():
-    """GDPO: a reward a thousand times larger drowns the other in the sum, and not by itself."""
-    a, b = np.random.default_rng(1).normal(size=(2, 12))
-    large = 1000 * b + 7
-    np.testing.assert_allclose(
-        several([a, large], [1, 1], "gdpo"),
-        several([a, b], [1, 1], "gdpo"),
-        atol=1e-3,
-    )
-    drowned = several([a, large], [1, 1], "group")
-    np.testing.assert_allclose(drowned, several([large], [1], "group"), atol=2e-2)
-    assert np.corrcoef(several([a, large], [1, 1], "gdpo"), a)[0, 1] > 0.5
-
-
-def test_advantages_of_several_rewards_are_sums_of_z_scores():
-    a, b = np.random.default_rng(2).normal(size=(2, 12))
-    z = [zscore(x.reshape(3, 4), axis=1).reshape(-1) for x in (a, b)]
-    mixed = 0.25 * z[0] + 0.75 * z[1]
-    ours = several([a, b], [0.25, 0.75], "gdpo")
-    np.testing.assert_allclose(ours, mixed / mixed.std(), atol=1e-3)  # the epsilons
-
-
-@pytest.mark.parametrize("name", ["group", "gdpo"])
-def test_a_failed_score_takes_its_image_out_unless_it_is_a_monitors(name):
-    a, b = np.random.default_rng(3).normal(size=(2, 12))
-    failing = np.where(np.arange(12) == 5, np.nan, b)
-    assert several([a, failing], [1, 1], name)[5] == 0
-    assert np.isfinite(several([a, failing], [1, 1], name)).all()
-    watched = several([a, failing], [1, 0], name)
-    np.testing.assert_allclose(watched, several([a], [1], name), rtol=1e-6)
-    absent = several([a, failing], [1, np.nan], name)  # does not apply
-    np.testing.assert_array_equal(absent, watched)
-
-
-# ---------------------------------------------------------------- statistics of each prompt
-
-
-def ddpo(rewards, ids, buffers, *, size, least):
-    """The advantages [P, G] of an epoch by a deque for each prompt, which is changed in place."""
-    for prompt, values in zip(ids, rewards):
-        buffers.setdefault(prompt, deque(maxlen=size)).extend(values)
-    out = []
-    for prompt, values in zip(ids, rewards):
-        known = np.array(buffers[prompt]) if len(buffers[prompt]) >= least else rewards
-        out.append((values - known.mean()) / (known.std() + 1e-6))
-    return np.array(out)
-
-
-def remembered(row, epochs, ids):
-    memory, found = row.initial(6), []
-    for rewards in epochs:
-        scores = jnp.asarray(rewards, jnp.float32).reshape(1, -1)
-        advantage, memory = row.compute(memory, scores, jnp.ones_like(scores), jnp.asarray(ids))
-        found.append(np.asarray(advantage).reshape(len(ids), -1))
-    return found, memory
-
-
-@pytest.mark.parametrize("size, least", [(16, 16), (7, 5), (32, 16)])
-def test_statistics_of_each_prompt_are_a_deques(size, least):
-    """A prompt may come twice in an epoch; first the batch is used, later the prompt."""
-    options = {"buffer_size": size, "min_count": least}
-    row = advantages.load("per_prompt", options, group_size=4, clip=99.0)
-    ids = [4, 0, 4]
-    epochs = np.random.default_rng(0).normal(3, 2, size=(8, 3, 4)).round(2)
-    buffers = {}
-    wanted = [ddpo(e, ids, buffers, size=size, least=least) for e in epochs]
-    found, memory = remembered(row, epochs, ids)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
-    stored = np.asarray(memory["rewards"][4])
-    np.testing.assert_allclose(stored[np.isfinite(stored)], buffers[4], rtol=1e-6)
-    assert np.isnan(memory["rewards"][1]).all()  # a prompt that never came
-
-
-def test_a_failed_reward_is_not_remembered():
-    row = advantages.load("per_prompt", {"min_count": 2}, group_size=3, clip=5.0)
-    [first, second], memory = remembered(row, [[[1.0, np.nan, 3.0]], [[2.0, 2.0, np.nan]]], [1])
-    np.testing.assert_allclose(first, [[-1, 0, 1]], rtol=1e-5)
-    np.testing.assert_allclose(second, [[0, 0, 0]], atol=1e-6)
-    stored = np.asarray(memory["rewards"][1])
-    np.testing.assert_array_equal(stored[np.isfinite(stored)], [1, 3, 2, 2])
 
 
 # ------------------------------------------------------------------ further rows of one reward

@@ -1,98 +1,34 @@
-"""GenEval on photographs: with a detector that is told what to see, and on composed pictures."""
-
-import threading
-import time
+"""GenEval's reward with a detector that is told what to see: scores by hand, and failures."""
 
 import numpy as np
 import pytest
-from PIL import Image
+from told_detector import (
+    BELOW,
+    BLUE,
+    LEFT,
+    RED,
+    RIGHT,
+    ROWS,
+    Told,
+    cat,
+    color_attr,
+    counting,
+    dog,
+    dogs,
+    left_dog,
+    picture,
+    position,
+    right_cat,
+    run,
+    single,
+    two,
+)
 
-from flowgrpo_jax import rewards
-from flowgrpo_jax.configs import geneval as recipe
-from flowgrpo_jax.detection import clip_colors, coco, yolo
+from flowgrpo_jax.detection import coco
 from flowgrpo_jax.detection.coco import Found
 from flowgrpo_jax.rewards import geneval
-from flowgrpo_jax.scoring import host
 
-LEFT, RIGHT, BELOW = (0, 0, 10, 10), (20, 0, 30, 10), (0, 20, 10, 30)
-RED, BLUE, GREY = (220, 20, 20), (20, 40, 200), (128, 128, 128)
-ROWS = ("geneval", "geneval_strict", "geneval_official")
-
-
-def picture(number, *painted):
-    """A grey picture uint8 [32, 32, 3] that says its number in a corner, boxes painted."""
-    image = np.full((32, 32, 3), GREY, np.uint8)
-    for box, rgb in painted:
-        x0, y0, x1, y1 = box
-        image[y0:y1, x0:x1] = rgb
-    image[31, 31] = number
-    return image
-
-
-class Told:
-    """A detector that says of picture n what it was told; an exception is raised."""
-
-    def __init__(self, *told):
-        self.told, self.calls = told, []
-
-    def __call__(self, images):
-        numbers = [int(image[31, 31, 0]) for image in images]
-        self.calls.append(numbers)
-        for n in numbers:
-            if isinstance(self.told[n], Exception):
-                raise self.told[n]
-        return [self.told[n] for n in numbers]
-
-
-def run(detector, images, metadata, **options):
-    """{row: scores} and the validity that all rows agree on."""
-    options = {"detector": detector, "colors": "pixels"} | options
-    loaded = rewards.load(ROWS, {row: options for row in ROWS})
-    asked = [""] * len(images), metadata
-    results = {row: loaded[row](np.stack(images), *asked) for row in ROWS}
-    valid = results["geneval"][1]
-    for scores, also in results.values():
-        assert scores.dtype == np.float32 and scores.shape == also.shape == (len(images),)
-        np.testing.assert_array_equal(also, valid)
-    return {row: results[row][0] for row in ROWS}, valid
-
-
-def dogs(*scores):
-    return [Found("dog", s, LEFT) for s in scores]
-
-
-def counting(n):
-    return {
-        "tag": "counting",
-        "include": [{"class": "dog", "count": n}],
-        "exclude": [{"class": "dog", "count": n + 1}],
-    }
-
-
-def single(cls="dog", **clause):
-    return {"tag": "single_object", "include": [{"class": cls, "count": 1, **clause}]}
-
-
-def two():
-    include = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}]
-    return {"tag": "two_object", "include": include}
-
-
-def position(relation="right of"):
-    dog = {"class": "dog", "count": 1, "position": [relation, 0]}
-    return {"tag": "position", "include": [{"class": "cat", "count": 1}, dog]}
-
-
-def color_attr():
-    include = [
-        {"class": "dog", "count": 1, "color": "red"},
-        {"class": "cat", "count": 1, "color": "blue"},
-    ]
-    return {"tag": "color_attr", "include": include}
-
-
-dog, cat, right_cat = Found("dog", 0.8, RIGHT), Found("cat", 0.8, LEFT), Found("cat", 0.8, RIGHT)
-left_dog = Found("dog", 0.8, LEFT)
+# ------------------------------------------------------------------------------------------- scores
 
 # name: (metadata, detections, painted boxes, graded, strict, official), all worked out by hand
 CASES = {
@@ -200,111 +136,7 @@ def test_a_classifier_sees_masked_crops_of_the_coloured_classes_alone():
     np.testing.assert_array_equal(crop.mask, mask[0:10, 20:30])
 
 
-# -------------------------------------------------------------------------- shared between rows
-
-
-def test_rows_look_at_a_batch_once():
-    told = Told([dog], [dog, cat])
-    images, metadata = [picture(0), picture(1)], [single(), two()]
-    run(told, images, metadata)
-    assert told.calls == [[0, 1]]
-    run(told, images, [single(), single()])  # other prompts
-    run(told, images[::-1], metadata)  # other images
-    assert told.calls == [[0, 1], [0, 1], [1, 0]]
-    run(told, images, metadata)
-    assert len(told.calls) == 3
-
-
-LOADED = []  # what was loaded, with which arguments
-
-
-def load_detector(*arguments):
-    LOADED.append(("detector", *arguments))
-    return Told([left_dog], [left_dog])
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """Stand-ins for what has weights; the list of what was loaded."""
-
-    def load_colors(*arguments):
-        LOADED.append(("colors", *arguments))
-        return lambda crops: ["blue"] * len(crops)
-
-    for name in coco.DETECTORS:
-        monkeypatch.setitem(coco.DETECTORS, name, f"{__name__}:load_detector")
-    monkeypatch.setattr(clip_colors, "load", load_colors)
-    LOADED.clear()
-    geneval.judge.cache_clear()
-    yield LOADED
-    geneval.judge.cache_clear()
-
-
-def test_the_recipe_evaluates_all_rows_with_one_detector(loaded):
-    config = recipe.get_config()
-    assert set(config.eval.rewards) == set(ROWS)
-    rewards.load(config.eval.rewards, config.reward.options.to_dict())
-    rewards.load(config.reward.weights, config.reward.options.to_dict())
-    assert loaded == [("detector", None, 0.3, None), ("colors", None, None)]
-    rewards.load(ROWS)  # defaults that are not written down
-    rewards.load(ROWS, {"geneval": {"detector": "mask2former", "colors": "clip"}})
-    assert len(loaded) == 2
-
-
-def test_all_rows_take_the_options_of_the_first(loaded):
-    made = rewards.load(ROWS, {"geneval": {"threshold": 0.2, "device": "cuda:3"}})
-    assert loaded == [("detector", None, 0.2, "cuda:3"), ("colors", None, "cuda:3")]
-    asked = np.stack([picture(0)]), [""], [single(color="blue")]
-    assert [made[row](*asked)[0][0] for row in ROWS] == [1, 1, 1]
-    rewards.load(["geneval_strict"], {"geneval_strict": {"threshold": 0.1}})
-    assert loaded[2:] == [("detector", None, 0.1, None), ("colors", None, None)]
-
-
-def test_the_small_detector_comes_with_colours_that_need_no_torch(loaded):
-    asked = np.stack([picture(0, (LEFT, RED))]), [""], [single(color="red")]
-    for colors, graded in ((None, 1), ("pixels", 1), ("clip", 1 / 2)):
-        made = rewards.load(["geneval"], {"geneval": {"detector": "small", "colors": colors}})
-        assert made["geneval"](*asked)[0][0] == graded
-    assert [what for what, *_ in loaded] == ["detector", "detector", "colors"]
-
-
-def test_few_batches_are_kept():
-    told = Told(*[[dog]] * 40)
-    for n in range(40):
-        run(told, [picture(n)], [single()])
-    assert len(told.calls) == 40
-    run(told, [picture(39)], [single()])
-    assert len(told.calls) == 40
-    run(told, [picture(0)], [single()])
-    assert len(told.calls) == 41
-
-
-def test_one_thread_at_a_time_asks_the_detector():
-    inside, most = [], []
-
-    def slow(images):
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.02)
-        inside.pop()
-        return [[dog] for _ in images]
-
-    graded = geneval.make(slow, "pixels")["geneval"]
-    batches = [np.stack([picture(n % 3)]) for n in range(9)]
-    results = [None] * 9
-
-    def score(n):
-        results[n] = graded(batches[n], [""], [single()])[0][0]
-
-    threads = [threading.Thread(target=score, args=(n,)) for n in range(9)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [1] * 9 and most == [1] * 3  # three different batches
-
-
-# ------------------------------------------------------------------------------------- failures
+# ----------------------------------------------------------------------------------------- failures
 
 
 def test_an_image_that_cannot_be_detected_fails_alone(caplog):
@@ -366,74 +198,6 @@ def test_unknown_names_are_errors():
         geneval.make(Told(), "rainbow")
     with pytest.raises(ValueError, match="'eagle' is unknown: choose from mask2former, small"):
         geneval.make("eagle", "pixels")
-
-
-# ------------------------------------------------------------------- composed pictures, for real
-
-
-@pytest.fixture(scope="module")
-def cutouts():
-    """Parts of the packaged photos, by name."""
-    for package in ("onnx", "onnxruntime"):
-        pytest.importorskip(package)
-    try:
-        samples = yolo.packaged().parent.parent / "samples"
-    except ImportError as error:
-        pytest.skip(str(error))
-    street = Image.open(samples / "bus.jpg").convert("RGB")
-    players = Image.open(samples / "zidane.jpg").convert("RGB")
-    return {
-        "man": street.crop((30, 380, 235, 920)),
-        "woman": street.crop((205, 400, 355, 860)),
-        "coach": players.crop((740, 0, 1130, 720)),
-        "bus": street.crop((350, 160, 665, 780)),
-    }
-
-
-def compose(cutouts, *parts, tint=(1, 1, 1)):
-    """Parts (name, left, top, height in px) on a plain ground, uint8 [512, 512, 3]."""
-    canvas = Image.new("RGB", (512, 512), (150, 160, 150))
-    for name, left, top, height in parts:
-        part = cutouts[name]
-        part = part.resize((round(part.width * height / part.height), height))
-        part = Image.fromarray((np.asarray(part) * tint).astype(np.uint8))
-        canvas.paste(part, (left, top))
-    return np.asarray(canvas)
-
-
-def test_composed_scenes_end_to_end(cutouts):
-    """Real pixels through the small detector, pixel colours and all three rows, in a composite."""
-    person = {"class": "person", "count": 1}
-    beside = {"class": "person", "count": 1, "position": ["right of", 0]}
-    near = {"tag": "position", "include": [{"class": "bus", "count": 1}, beside]}
-    three = counting(3) | {"include": [{"class": "person", "count": 3}]}
-    three["exclude"] = [{"class": "person", "count": 4}]
-    green = {"tag": "colors", "include": [person | {"color": "green"}]}
-    man_right = compose(cutouts, ("bus", 40, 240, 200), ("man", 350, 200, 280))
-    man_left = compose(cutouts, ("man", 20, 200, 280), ("bus", 380, 240, 200))
-    one = compose(cutouts, ("man", 150, 60, 400))
-    trio = compose(
-        cutouts, ("man", 20, 100, 350), ("woman", 190, 100, 350), ("coach", 330, 150, 300)
-    )
-    painted = compose(cutouts, ("man", 150, 60, 400), tint=(0.25, 1, 0.25))
-    cases = [  # metadata, picture, graded, strict
-        (near, man_right, 1, 1),
-        (near, man_left, 2 / 3, 0),
-        (near, one, 1 / 3, 0),  # no bus: its count 0, the person's 1, the relation 0
-        (three, trio, 1, 1),
-        (three, one, 1 / 3, 0),
-        (green, painted, 1, 1),
-        (green, one, 1 / 2, 0),
-        (single("person"), compose(cutouts), 0, 0),
-    ]
-    metadata, images, graded, strict = zip(*cases)
-    options = {"detector": "small", "colors": "pixels", "counting_threshold": 0.5}
-    loaded = rewards.load(ROWS, {row: options for row in ROWS})
-    score = host.composite(loaded, lambda ids: [{**metadata[i], "prompt": ""} for i in ids])
-    result = score(np.stack(images), np.arange(len(cases)))
-    np.testing.assert_allclose(result["geneval"], graded, rtol=1e-6)
-    np.testing.assert_array_equal(result["geneval_strict"], strict)
-    np.testing.assert_array_equal(result["geneval_official"], strict)
 
 
 def test_the_default_detector_says_what_it_needs(monkeypatch):

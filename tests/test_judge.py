@@ -1,9 +1,6 @@
 """Judges behind an OpenAI-compatible endpoint: a local server that imitates one looks at the
 pictures that it is sent, and answers well, badly, late or not at all."""
 
-import base64
-import io
-import itertools
 import json
 import re
 import time
@@ -11,59 +8,10 @@ import time
 import numpy as np
 import pytest
 from http_stub import Stub, nobody
-from PIL import Image
+from judge_stub import MODEL, brighter, completion, gray, load, pictures, serving
 
-from flowgrpo_jax import rewards
-from flowgrpo_jax.rewards import judge, preference
+from flowgrpo_jax.rewards import judge
 from flowgrpo_jax.transport import http_client
-from flowgrpo_jax.types import scope_of
-
-MODEL = "a-judge"
-
-
-def pictures(body):
-    """The pictures and the text of a request, as the interface defines it."""
-    (message,) = json.loads(body)["messages"]
-    assert message["role"] == "user"
-    images, text = [], ""
-    for part in message["content"]:
-        if part["type"] == "image_url":
-            kind, _, data = part["image_url"]["url"].partition(",")
-            assert kind == "data:image/png;base64"
-            images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))
-        else:
-            text += part["text"]
-    return images, text
-
-
-def completion(text, **choice):
-    message = {"role": "assistant", "content": text}
-    return 200, json.dumps({"choices": [{"message": message, **choice}]}).encode()
-
-
-def serving(answer):
-    """A server that has the model, and to questions says what `answer` does."""
-
-    def both(request, body):
-        if request.path == "/v1/models":
-            return 200, json.dumps({"data": [{"id": "other"}, {"id": MODEL}]}).encode()
-        return answer(request, body)
-
-    return both
-
-
-def gray(*levels, side=8):
-    """Uniform images uint8 [B, side, side, 3]."""
-    return np.stack([np.full((side, side, 3), level, np.uint8) for level in levels])
-
-
-def load(name, stub, **options):
-    options = {"model": MODEL, "retries": 1, "backoff": 0, "timeout": 10, **options}
-    url = stub if isinstance(stub, str) else stub.url + "/v1"
-    return rewards.load([name], {name: {"url": url, **options}})[name]
-
-
-# ---------------------------------------------------------------------------------- one image
 
 
 def marks(request, body):
@@ -307,83 +255,3 @@ def test_ready_wants_a_server_that_has_the_model(name):
             load(name, stub).ready()
     with pytest.raises(RuntimeError, match="no server is ready"):
         load(name, nobody()).ready()
-
-
-# --------------------------------------------------------------------------------- two images
-
-
-def brighter(request, body):
-    """Prefers the brighter picture; refuses to compare black ones."""
-    (first, second), _ = pictures(body)
-    a, b = first.mean(), second.mean()
-    if min(a, b) == 0:
-        return 500, b"too dark"
-    verdict = "Tie" if a == b else f"Image {1 if a > b else 2} is better"
-    return completion(f"Image 1 is fine, Image 2 as well. <answer>{verdict}</answer>")
-
-
-def prefer(answer, images, prompts, **options):
-    with Stub(answer) as stub:
-        reward = load("preference", stub, **options)
-        return *reward(images, prompts, [{}] * len(prompts)), stub
-
-
-def test_the_reward_is_the_share_of_the_group_that_an_image_beats():
-    scores, valid, stub = prefer(brighter, gray(10, 50, 30, 40, 20), ["a"] * 5)
-    assert valid.all() and len(stub.seen) == 10
-    np.testing.assert_allclose(scores, [0, 1, 0.5, 0.75, 0.25], atol=1e-6)
-
-
-def test_preference_is_given_whole_groups():
-    """And refuses a call with two prompts, such as a request to a server may hold."""
-    assert scope_of(preference.make("http://a", MODEL)) == "group"
-    with pytest.raises(ValueError, match="images of 2 prompts"):
-        prefer(brighter, gray(1, 2), ["a", "b"])
-
-
-def test_a_tie_is_half_a_win_for_both():
-    scores, valid, _ = prefer(brighter, gray(10, 20, 20), ["a"] * 3)
-    assert valid.all()
-    np.testing.assert_allclose(scores, [0, 0.75, 0.75])
-
-
-def test_a_failed_comparison_counts_for_neither():
-    scores, valid, _ = prefer(brighter, gray(10, 0, 30, 20), ["a"] * 4, retries=0)
-    np.testing.assert_array_equal(valid, [True, False, True, True])
-    np.testing.assert_allclose(scores, [0, 0, 1, 0.5])
-    _, valid, _ = prefer(brighter, gray(0, 50), ["a"] * 2, retries=0)
-    assert not valid.any()
-
-
-def test_an_image_alone_with_its_prompt_is_invalid():
-    scores, valid, stub = prefer(brighter, gray(10), ["a"])
-    assert not valid.any() and not stub.seen and scores == [0]
-
-
-def test_a_judge_that_favours_a_place_moves_nobody():
-    first = lambda request, body: completion("<answer>Image 1 is better</answer>")  # noqa: E731
-    scores, _, _ = prefer(first, gray(*range(1, 8)), ["a"] * 7)
-    np.testing.assert_allclose(scores, 0.5)
-
-
-@pytest.mark.parametrize("n", range(1, 9))
-def test_every_pair_of_a_group_meets_once(n):
-    pairs = list(preference.duels(n, None))
-    assert sorted(tuple(sorted(pair)) for pair in pairs) == list(
-        itertools.combinations(range(n), 2)
-    )
-
-
-@pytest.mark.parametrize("n, opponents, met", [(24, 4, 4), (24, 3, 4), (7, 2, 2), (4, 9, 3)])
-def test_fewer_opponents(n, opponents, met):
-    pairs = list(preference.duels(n, opponents))
-    assert len({frozenset(pair) for pair in pairs}) == len(pairs)
-    counts = np.bincount(np.ravel(pairs), minlength=n)
-    np.testing.assert_array_equal(counts, met)
-
-
-def test_preference_options_that_cannot_be():
-    with pytest.raises(ValueError, match="opponents=0"):
-        preference.make("http://a", MODEL, opponents=0)
-    with pytest.raises(ValueError, match="one group"):
-        preference.make("http://a", MODEL, pattern="(1)|(2)")

@@ -1,100 +1,19 @@
-"""The reward server as a process of its own, and its client: slow, failing, killed in the middle of
-a request, back again; wrong secrets, and requests that are too large or no requests at all."""
+"""The reward server and its client: slow, failing, killed in the middle of a request, back again;
+wrong secrets, wrong options, and requests that are too large or no requests at all."""
 
-import asyncio
-import base64
-import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from http_stub import Stub, free_port, nobody
-from PIL import Image
+from http_stub import Stub, nobody
+from malformed import MALFORMED
+from reward_server import SECRET, Server, pictures
 
 from flowgrpo_jax import rewards, serve
-from flowgrpo_jax.transport import http_client, wire_format, worker
-from flowgrpo_jax.types import GraphReward, scope_of
-
-ROOT = Path(__file__).parent.parent
-SECRET = "open sesame"
-# The reward does what an image's prompt says; the server announces itself by its label.
-REWARD = """
-import time
-import numpy as np
-
-def make(label=0, loading=0.0):
-    time.sleep(loading)
-
-    def reward(images, prompts, metadata):
-        prompts = list(prompts)
-        if "slow" in prompts:
-            time.sleep(0.8)
-        if "raise" in prompts:
-            raise RuntimeError("out of memory")
-        if "shape" in prompts:
-            return np.zeros(1), np.ones(1, bool)
-        scores = {"label": label, "batch": len(images), "nan": np.nan, "invalid": 5.0}
-        means = images.mean((1, 2, 3)) + [record.get("bonus", 0) for record in metadata]
-        scores = [scores.get(p, m) for p, m in zip(prompts, means)]
-        return np.array(scores), np.array([p != "invalid" for p in prompts])
-
-    return reward
-"""
-SERVER = """
-import sys
-from flowgrpo_jax import rewards
-from flowgrpo_jax import serve
-rewards.TABLE["obedient"] = "obedient:make()"
-serve.main(sys.argv[1:])
-"""
-
-
-class Server:
-    """A server process on a port of its own, which can be killed and started again."""
-
-    def __init__(self, folder, **options):
-        self.folder, self.options, self.port = folder, options, free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        (folder / "obedient.py").write_text(REWARD)
-
-    def start(self):
-        arguments = ["--reward", "obedient", "--options", json.dumps(self.options)]
-        arguments += ["--port", str(self.port), "--secret_env", "TEST_SECRET"]
-        arguments += ["--max_bytes", "1000000", "--max_images", "32", "--batch", "32"]
-        path = os.pathsep.join([str(ROOT), str(self.folder)])
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, *arguments],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "TEST_SECRET": SECRET},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def wait(self, path):
-        """Until GET path is 200; the statuses and times to connect before that."""
-        before = []
-        for _ in range(600):
-            if self.process.poll() is not None:
-                pytest.fail(f"the server ended: {self.process.stdout.read()}")
-            try:
-                http_client.request(self.url + path, timeout=5)
-                return before
-            except http_client.Failed as error:
-                before.append(type(error))
-                time.sleep(0.05)
-        pytest.fail(f"no server: {before[-1]}")
-
-    def kill(self, kind=signal.SIGKILL):
-        self.process.send_signal(kind)
-        return self.process.communicate(timeout=20)[0]
+from flowgrpo_jax.transport import http_client, wire_format
+from flowgrpo_jax.types import scope_of
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +56,7 @@ def remote(servers, monkeypatch):
     return make
 
 
-def pictures(n, side=8, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
-
-
-# ------------------------------------------------------------------------------ a good server
+# ------------------------------------------------------------------------------------ a good server
 
 
 @pytest.mark.parametrize("form", ["png", "npy"])
@@ -181,7 +96,7 @@ def test_requests_that_wait_are_scored_together(remote, servers):
     assert max(sizes[1:-1]) > 3
 
 
-# --------------------------------------------------------------------------------- bad rewards
+# -------------------------------------------------------------------------------------- bad rewards
 
 
 def test_a_reward_that_raises_costs_only_its_request(remote, servers, caplog):
@@ -209,7 +124,7 @@ def test_a_slow_reward_is_given_up_in_time(remote):
     assert not valid.any()
 
 
-# ------------------------------------------------------------------------- dying, coming back
+# ------------------------------------------------------------------------------- dying, coming back
 
 
 def test_a_server_dies_in_the_middle_of_a_request_and_comes_back(remote, servers, monkeypatch):
@@ -245,7 +160,7 @@ def test_a_reward_that_cannot_be_loaded_ends_the_server(tmp_path):
     assert server.process.returncode != 0 and "unexpected keyword argument 'lable'" in out
 
 
-# ------------------------------------------------------------------------------------ secrets
+# ------------------------------------------------------------------------------ secrets and options
 
 
 def post(url, body, secret=SECRET):
@@ -335,7 +250,7 @@ def test_options_that_cannot_be(options, words):
         rewards.load(["remote"], {"remote": {"urls": "http://a", **options}})
 
 
-# ------------------------------------------------------------------- too large, and malformed
+# ------------------------------------------------------------------------- too large, and malformed
 
 
 def test_a_request_that_is_too_large_is_refused_and_read_no_further(servers):
@@ -349,88 +264,6 @@ def test_a_request_that_is_too_large_is_refused_and_read_no_further(servers):
     assert json.loads(post(url, request()))["valid"] == [True]
 
 
-def coded(data):
-    return base64.b64encode(data).decode()
-
-
-def file(shape=(8, 8, 3), kind="PNG", mode="RGB"):
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros(shape, np.uint8)).convert(mode).save(buffer, format=kind)
-    return buffer.getvalue()
-
-
-def npy(array, allow_pickle=False):
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=allow_pickle)
-    return buffer.getvalue()
-
-
-class Bomb:
-    """Its pickle makes a folder where it is read."""
-
-    def __reduce__(self):
-        return os.mkdir, ("/tmp/a-pickle-was-read",)
-
-
-def promising(shape):
-    """An npy header of this shape, and hardly any data."""
-    buffer = io.BytesIO()
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue() + b"\0" * 10
-
-
-ONE = {"prompts": [""], "metadata": [{}]}
-MALFORMED = {
-    "nothing": (b"", "no JSON"),
-    "no JSON": (b"\x80\x04}.", "no JSON"),
-    "depth": (b"[" * 100_000, "no JSON"),
-    "a list": (b"[]", "must be an object, not list"),
-    "no images": (ONE, "images must be an object"),
-    "pickle": (ONE | {"images": {"pickle": "gAR9lC4="}}, "one of the keys png, npy"),
-    "both": (ONE | {"images": {"png": [], "npy": ""}}, "one of the keys"),
-    "no list": (ONE | {"images": {"png": "abc"}}, "must be a list"),
-    "zero": ({"images": {"png": []}, "prompts": [], "metadata": []}, "0 images"),
-    "numbers": (ONE | {"images": {"png": [5]}}, "base64 strings"),
-    "no base64": (ONE | {"images": {"png": ["%%%"]}}, "no PNG"),
-    "a JPEG": (ONE | {"images": {"png": [coded(file(kind="JPEG"))]}}, "no PNG"),
-    "half a PNG": (ONE | {"images": {"png": [coded(file((64, 64, 3))[:50])]}}, "broken PNG"),
-    "sizes": (
-        ONE | {"images": {"png": [coded(file()), coded(file((9, 8, 3)))]}},
-        r"several sizes: \[\(8, 8\), \(8, 9\)\]",
-    ),
-    "many": (ONE | {"images": {"png": [coded(file())] * 33}}, "33 images"),
-    "wide": (ONE | {"images": {"png": [coded(file((1, 2049, 3)))]}}, "1 x 2049 px"),
-    "heavy": (ONE | {"images": {"png": [coded(file((600, 600, 3)))]}}, "more than 1000000 bytes"),
-    "no prompt": ({"images": {"png": [coded(file())]}, "metadata": [{}]}, "lists of 1 strings"),
-    "two prompts": (ONE | {"images": {"png": [coded(file())]}, "prompts": ["", ""]}, "of 1 str"),
-    "a number": (ONE | {"images": {"png": [coded(file())]}, "prompts": [1]}, "of 1 strings"),
-    "metadata": (ONE | {"images": {"png": [coded(file())]}, "metadata": [1]}, "1 objects"),
-    "no npy": (ONE | {"images": {"npy": coded(b"\x93NUMPY")}}, "no array"),
-    "an object": (
-        ONE | {"images": {"npy": coded(npy(np.array([Bomb()], object), allow_pickle=True))}},
-        r"object \(1,\)",
-    ),
-    "floats": (ONE | {"images": {"npy": coded(npy(np.zeros((1, 8, 8, 3))))}}, "float64"),
-    "no batch": (ONE | {"images": {"npy": coded(npy(np.zeros((8, 8, 3), np.uint8)))}}, "uint8"),
-    "gray": (ONE | {"images": {"npy": coded(npy(np.zeros((1, 8, 8, 1), np.uint8)))}}, "channels"),
-    "gigabytes": (ONE | {"images": {"npy": coded(promising((32, 2048, 2048, 3)))}}, "more than"),
-    "exabytes": (ONE | {"images": {"npy": coded(promising((2**40, 2**40, 2**40, 3)))}}, "images"),
-    "negative": (ONE | {"images": {"npy": coded(promising((1, -8, -8, 3)))}}, "-8 x -8"),
-    "too short": (ONE | {"images": {"npy": coded(promising((1, 8, 8, 3)))}}, "10 bytes"),
-}
-LIMITS = wire_format.Limits(images=32, side=2048, bytes=1_000_000)
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_what_is_no_request_is_refused_with_a_reason(name):
-    body, words = MALFORMED[name]
-    body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with pytest.raises(ValueError, match=words):
-        wire_format.decode(body, LIMITS)
-    assert not Path("/tmp/a-pickle-was-read").exists()
-
-
 def test_the_server_says_what_is_wrong_and_goes_on(servers):
     for name in ("no JSON", "an object", "half a PNG", "metadata", "depth"):
         body, words = MALFORMED[name]
@@ -440,129 +273,3 @@ def test_the_server_says_what_is_wrong_and_goes_on(servers):
     assert json.loads(post(servers[0].url, request()))["scores"] == [1]
     with pytest.raises(http_client.Refused, match="405"):
         http_client.request(servers[0].url + "/score", timeout=5)
-
-
-def test_pictures_of_other_modes_are_read_as_rgb():
-    body = json.dumps(ONE | {"images": {"png": [coded(file(mode="RGBA"))]}}).encode()
-    assert wire_format.decode(body, LIMITS)[0].shape == (1, 8, 8, 3)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"oops",
-        b"[]",
-        b'{"scores": [1], "valid": [true]}',
-        b'{"scores": [1, "2"], "valid": [true, true]}',
-        b'{"scores": [1, 2], "valid": [1, 1]}',
-        b'{"scores": [1, 2]}',
-        b'{"scores": [1, 1%s], "valid": [true, true]}' % (b"0" * 400),
-    ],
-)
-def test_an_answer_that_is_none_makes_its_images_invalid(answer, caplog):
-    with Stub(lambda request, body: (200, answer)) as stub:
-        reward = rewards.load(["remote"], {"remote": {"urls": stub.url}})["remote"]
-        _, valid = reward(pictures(2), ["", ""], [{}, {}])
-    assert not valid.any() and "failed on 2 images" in caplog.text
-
-
-# ----------------------------------------------------------------------- rewards in the graph
-
-
-def test_a_reward_in_the_graph_is_served_as_well():
-    """Of any batch size, of which only few are compiled."""
-    traced = []
-
-    def score(weights, images, lengths):
-        traced.append(images.shape)
-        return images.mean((1, 2, 3)) * weights + lengths
-
-    def prepare(prompts, metadata):
-        return np.array([len(p) if p else np.nan for p in prompts], np.float32)
-
-    served = worker.on_host(GraphReward(np.float32(2.0), prepare, score))
-    for n in (1, 3, 4, 5, 7, 8):
-        images = pictures(n)
-        prompts = ["x" * (i % 3) for i in range(n)]
-        scores, valid = served(images, prompts, [{}] * n)
-        lengths = np.arange(n) % 3
-        np.testing.assert_array_equal(valid, lengths > 0)
-        expected = 2 * images.reshape(n, -1).mean(1) + lengths
-        np.testing.assert_allclose(scores[valid], expected[valid], rtol=1e-5)
-    assert {shape[0] for shape in traced} == {1, 4, 8} and len(traced) == 3
-
-
-@pytest.mark.parametrize("scope, together", [("image", True), ("group", False), ("epoch", False)])
-def test_requests_to_a_group_reward_are_scored_one_by_one(scope, together):
-    """Two of them may be groups of one prompt, from two epochs or from two runs."""
-    started, go, sizes = threading.Event(), threading.Event(), []
-
-    def reward(images, prompts, metadata):
-        sizes.append(len(images))
-        started.set()
-        go.wait(5)
-        return np.zeros(len(images)), np.ones(len(images), bool)
-
-    reward.scope = scope
-    thread = worker.Worker(lambda: reward, batch=64, waiting=9)
-    thread.start()
-    first = thread.submit(pictures(1), ["a"], [{}])
-    assert started.wait(5)
-    rest = [thread.submit(pictures(4), ["a"] * 4, [{}] * 4) for _ in range(2)]
-    go.set()
-    assert all(future.result(5)[1].all() for future in [first, *rest])
-    assert sizes == ([1, 8] if together else [1, 4, 4])
-    assert thread.scope == scope
-
-
-def test_the_worker_refuses_more_than_may_wait():
-    started, go = threading.Event(), threading.Event()
-
-    def reward(images, prompts, metadata):
-        started.set()
-        go.wait(5)
-        return np.zeros(len(images)), np.ones(len(images), bool)
-
-    thread = worker.Worker(lambda: reward, batch=1, waiting=2)
-    thread.start()
-    job = (pictures(1), ["a"], [{}])
-    first = thread.submit(*job)
-    assert started.wait(5)
-    waiting = [thread.submit(*job) for _ in range(2)]
-    assert thread.submit(*job) is None
-    waiting.pop().cancel()  # whose client has gone: it makes room, and is not scored
-    waiting.append(thread.submit(*job))
-    go.set()
-    assert all(future.result(5)[1].all() for future in [first, *waiting])
-
-
-def test_a_request_whose_client_has_gone_is_dropped():
-    """A client that gave up asks again: scored twice, overload would feed itself."""
-    submitted = []
-
-    class Busy:
-        ready = True
-
-        def submit(self, *job):
-            submitted.append(Future())
-            return submitted[-1]
-
-    async def body():
-        yield wire_format.encode(pictures(1), ["a"], [{}])
-
-    async def gone():
-        return True
-
-    status, _ = asyncio.run(serve._score(body(), Busy(), LIMITS, gone))
-    assert status == 503 and submitted[0].cancelled()
-
-
-def test_integers_for_scores_and_for_booleans_are_served_as_they_are_trained_on():
-    def reward(images, prompts, metadata):
-        return [1] * len(images), [1] * len(images)
-
-    thread = worker.Worker(lambda: reward, batch=1, waiting=2)
-    thread.start()
-    answer = wire_format.encode_scores(*thread.submit(pictures(1), ["a"], [{}]).result(5))
-    scores, valid = wire_format.decode_scores(answer, 1)
-    assert scores.tolist() == [1.0] and valid.tolist() == [True]

@@ -1,4 +1,4 @@
-"""ReFL, DRaFT, DRaFT-LV, FlowBP and SRPO, which differentiate the reward."""
+"""Algorithms that differentiate the reward: every row alike, then ReFL, DRaFT and DRaFT-LV."""
 
 from functools import partial
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from goal_reward import GOAL, NOTHING, ROWS, gradient, load, near, path
 from linear_policy import (
     IMAGES,
     KEY,
@@ -21,43 +22,10 @@ from linear_policy import (
 )
 
 from flowgrpo_jax import algorithms, update
-from flowgrpo_jax.algorithms import Setup, flowbp, srpo
+from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.algorithms.reward_gradients import shortfall
 from flowgrpo_jax.sampling import sampler, solvers
 from flowgrpo_jax.sampling.sampler import Process
-
-ROWS = {
-    "refl": ("refl", {"last": 5}),
-    "draft": ("draft", {"last": 3}),
-    "draft_all": ("draft", {"last": 0}),
-    "draft_lv": ("draft_lv", {"last": 2}),
-    "flowbp": ("flowbp", {}),
-    "srpo": ("srpo", {}),
-}
-NOTHING = jnp.zeros(IMAGES)  # the advantage, which nobody reads
-GOAL = np.random.default_rng(5).normal(size=SHAPE).astype(np.float32)
-
-
-def near(x):
-    """A reward for each of two texts: minus the squared distances to a picture and its negative."""
-    return jnp.stack([-jnp.square(x - goal).sum((1, 2, 3)) for goal in (GOAL, -GOAL)])
-
-
-def load(case):
-    name, options = ROWS[case]
-    return algorithms.load(name, options)
-
-
-def gradient(case, params, rollout, score=near, **more):
-    algorithm = load(case) if isinstance(case, str) else case
-    setup = setup_of(algorithm)
-    return gradient_of(algorithm, setup, params, {}, rollout, NOTHING, score=score, **more)
-
-
-def path(params, seed=0):
-    algorithm = load("draft")
-    return draw(partial(linear, params), setup_of(algorithm).process, jax.random.key(seed))
-
 
 # ------------------------------------------------------------------------------------ every row
 
@@ -274,88 +242,3 @@ def test_copies_of_an_exact_policy_are_the_image():
     assert len(seen) == 3
     for image in seen:
         np.testing.assert_allclose(image, rollout.latents, atol=1e-5)
-
-
-# --------------------------------------------------------------------------------------- FlowBP
-
-
-@pytest.mark.parametrize("active", [8, 3])
-def test_flowbp_by_hand(active):
-    """The reward's slope at the image, times the steps' lengths, times the rescaling."""
-    algorithm = algorithms.load("flowbp", {"active": active, "rescale": 0.5})
-    params, rollout = weights(0), path(weights(0))
-    (seed,) = algorithm.terms(setup_of(algorithm), KEY)
-    steps = np.asarray(flowbp.draw_steps(seed, 8, active, 1.0))
-    assert len(set(steps.tolist())) == active
-    lengths = np.diff(SIGMAS)
-    gain = 1 + 0.5 * (np.sum(lengths) / np.sum(lengths[steps]) - 1)
-    slope = 2 * (np.asarray(rollout.latents) - GOAL)  # of the loss
-    by_b = sum(gain * lengths[k] * SIGMAS[k] for k in steps) * slope.sum((1, 2)).mean(0)
-    by_w = np.mean(
-        [
-            sum(gain * lengths[k] * np.asarray(rollout.x[k, i]).reshape(-1, 3) for k in steps).T
-            @ slope[i].reshape(-1, 3)
-            for i in range(IMAGES)
-        ],
-        axis=0,
-    )
-    found, figures = gradient(algorithm, params, rollout)
-    np.testing.assert_allclose(found["b"], by_b, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(found["w"], by_w, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(figures["policy_loss"], -near(rollout.latents)[0].mean(), rtol=1e-5)
-
-
-def test_flowbp_with_all_steps_is_draft_where_velocities_do_not_see_the_latents():
-    params = weights(0) | {"w": jnp.zeros((3, 3))}
-    rollout = path(params)
-    all_steps = algorithms.load("flowbp", {"active": 8})
-    ours, draft = (gradient(row, params, rollout)[0] for row in (all_steps, "draft_all"))
-    np.testing.assert_allclose(ours["b"], draft["b"], rtol=1e-4)
-
-
-@pytest.mark.parametrize("bias", [0.0, 1.0])
-def test_late_steps_are_drawn_more_often(bias):
-    seeds = jnp.arange(3000)
-    drawn = jax.vmap(lambda seed: flowbp.draw_steps(seed, 4, 1, bias))(seeds)
-    shares = np.bincount(np.ravel(drawn), minlength=4) / 3000
-    weight = np.arange(1, 5) ** bias
-    np.testing.assert_allclose(shares, weight / weight.sum(), atol=0.03)
-
-
-# ----------------------------------------------------------------------------------------- SRPO
-
-
-def test_one_step_recovers_the_image_of_an_exact_velocity():
-    """And any other velocity v moves it by (s - u) (v - (noise - image)) / (1 - s)."""
-    rollout = path(weights(0))
-    true = rollout.x[0] - rollout.latents
-    for u, s in ((0.8, 0.6), (0.3, 0.6)):
-        begin, end = jnp.full(IMAGES, u), jnp.full(IMAGES, s)
-        image = srpo.recovered({"policy": lambda x, level: true}, rollout, begin, end)
-        np.testing.assert_allclose(image, rollout.latents, atol=1e-5)
-        moved = srpo.recovered({"policy": lambda x, level: true + 1}, rollout, begin, end)
-        np.testing.assert_allclose(moved - image, (s - u) / (1 - s), atol=1e-5)
-
-
-def test_the_contrast_is_swapped_in_the_inversion():
-    """Of constant scores 2 and 1: (1 + k) 2 - 1 = 1 + 2 k and (1 + k) 1 - 2 = k - 1."""
-    algorithm, rollout = algorithms.load("srpo", {"levels": 1}), path(weights(0))
-    setup = setup_of(algorithm)
-    assert algorithm.texts == ("Natural-lighting. {}", "Painting. {}")
-
-    def score(x):
-        return jnp.stack([jnp.full(IMAGES, 2.0), jnp.full(IMAGES, 1.0)])
-
-    args = (setup, {"policy": partial(linear, weights(0))}, rollout)
-    losses = [algorithm.loss(*args, jnp.int32(term), NOTHING, score)[0] for term in (0, 1)]
-    contrast, swapped = -np.asarray(losses)
-    assert ((contrast > 1 + 2 * 0.1) & (contrast < 1 + 2 * 0.25)).all()
-    assert ((swapped > 0.01 - 1) & (swapped < 0.3 - 1)).all()
-    # Where there is more noise, one k is larger and the other one smaller.
-    share = ((contrast - 1) / 2 - 0.1) / 0.15
-    np.testing.assert_allclose(swapped + 1, 0.3 - 0.29 * share, rtol=1e-4)
-
-
-def test_words_with_braces_stand_for_themselves():
-    (text, _) = algorithms.load("srpo", {"good": "{a}"}).texts
-    assert text.format("a cat") == "{a}. a cat"

@@ -1,4 +1,4 @@
-"""Preprocessing against Pillow, transformers and torch; rewards in the graph against torch.
+"""Rewards in the graph against torch.
 
 Every reward is made from a tiny random checkpoint on disk, with a real tokenizer, and compared with
 torch doing what the reward's paper and upstream say.
@@ -14,89 +14,21 @@ from torch_towers import (
     BLIP_TEXT,
     BLIP_VISION,
     PROJECTION,
-    VISION,
     TorchImageReward,
     dual_config,
     open_clip_pixels,
-    pictures,
     pil_pixels,
     tensor_pixels,
-    torch_dual,
     torch_head,
     torch_open_clip,
 )
+from tower_scores import IMAGES, PIXEL, SIZE, make, scored, torch_looks
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.models.towers.preprocess import MEAN, STD, as_pil, as_tensor, down, to_even
-from flowgrpo_jax.types import GraphReward
-from flowgrpo_jax.worlds.pretraining.tokenizers import END, clip_merges, write_clip, write_json
+from flowgrpo_jax.worlds.pretraining.tokenizers import write_json
 from flowgrpo_jax.worlds.shapes.grammar import LENGTH
 
-IMAGES = pictures(3)
-SIZE = VISION["image_size"]
-SHAPES = [(40, 56), (57, 40), (64, 64), (28, 28), (20, 24), (28, 35), (513, 300)]
-
-# ---------------------------------------------------------------------------------- preprocessing
-
-
-def levels(pixels):
-    """Normalised pixels back to levels of 0 to 255."""
-    return (np.asarray(pixels, np.float64) * STD + MEAN) * 255
-
-
-@pytest.mark.parametrize("height, width", SHAPES)
-def test_as_pil(height, width):
-    """The same 8-bit levels as Pillow. Its weights have 22 bits, ours 24 and other roundings: where
-    a sum falls on the border between two levels (here less than 1 in 1000), they may differ by 1.
-    """
-    images = pictures(2, height, width)
-    wanted = pil_pixels(images, SIZE).permute(0, 2, 3, 1).numpy()
-    for ours in (as_pil(images, SIZE), jax.jit(as_pil, static_argnums=1)(images, SIZE)):
-        assert ours.shape == wanted.shape and ours.dtype == np.float32
-        off = np.abs(levels(ours) - levels(wanted))
-        assert off.max() < 1.01 and (off > 0.01).mean() < 1e-3
-        same = off < 0.01
-        np.testing.assert_allclose(np.asarray(ours)[same], wanted[same], atol=1e-6)
-
-
-@pytest.mark.parametrize("height, width", [(28, 31), (28, 30), (33, 28), (28, 35), (40, 57)])
-@pytest.mark.parametrize("begin", [down, to_even])
-def test_a_crop_begins_where_its_library_has_it(height, width, begin):
-    """An odd number of pixels is left of most of these: transformers drops the half, torchvision
-    rounds it to the even number, as numpy does."""
-    (picture,) = pictures(1, height, width)
-    full = [SIZE * side // min(height, width) for side in (width, height)]
-    fitted = Image.fromarray(picture).resize(full, Image.Resampling.BICUBIC)
-    round_half = np.floor if begin is down else np.rint
-    left, top = (int(round_half((side - SIZE) / 2)) for side in full)
-    wanted = np.asarray(fitted)[top : top + SIZE, left : left + SIZE]
-    np.testing.assert_allclose(levels(as_pil(picture, SIZE, begin)), wanted, atol=1.01)
-
-
-@pytest.mark.parametrize("height, width", SHAPES)
-def test_as_tensor(height, width):
-    """Torch's antialiased bilinear resize in float32; both sum up to 40 terms per pass."""
-    images = pictures(2, height, width)
-    wanted = tensor_pixels(images, SIZE).permute(0, 2, 3, 1).numpy()
-    for ours in (as_tensor(images, SIZE), jax.jit(as_tensor, static_argnums=1)(images, SIZE)):
-        np.testing.assert_allclose(ours, wanted, atol=1e-5)
-
-
-def test_numpy_stays_on_the_host_and_leading_axes_are_free():
-    assert isinstance(as_pil(IMAGES, SIZE), np.ndarray)
-    np.testing.assert_array_equal(as_pil(IMAGES[1], SIZE), as_pil(IMAGES, SIZE)[1])
-
-
-# -------------------------------------------------------------------------------- the checkpoints
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A CLIP as transformers writes it, with a real tokenizer."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch_dual("quick_gelu").save_pretrained(folder)
-    write_clip(folder, clip_merges(WORDS), LENGTH, pad=END)
-    return folder
+# ---------------------------------------------------------------------------------- the checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -127,23 +59,7 @@ def image_reward_folder(tmp_path_factory):
     return folder
 
 
-def make(name, **options) -> GraphReward:
-    options = {key: str(value) for key, value in options.items()}
-    reward = rewards.load([name], {name: options})[name]
-    assert isinstance(reward, GraphReward)
-    return reward
-
-
-# One pixel may be one level off (test_as_pil), which moves a score of these small towers by 2e-5.
-PIXEL = dict(rtol=1e-4, atol=1e-4)
-
-
-def scored(reward, images=IMAGES, prompts=PROMPTS, metadata=None):
-    rows = reward.prepare(prompts, metadata or [{}] * len(prompts))
-    assert all(len(x) == len(prompts) for x in jax.tree.leaves(rows))
-    scores = jax.jit(reward.score)(reward.weights, jnp.asarray(images), rows)
-    assert scores.shape == (len(images),) and scores.dtype == jnp.float32
-    return np.asarray(scores)
+# -------------------------------------------------------------------------------------- the rewards
 
 
 def torch_logits(folder, pixels):
@@ -156,19 +72,6 @@ def torch_logits(folder, pixels):
     )
     with torch.no_grad():
         return model(**read, pixel_values=pixels).logits_per_image.diagonal().numpy()
-
-
-def torch_looks(folder, pixels):
-    """transformers' unit image embeddings."""
-    from transformers import CLIPModel
-
-    model = CLIPModel.from_pretrained(folder).eval()
-    with torch.no_grad():
-        x = model.visual_projection(model.vision_model(pixels).pooler_output)
-    return x / x.norm(dim=-1, keepdim=True)
-
-
-# ------------------------------------------------------------------------------------ the rewards
 
 
 def test_pickscore(clip_folder):
@@ -208,63 +111,6 @@ def test_aesthetic(clip_folder, head_file):
         np.testing.assert_allclose(ours, wanted, **PIXEL)
 
 
-def test_image_similarity(clip_folder, tmp_path):
-    other = pictures(1, 70, 33)[0]
-    Image.fromarray(other).save(tmp_path / "other.png")
-    Image.fromarray(IMAGES[1]).convert("L").save(tmp_path / "grey.png")
-    metadata = [{"image": "other.png"}, {"image": str(tmp_path / "grey.png")}]
-    reward = make("image_similarity", path=clip_folder, root=tmp_path)
-    grey = np.asarray(Image.open(tmp_path / "grey.png").convert("RGB"))
-    pixels = [tensor_pixels(x[None], SIZE) for x in (*IMAGES[:2], other, grey)]
-    looks = torch_looks(clip_folder, torch.cat(pixels))
-    wanted = (looks[:2] * looks[2:]).sum(-1).numpy()
-    np.testing.assert_allclose(scored(reward, IMAGES[:2], ["", ""], metadata), wanted, rtol=1e-4)
-
-
-def test_an_image_is_most_similar_to_itself(clip_folder, tmp_path):
-    Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
-    metadata = [{"image": str(tmp_path / "0.png")}] * 3
-    ours = scored(make("image_similarity", path=clip_folder), metadata=metadata)
-    assert ours[0] == pytest.approx(1, abs=1e-6) and (ours[1:] < 0.9999).all()
-
-
-def test_without_a_readable_reference_only_that_image_has_no_score(clip_folder, tmp_path, caplog):
-    Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    paths = [{"image": tmp_path / "broken.png"}, {"image": tmp_path / "0.png"}, {"image": None}]
-    ours = scored(make("image_similarity", path=clip_folder), metadata=paths)
-    np.testing.assert_array_equal(np.isfinite(ours), [False, True, False])
-    ours = scored(make("image_similarity", path=clip_folder), metadata=[{}, *paths[1:]])
-    np.testing.assert_array_equal(np.isfinite(ours), [False, True, False])
-    assert "broken.png is not readable" in caplog.text
-
-
-def test_prompts_without_a_reference_are_judged_when_loading(clip_folder, tmp_path):
-    Image.fromarray(IMAGES[0]).save(tmp_path / "0.png")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    check = make("image_similarity", path=clip_folder, root=tmp_path).check
-    check({"prompt": "a", "image": "0.png"})
-    for record in ({"prompt": "a cat"}, {"prompt": "a cat", "image": None}):
-        with pytest.raises(ValueError, match="'a cat' has no reference picture"):
-            check(record)
-    for file in ("broken.png", "absent.png", 7):
-        with pytest.raises(ValueError, match=f"{file!r} of the prompt 'a cat' cannot be read"):
-            check({"prompt": "a cat", "image": file})
-
-
-def test_a_reference_is_seen_as_people_see_it(clip_folder, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored a quarter turn to the left of upright
-    Image.fromarray(np.rot90(IMAGES[0]).copy()).save(tmp_path / "0.png", exif=exif)
-    ours = scored(
-        make("image_similarity", path=clip_folder),
-        IMAGES[:1],
-        [""],
-        [{"image": tmp_path / "0.png"}],
-    )
-    assert ours[0] == pytest.approx(1, abs=1e-6)
-
-
 def test_imagereward(image_reward_folder):
     from transformers import BertTokenizer
 
@@ -279,7 +125,7 @@ def test_imagereward(image_reward_folder):
     np.testing.assert_allclose(ours, wanted, **PIXEL)
 
 
-# ------------------------------------------------------------------------------- what all promise
+# --------------------------------------------------------------------------------- what all promise
 
 
 @pytest.fixture(scope="module")
@@ -307,13 +153,6 @@ def test_an_image_scores_the_same_in_any_batch(name, all_rewards, tmp_path):
         one = slice(i, i + 1)
         alone = scored(reward, IMAGES[one], PROMPTS[one], metadata[one])
         np.testing.assert_allclose(alone, together[one], rtol=1e-5, atol=1e-6)
-
-
-def test_of_floats_no_level_is_rounded():
-    whole, halves = (as_pil(x, SIZE) for x in (IMAGES, IMAGES.astype(np.float32)))
-    off = np.abs(levels(whole) - levels(halves))
-    assert 0.3 < off.max() < 1.01 and off.mean() < 0.4
-    np.testing.assert_array_equal(as_tensor(IMAGES, SIZE), as_tensor(IMAGES * np.float32(1), SIZE))
 
 
 @pytest.mark.parametrize("name", ["pickscore", "clipscore", "imagereward"])
@@ -388,7 +227,7 @@ def test_a_folder_and_the_file_in_it_are_the_same_tower(clip_folder):
     assert a is b
 
 
-# ------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.fixture

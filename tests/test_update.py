@@ -1,4 +1,4 @@
-"""The policy step, against scipy, finite differences, invariances and a known optimum."""
+"""The gradient of an update, against scipy, finite differences and invariances."""
 
 import json
 import os
@@ -12,22 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from grpo_update import KL, SIGMAS, grpo, start
+from linear_policy import IMAGES, KEY, SHAPE, close, draw, weights
 from scipy.optimize import approx_fprime
 from scipy.stats import norm
 
-from flowgrpo_jax import advantages, algorithms, sharding, update
+from flowgrpo_jax import advantages, sharding, update
 from flowgrpo_jax.algorithms import Setup
-from flowgrpo_jax.models import lora, sd3
-from flowgrpo_jax.models.layers import functional
-from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import ODE_KEY, Process
 from flowgrpo_jax.types import Rollout
 
-KEY = jax.random.key(0)
-SIGMAS = tuple(sde.sigma_schedule(5).tolist())
-IMAGES, SHAPE = 8, (2, 2, 3)
 PLACES = jnp.arange(IMAGES, dtype=jnp.int32)
 ADVANTAGE = jnp.linspace(-2, 1, IMAGES)
 
@@ -35,26 +30,6 @@ ADVANTAGE = jnp.linspace(-2, 1, IMAGES)
 def linear(params, x, sigma):
     """A velocity with a 3 x 3 matrix and a bias."""
     return x @ params["w"] + sigma * params["b"]
-
-
-def weights(seed, scale=0.3):
-    w, b = np.split(np.random.default_rng(seed).normal(scale=scale, size=(4, 3)), [3])
-    return {"w": jnp.asarray(w, jnp.float32), "b": jnp.asarray(b[0], jnp.float32)}
-
-
-def draw(velocity, process, key=KEY, count=IMAGES, shape=SHAPE):
-    places = jnp.arange(count)
-    keys = sampler.image_keys(key, 0, jnp.zeros_like(places), places)
-    x = sampler.normal(keys, ODE_KEY, shape)
-    return sampler.rollout(velocity, process, x, keys, 0, places)
-
-
-def grpo(clip_range, **options):
-    return algorithms.load("grpo", {"clip_range": clip_range, **options})
-
-
-def start(params, tx, algorithm):
-    return update.init(params, algorithm.copies, {}, tx, KEY)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -67,7 +42,6 @@ def share(process, algorithm, params, reference, rollout, advantage, terms, carr
 
 
 CPS = Process(SIGMAS, sde.CPS, 0.8, window=3)
-KL = grpo(0.2, kl_beta=0.5)
 
 
 def linear_share(params, rollout, advantage=ADVANTAGE, terms=(0, 1, 2), carry=None):
@@ -82,11 +56,7 @@ def rolled():
     return jax.jit(lambda: draw(partial(linear, weights(0)), CPS))()
 
 
-def close(a, b, **tolerance):
-    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), a, b)
-
-
-# ---------------------------------------------------------------------------- gradient
+# ----------------------------------------------------------------------------------------- gradient
 
 
 @pytest.mark.parametrize(
@@ -152,83 +122,7 @@ def test_gradient_by_finite_differences_of_scipys_densities(kernel, weighting, r
         np.testing.assert_allclose(figures["ratio_gap"].max(), np.exp(0.2) - 1, rtol=1e-5)
 
 
-# --------------------------------------------------------------------------- on policy
-
-
-@pytest.fixture(scope="module")
-def mmdit():
-    """(velocity(adapter, base, x, sigma, text), adapter with random B, base)."""
-    config = MMDiTConfig(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=10,
-        pos_embed_max_size=4,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    module = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
-    lora.add(module, lora.LoRASpec(2, 4, sd3.JOINT_ATTENTION))
-    apply, shapes = functional(module)
-    rng = np.random.default_rng(0)
-    params = {k: rng.normal(scale=0.3, size=s.shape).astype(np.float32) for k, s in shapes.items()}
-    adapter = {k: jnp.asarray(v) for k, v in params.items() if "lora_" in k}
-    base = {k: jnp.asarray(v) for k, v in params.items() if k not in adapter}
-
-    @jax.jit
-    def velocity(adapter, base, x, sigma, text):
-        return apply({**base, **adapter}, x, 1000 * sigma, text["tokens"], text["pooled"])
-
-    return velocity, adapter, base
-
-
-@pytest.mark.parametrize("kernel, guidance", [("flow_sde", 4.5), ("cps", 1.0)])
-def test_the_update_replays_what_the_sampler_recorded(mmdit, kernel, guidance):
-    """Right after a rollout the ratio is 1, with a real transformer, guidance and adapter."""
-    velocity, adapter, base = mmdit
-    rng = np.random.default_rng(1)
-    tokens, pooled = rng.normal(size=(3, 5, 12)), rng.normal(size=(3, 10))
-    cond, empty = (
-        {
-            "tokens": jnp.asarray(tokens[s], jnp.float32),
-            "pooled": jnp.asarray(pooled[s], jnp.float32),
-        }
-        for s in (slice(2), slice(2, 3))
-    )
-    process = Process(SIGMAS, sde.load(kernel), 0.7, window=3)
-    algorithm = grpo(1e-4)
-    prompt = jnp.array([0, 0, 1, 1])
-    advantage = jnp.array([1.0, -1, 2, -0.5])
-    guided = sampler.guided(velocity, guidance)
-
-    def v(adapter, x, sigma):
-        return guided(adapter, base, x, sigma, cond, empty, prompt)
-
-    @jax.jit
-    def rollout(adapter):
-        return draw(partial(v, adapter), process, count=4, shape=(4, 4, 4))
-
-    @jax.jit
-    def replay(adapter, drawn):
-        setup = Setup(process, 2)
-        args = (algorithm, setup, v, adapter, {}, drawn, advantage)
-        return update.accumulate(*args, jnp.arange(3), 4, update.empty(algorithm, setup, adapter))
-
-    drawn = rollout(adapter)
-    gradient, figures = replay(adapter, drawn)
-    assert figures["ratio_gap"] < 1e-6
-    assert figures["clip_fraction"] == 0 and figures["approx_kl"] < 1e-12
-    np.testing.assert_allclose(figures["policy_loss"], -advantage.mean(), rtol=1e-5)
-    # All of the adapter learns, but for the last block's text queries, whose output is dropped.
-    idle = {path for path, g in gradient.items() if not g.any()}
-    assert idle == {f"transformer_blocks/1:2/attn/add_q_proj/lora_{ab}" for ab in "ab"}
-
-    moved = jax.tree.map(lambda a: 1.05 * a, adapter)
-    assert replay(moved, drawn)[1]["ratio_gap"] > 1e-4
+# -------------------------------------------------------------------------------- on policy and off
 
 
 def test_ratio_gap_and_clip_fraction_off_policy(rolled):
@@ -270,7 +164,7 @@ def test_kl_alone_pulls_towards_the_reference(rolled):
     assert 0 < linear_share(closer, rolled, nothing)[1]["kl"] < there["kl"]
 
 
-# -------------------------------------------------------------------------- invariances
+# -------------------------------------------------------------------------------------- invariances
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -344,80 +238,3 @@ def test_eight_devices_make_the_same_update_as_one():
     child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     close(one_update(jnp.asarray)[0], json.loads(child.stdout), rtol=1e-5, atol=1e-6)
-
-
-# ------------------------------------------------------------------------ optimiser step
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    tx = update.optimiser(0.1)
-    apply = jax.jit(lambda s, g: update.apply_gradient(s, g, tx, 0.9))
-    good = weights(1)
-    bad = {**good, "b": good["b"].at[1].set(jnp.nan)}
-    first, figures = apply(start(weights(0), tx, KL), good)
-    assert first.step == 1 and figures["skipped"] == 0
-    np.testing.assert_allclose(
-        figures["grad_norm"],
-        np.linalg.norm(np.concatenate([np.ravel(v) for v in good.values()])),
-        rtol=1e-5,
-    )
-    after, figures = apply(first, bad)
-    assert figures["skipped"] == 1 and np.isnan(figures["grad_norm"])
-    assert after.key == first.key
-    close(after.replace(key=0), first.replace(key=0), rtol=0)
-    assert apply(after, good)[0].step == 2
-
-
-def test_ema_by_hand():
-    """Plain descent from 0 by 1 a step; decays 1/10, 2/11, then the cap of 0.2."""
-    tx = optax.sgd(1.0)
-    state = start({"v": jnp.zeros(1)}, tx, KL)
-    expected = 0.0
-    for step, decay in enumerate([1 / 10, 2 / 11, 0.2, 0.2], start=1):
-        state, _ = update.apply_gradient(state, {"v": -jnp.ones(1)}, tx, ema_decay=0.2)
-        expected = decay * expected + (1 - decay) * step
-        np.testing.assert_allclose(state.policy["v"], [step])
-        np.testing.assert_allclose(state.copies["ema"]["v"], [expected], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "size, limit, kept", [(100.0, 1.0, 1.0), (100.0, 3.0, 3.0), (0.5, 1.0, 0.5)]
-)
-def test_the_global_norm_is_clipped(size, limit, kept):
-    """Adam's first step is lr g / (|g| + eps): with eps = 1 it shows the size of what came in."""
-    direction = {"a": jnp.array([0.36, 0.48]), "b": jnp.array([0.8])}  # of norm 1, over both
-    tx = update.optimiser(0.1, eps=1.0, weight_decay=0.0, max_grad_norm=limit)
-    gradient = jax.tree.map(lambda d: size * d, direction)
-    step, _ = tx.update(gradient, tx.init(direction), direction)
-    close(step, jax.tree.map(lambda d: -0.1 * kept * d / (kept * d + 1), direction), rtol=1e-4)
-
-
-def test_warm_up_and_weight_decay():
-    """Adam steps by the learning rate; it warms up from its first step on and decays weights."""
-    tx = update.optimiser(0.1, warmup_steps=2, weight_decay=0.5)
-    params, gradient = {"v": jnp.array([3.0])}, {"v": jnp.array([1.0])}
-    state, steps = tx.init(params), []
-    for _ in range(4):
-        step, state = tx.update(gradient, state, params)
-        steps.append(float(step["v"][0]))
-    np.testing.assert_allclose(steps, -np.array([0.05, 0.1, 0.1, 0.1]) * (1 + 0.5 * 3), rtol=1e-5)
-
-
-def test_every_schedule_has_the_same_state():
-    """So that a run can go on with another one."""
-    schedules = ({}, {"warmup_steps": 2}, {"decay_steps": 4})
-    states = [update.optimiser(0.1, **s).init({"v": jnp.zeros(1)}) for s in schedules]
-    assert len({str(jax.tree.structure(state)) for state in states}) == 1
-
-
-def test_the_learning_rate_falls_as_the_inverse_square_root():
-    """Adam steps by the learning rate: constant to step 4, then halved at four times that."""
-    tx = update.optimiser(0.1, decay_steps=4, weight_decay=0.0)
-    params, gradient = {"v": jnp.array([3.0])}, {"v": jnp.array([1.0])}
-    state, steps = tx.init(params), []
-    for _ in range(17):
-        step, state = tx.update(gradient, state, params)
-        steps.append(-float(step["v"][0]))
-    np.testing.assert_allclose(steps[:5], 0.1, rtol=1e-4)
-    np.testing.assert_allclose([steps[9], steps[16]], [0.1 * 2 / 3, 0.05], rtol=1e-4)
-    assert np.all(np.diff(steps[4:]) < 0)
