@@ -10,7 +10,8 @@ prints three figures for each row of the league:
     noise is left.
   * noise scale: after how many images the noise of their mean gradient is as long as the gradient
     itself, tr(Sigma) / |G|^2 (McCandlish et al. 2018, arXiv 1812.06162, equation 2.9), and the same
-    in forward passes of the transformer. An epoch of fewer images moves mostly at random.
+    in forward passes of the transformer. An epoch of fewer images moves mostly at random. Where the
+    cosine is uncertain, the lower limit is that of a cosine that is two standard errors larger.
   * agreement: the cosine between the gradients of a row and of the first row if both had no noise.
     Rows have seeds of their own, so that their noise is independent.
 
@@ -82,11 +83,10 @@ def cosine(found: np.ndarray) -> float:
     return squared_length(found) / float(np.square(found).sum(1).mean())
 
 
-def noise_scale(found: np.ndarray, images: int) -> float:
-    """tr(Sigma) / |G|^2 in images, from gradients [N, D] of so many images each; infinite where no
-    direction is left."""
-    share = cosine(found)
-    return images * (1 - share) / share if share > 0 else float("inf")
+def noise_scale(share: float, images: int) -> float | None:
+    """tr(Sigma) / |G|^2 in images, from the cosine of two epochs of so many images each; None where
+    no direction is left."""
+    return images * (1 - share) / share if share > 0 else None
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> float:
@@ -117,39 +117,47 @@ def measure(row: str, seed: int, images: int, first: np.ndarray | None) -> tuple
     run = recipe.build(config)
     drawn = run.plan.groups * run.plan.group_size
     found = gradients(run, config.epochs)
-    reference = found if first is None else first
-    scale = noise_scale(found, drawn)
-    return {
+    share, uncertain = cosine(found), error(cosine, found)
+    scale = noise_scale(share, drawn)
+    figures = {
         "images_an_epoch": drawn,
         "epochs": config.epochs,
-        "cosine": cosine(found),
-        "cosine_error": error(cosine, found),
+        "cosine": share,
+        "cosine_error": uncertain,
         "noise_scale": scale,
-        "noise_scale_forwards": scale * league.forwards(config),
-        "agreement": agreement(found, reference),
-        "agreement_error": error(lambda some: agreement(some, reference), found),
-    }, found
+        "noise_scale_least": noise_scale(share + 2 * uncertain, drawn),
+        "noise_scale_forwards": scale and scale * league.forwards(config),
+    }
+    if first is not None and not np.isnan(agreed := agreement(found, first)):
+        figures["agreement"] = agreed
+        figures["agreement_error"] = error(lambda some: agreement(some, first), found)
+    return figures, found
 
 
-HEADER = ("row", "images an epoch", "epochs", "cosine", "noise scale, images", "in forwards",
-          "agreement")  # fmt: skip
+HEADER = ["row", "images an epoch", "epochs", "cosine", "noise scale, images", "at least",
+          "in forwards", "agreement"]  # fmt: skip
 
 
 def table(rows: dict[str, Any]) -> str:
-    """The rows in Markdown."""
+    """The rows in Markdown; a figure that is not known is left empty."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:,.0f}"
+
     lines = [
         [
             name,
             f"{r['images_an_epoch']}",
             f"{r['epochs']}",
-            f"{r['cosine']:.2f} ± {r['cosine_error']:.2f}",
-            f"{r['noise_scale']:,.0f}",
-            f"{r['noise_scale_forwards']:,.0f}",
-            f"{r['agreement']:.2f} ± {r['agreement_error']:.2f}",
+            f"{r['cosine']:.3f} ± {r['cosine_error']:.3f}",
+            number(r["noise_scale"]),
+            number(r["noise_scale_least"]),
+            number(r["noise_scale_forwards"]),
+            f"{r['agreement']:.2f} ± {r['agreement_error']:.2f}" if "agreement" in r else "",
         ]
         for name, r in rows.items()
     ]
-    return markdown([list(HEADER), *lines])
+    return markdown([HEADER, *lines])
 
 
 def main() -> None:

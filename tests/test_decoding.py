@@ -82,7 +82,7 @@ from flowgrpo_jax.models import decoding
 from flowgrpo_jax.types import Pictures
 mesh = sharding.make_mesh(2, 2, 1)
 def decode(weights, z):
-    assert len(z) == 8, z.shape  # two on each of four devices
+    assert len(z) == 2, z.shape  # on each of four devices
     return Pictures((z[:, :, :, :3] * weights).astype(jnp.uint8), z.max((1, 2, 3)) < 99)
 z = np.arange(24, dtype=np.float32)[:, None, None, None] * np.ones((1, 2, 2, 4), np.float32)
 run = jax.jit(decoding.in_parts(decode, mesh, 2))

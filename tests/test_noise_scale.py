@@ -30,14 +30,15 @@ def test_the_noise_scale_is_the_noise_of_an_image_over_the_squared_gradient(dire
     spread = 0.05
     found = drawn(direction, spread, epochs=40, seed=2)
     assert noise_scale.squared_length(found) == pytest.approx(1, rel=0.1)
-    assert noise_scale.noise_scale(found, IMAGES) == pytest.approx(SIZE * spread**2, rel=0.1)
-    assert noise_scale.cosine(found) == pytest.approx(1 / (1 + SIZE * spread**2 / IMAGES), rel=0.1)
+    share = noise_scale.cosine(found)
+    assert share == pytest.approx(1 / (1 + SIZE * spread**2 / IMAGES), rel=0.1)
+    assert noise_scale.noise_scale(share, IMAGES) == pytest.approx(SIZE * spread**2, rel=0.1)
 
 
 def test_without_noise_gradients_agree_and_no_image_is_needed(direction):
     found = np.stack([direction] * 3)
     assert noise_scale.cosine(found) == pytest.approx(1)
-    assert noise_scale.noise_scale(found, IMAGES) == pytest.approx(0, abs=1e-9)
+    assert noise_scale.noise_scale(1.0, IMAGES) == 0
     assert noise_scale.error(noise_scale.cosine, found) == pytest.approx(0, abs=1e-9)
 
 
@@ -45,7 +46,7 @@ def test_noise_alone_has_no_direction():
     found = drawn(np.zeros(SIZE), 1.0, epochs=6, seed=3)
     assert abs(noise_scale.cosine(found)) < 0.02
     opposite = np.stack([found[0], -found[0]])
-    assert noise_scale.noise_scale(opposite, IMAGES) == np.inf
+    assert noise_scale.noise_scale(noise_scale.cosine(opposite), IMAGES) is None
     assert np.isnan(noise_scale.agreement(opposite, found))
 
 
@@ -84,3 +85,19 @@ def test_images_have_a_gradient_unless_all_have_the_same_reward(runs):
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match=r"--images=288: 1 epochs of grpo.* at least 3"):
         noise_scale.measure("grpo", 0, 288, None)
+
+
+def test_the_table_leaves_out_what_is_not_known():
+    row = {"images_an_epoch": 288, "epochs": 8, "cosine": 0.25, "cosine_error": 0.01}
+    known = {
+        **row,
+        "noise_scale": 864.0,
+        "noise_scale_least": 780.4,
+        "noise_scale_forwards": 25_056.0,
+    }
+    unknown = {**row, **dict.fromkeys(list(known)[4:]), "agreement": 0.5, "agreement_error": 0.2}
+    text = noise_scale.table({"a": known, "b": unknown})
+    assert text.splitlines()[2:] == [
+        "| a | 288 | 8 | 0.250 ± 0.010 | 864 | 780 | 25,056 |  |",
+        "| b | 288 | 8 | 0.250 ± 0.010 |  |  |  | 0.50 ± 0.20 |",
+    ]

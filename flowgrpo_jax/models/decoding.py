@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from flowgrpo_jax import sharding
 from flowgrpo_jax.types import Params, Pictures
@@ -40,17 +40,18 @@ def in_parts(decode: Decode, mesh: Mesh, at_once: int) -> Decode:
         size = max(n for n in range(1, at_once + 1) if images % n == 0)
         if left or size >= images:
             return decode(weights, latents)
-        rows = latents.reshape(shards, images // size, size, *latents.shape[1:]).swapaxes(0, 1)
-        parts = rows.reshape(-1, shards * size, *latents.shape[1:])
-        layout = NamedSharding(mesh, PartitionSpec(None, *sharding.ROWS))
-        parts = jax.lax.with_sharding_constraint(parts, layout)
-        done = jax.lax.map(partial(decode, weights), parts)
-        return jax.tree.map(joined, done)
 
-    def joined(x: jax.Array) -> jax.Array:
-        """[parts, devices x size, ...] -> [M, ...], in the order of the latents."""
-        parts, rows, *rest = x.shape
-        by_device = x.reshape(parts, shards, rows // shards, *rest).swapaxes(0, 1)
-        return by_device.reshape(parts * rows, *rest)
+        # A device's own loop: cut by the compiler instead, XLA lays out the convolutions of one
+        # image for the images of all devices, and copies each array out of that layout.
+        def own(weights: Params, latents: jax.Array) -> Pictures:
+            parts = latents.reshape(-1, size, *latents.shape[1:])
+            done = jax.lax.map(partial(decode, weights), parts)
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
+
+        specs = PartitionSpec(), sharding.ROWS
+        mapped = jax.shard_map(
+            own, mesh=mesh, in_specs=specs, out_specs=sharding.ROWS, check_vma=False
+        )
+        return mapped(weights, latents)
 
     return decoded
