@@ -130,7 +130,9 @@ def measure(row: str, seed: int, images: int, first: np.ndarray | None) -> tuple
     }
     if first is not None and not np.isnan(agreed := agreement(found, first)):
         figures["agreement"] = agreed
-        figures["agreement_error"] = error(lambda some: agreement(some, first), found)
+        own = error(lambda some: agreement(some, first), found)
+        others = error(lambda some: agreement(found, some), first)
+        figures["agreement_error"] = float(np.hypot(own, others))
     return figures, found
 
 
