@@ -44,7 +44,7 @@ LEAST_EPOCHS = 3
 
 
 def gradients(run: Recipe, epochs: int) -> np.ndarray:
-    """Return the gradient of each epoch at the first policy, f32 [epochs, D]: the mean over the
+    """Return the gradient of each epoch at the first policy, f64 [epochs, D]: the mean over the
     epoch's updates."""
     state, found = initial_state(run), []
     with cli.Stop() as stop:
@@ -57,10 +57,11 @@ def gradients(run: Recipe, epochs: int) -> np.ndarray:
                 run, state, scores.values, scores.weights, batch.ids, rollouts, pixels
             )
             key = sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY)
+            credits = credit.cut(given, run.plan.updates * run.plan.micro_batches)
             terms, judged = run.algorithm.terms(run.setup, key), run.judged(batch.ids)
             one = [
                 gradient.of_update(
-                    run, state, cond, rollouts, given, terms, judged, number, stop.check
+                    run, state, cond, rollouts, credits, terms, judged, number, stop.check
                 )[0]
                 for number in range(run.plan.updates)
             ]

@@ -138,13 +138,14 @@ def improve(
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
+    credits = credit.cut(given, plan.updates * plan.micro_batches)
     figures: dict[str, Any] = {}
     begun = state.step
     parts = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
     steps = [(u, part) for u in range(plan.updates) for part in parts]
     for i, (u, part) in enumerate(steps):
         summed, sums = gradient.of_update(
-            run, state, cond, rollouts, given, part, judged, u, stop.check
+            run, state, cond, rollouts, credits, part, judged, u, stop.check
         )
         worst = {name: float(sums.pop(name)) for name in algorithm.worst}
         if i == 0:  # only before the first update is the policy the one that drew the images

@@ -1,0 +1,1 @@
+"""Flags, help, recipes found by name, and errors in one line."""

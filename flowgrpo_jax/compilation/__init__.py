@@ -1,0 +1,1 @@
+"""Compiled programs are kept on disk and reported; large memory pages on the CPU."""

@@ -41,8 +41,8 @@ def in_parts(decode: Decode, mesh: Mesh, at_once: int) -> Decode:
         if left or size >= images:
             return decode(weights, latents)
 
-        # A device's own loop: cut by the compiler instead, XLA lays out the convolutions of one
-        # image for the images of all devices, and copies each array out of that layout.
+        # Each device has a loop of its own. Where XLA divides one loop among the devices, it lays
+        # out the convolutions for the images of all of them, and copies arrays out of that layout.
         def own(weights: Params, latents: jax.Array) -> Pictures:
             parts = latents.reshape(-1, size, *latents.shape[1:])
             done = jax.lax.map(partial(decode, weights), parts)

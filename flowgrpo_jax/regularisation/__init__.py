@@ -1,0 +1,1 @@
+"""What holds the policy near the base: the weight of each image's KL, and data."""

@@ -9,7 +9,6 @@ import jax
 
 from flowgrpo_jax import sharding, update
 from flowgrpo_jax.assembly.recipe import Recipe
-from flowgrpo_jax.training import credit
 from flowgrpo_jax.types import Conditioning, Credit, Rollout, TrainState
 
 
@@ -18,7 +17,7 @@ def of_update(
     state: TrainState,
     cond: Conditioning,
     rollouts: Sequence[Rollout],
-    given: jax.Array | Credit,
+    credits: Sequence[jax.Array | Credit],
     terms: jax.Array,
     judged: dict[str, Any],
     number: int,
@@ -27,13 +26,12 @@ def of_update(
     """Return the gradient of the epoch's update `number`, and the sums of its figures.
 
     Args:
-      rollouts: of each micro-batch of the epoch; given: the epoch's advantages f32 [B] or [W, B],
-        or a Credit of them; terms: i32 [K], what the algorithm sums its loss over.
+      rollouts, credits: of each micro-batch of the epoch, as `credit.cut` cuts it.
+      terms: i32 [K], what the algorithm sums its loss over.
       judged: what an algorithm that differentiates the rewards takes them from.
       check: called before each micro-batch; raises cli.Stopped where the run is to stop.
     """
     plan = run.plan
-    per_micro = credit.cut(given, plan.updates * plan.micro_batches)
     others = {name: run.named_policy(state, name) for name in run.algorithm.reads}
     gradient, sums = update.empty(run.algorithm, run.setup, state.policy)
     for m in range(number * plan.micro_batches, (number + 1) * plan.micro_batches):
@@ -50,7 +48,7 @@ def of_update(
             cond,
             run.empty,
             rollouts[m],
-            sharding.split_rows(run.mesh, per_micro[m], axis=-1),
+            sharding.split_rows(run.mesh, credits[m], axis=-1),
             terms,
             judged,
         )
