@@ -29,6 +29,23 @@ def switch_on(env=os.environ):
         env[DIRECTORY] = str(directory(env))
 
 
+def keep_of_every_process():
+    """Have this process keep what it compiles, whichever of a run's processes it is.
+
+    JAX keeps what process 0 compiles. On a CPU the other processes never find that, as programs
+    are kept under the numbers of their devices, and so they would compile all of it in each run.
+    """
+    from jax._src import compilation_cache, compiler
+
+    def write(key, seconds, module, backend, executable, host_callbacks=()):
+        if not host_callbacks:
+            compilation_cache.put_executable_and_time(
+                key, module, executable, backend, int(seconds)
+            )
+
+    compiler._cache_write = write
+
+
 def directory(env):
     """A directory of the user's cache, or a temporary one where nothing can be written there."""
     root = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowgrpo_jax" / "tests"

@@ -1,6 +1,7 @@
 """Short training runs of a tiny model in processes of their own, one or several to a run."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import compile_cache
 import jax
 import numpy as np
 from etils import epath
@@ -110,6 +112,7 @@ def place(folder, name):
 
 def run(folder, name, mesh, host_call="overlap", epochs=2):
     """What each child process does, as launchers have it done."""
+    compile_cache.keep_of_every_process()
     cli.connect()
     rewards.TABLE["brightness"] = "processes:brightness"
     calls.clear()
@@ -200,9 +203,15 @@ def wait_for(children):
     return outputs
 
 
+@functools.cache
+def on_one_device(folder, full):
+    """The parts of these runs, in this process, with which it reads what they have written."""
+    return recipe.build(adapted(load(folder, {"data": 1}, "overlap"), "full" if full else ""))
+
+
 def final_state(folder, name):
     """All that a run's last checkpoint holds of the training: LoRA, EMA, optimiser, key, step."""
-    built = recipe.build(adapted(load(folder, {"data": 1}, "overlap"), name))
+    built = on_one_device(folder, name.startswith("full"))
     state, _ = Checkpoints(place(folder, name) / "checkpoints").resume(initial_state(built))
     return jax.device_get(dataclasses.replace(state, key=jax.random.key_data(state.key)))
 
@@ -212,6 +221,5 @@ def outcome(folder, name):
     lines = (place(folder, name) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     rows = [timeless(row) for row in rows]
-    config = adapted(load(folder, {"data": 1}, "overlap"), name)
-    built = recipe.build(config, training=False)
+    built = on_one_device(folder, name.startswith("full"))
     return rows, jax.device_get(policies.load(place(folder, name), built.model))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import compile_cache
@@ -52,3 +53,17 @@ def test_old_programs_are_deleted(tmp_path, days, stays):
     file.touch()
     compile_cache.remove_old(tmp_path, now=file.stat().st_mtime + days * 24 * 3600)
     assert file.exists() == stays
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_programs_of_a_second_process_are_kept(tmp_path, kept):
+    """JAX by itself keeps those of the first one alone."""
+    code = """
+        import compile_cache, jax
+        jax._src.distributed.global_state.process_id = 1
+        KEPT
+        jax.jit(lambda x: 2 * x)(1.0)
+    """.replace("KEPT", "compile_cache.keep_of_every_process()" if kept else "")
+    env = {**os.environ, DIRECTORY: str(tmp_path), "PYTHONPATH": str(HERE)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, check=True)
+    assert bool(list(tmp_path.glob("*-cache"))) == kept
