@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     # Directory that keeps encoded prompts (1.7 MB each); empty: none.
     c.model.text_cache = ""
     # Kernel of the transformer's attention: auto, or one of xla (plain), cudnn (NVIDIA's GPUs in
-    # bfloat16) and flash (TPUs)
+    # bfloat16), joint and flash (TPUs)
     c.model.attention = "auto"
     # Type to which the transformer's linears round what they multiply; empty: model.dtype. It is
     # for models in float32: bfloat16, or auto, bfloat16 on CPUs that have instructions for it.

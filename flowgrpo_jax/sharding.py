@@ -228,24 +228,6 @@ def constrain_rows(mesh: Mesh, x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
 
 
-def by_rows_and_heads(mesh: Mesh, f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return f with each device at work on its own images and heads, for arrays [B, S, N, D].
-
-    For what the compiler cannot cut by itself. An axis that its devices do not divide stays whole.
-    """
-    if mesh.size == 1:
-        return f
-
-    def cut(*arrays: jax.Array) -> jax.Array:
-        rows = ROWS[0] if arrays[0].shape[0] % row_shards(mesh) == 0 else None
-        heads = "tensor" if arrays[0].shape[2] % head_shards(mesh) == 0 else None
-        spec = PartitionSpec(rows, None, heads, None)
-        mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return mapped(*arrays)
-
-    return cut
-
-
 def own_rows(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """(rows i64 [m], values [m, ...]): what this process holds of an array cut along its first
     axis, each row in one process only."""

@@ -5,22 +5,28 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
 from flowgrpo_jax import sharding, update
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.algorithms import load as load_algorithm
-from flowgrpo_jax.models import attention
+from flowgrpo_jax.costs import cost
+from flowgrpo_jax.models import attention, joint_attention, joint_kernel
+from flowgrpo_jax.models.streams import Stream
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import Process
 
-KERNELS = {"xla": contextlib.nullcontext, "flash": pltpu.force_tpu_interpret_mode}
+INTERPRETED = pltpu.force_tpu_interpret_mode
+KERNELS = {"xla": contextlib.nullcontext, "flash": INTERPRETED, "joint": INTERPRETED}
+PRODUCTS = {"xla": attention.plain, "flash": attention.flash}
 
 
 def inputs(queries, keys, heads=2, channels=64, rows=2):
@@ -29,7 +35,7 @@ def inputs(queries, keys, heads=2, channels=64, rows=2):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("queries, keys", [(128, 128), (200, 200), (72, 301)])
 def test_values_and_gradients_are_those_of_jax(name, queries, keys):
     """Also for lengths that are no multiple of a kernel's block, which are padded and masked."""
@@ -39,10 +45,96 @@ def test_values_and_gradients_are_those_of_jax(name, queries, keys):
         return jax.jit(lambda *x: (*jax.vjp(kernel, *x)[1](cotangent), kernel(*x)))(*qkv)
 
     with KERNELS[name]():
-        found = both(attention.TABLE[name])
+        found = both(PRODUCTS[name])
     wanted = both(jax.nn.dot_product_attention)
     for a, b in zip(found, wanted):
         np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+def streams(lengths, heads, channels, normed, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    return [
+        Stream(
+            *(normal(2, tokens, heads * channels) for _ in "qkv"),
+            *(1 + normal(channels) / 2 for _ in "qk" if normed),
+        )
+        for tokens in lengths
+    ]
+
+
+def by_jax(streams, heads):
+    """The same by flax's RMSNorm and jax's attention."""
+
+    def normed(x, scale):
+        x = x.reshape(*x.shape[:2], heads, -1)
+        norm = nnx.RMSNorm(x.shape[-1], epsilon=1e-6, dtype=x.dtype, rngs=nnx.Rngs(0))
+        if scale is None:
+            return x
+        norm.scale[...] = scale
+        return norm(x)
+
+    q, k, v = (
+        jnp.concatenate(parts, axis=1)
+        for parts in (
+            [normed(s.q, s.q_scale) for s in streams],
+            [normed(s.k, s.k_scale) for s in streams],
+            [normed(s.v, None) for s in streams],
+        )
+    )
+    y = jax.nn.dot_product_attention(q, k, v)
+    y = y.reshape(*y.shape[:2], -1)
+    ends = np.cumsum([s.q.shape[1] for s in streams])[:-1]
+    return jnp.split(y, ends, axis=1)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    "lengths, heads, channels, normed",
+    [((300, 77), 4, 64, True), ((140,), 4, 32, True), ((130, 13), 1, 128, False)],
+)
+def test_streams_attend_as_one_sequence(monkeypatch, name, lengths, heads, channels, normed):
+    """Values and gradients, also to the scales of the norms; two, four heads and one in a vector of
+    a TPU; lengths of several blocks of queries and a rest, and of a part of one."""
+    monkeypatch.setattr(joint_kernel, "LARGEST_BLOCK", 128)
+    given = streams(lengths, heads, channels, normed)
+    rng = np.random.default_rng(1)
+    cotangents = [jnp.asarray(rng.normal(size=s.q.shape), jnp.float32) for s in given]
+
+    def both(kernel):
+        y, back = jax.vjp(lambda given: kernel(given, heads), given)
+        return y, back(cotangents)
+
+    with KERNELS[name]():
+        found = jax.jit(lambda: both(attention.TABLE[name]))()
+    for a, b in zip(*map(jax.tree.leaves, (found, both(by_jax))), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())
+
+
+def test_heads_that_do_not_fill_a_vector():
+    """Three heads of 64 channels, as one of two devices has of six: the other kernel takes them."""
+    given = streams((130, 13), 3, 64, normed=True)
+    with pytest.raises(ValueError, match=r"3 heads of 64 channels .*model.attention='flash'"):
+        joint_attention.attend(given, 3)
+    with INTERPRETED():
+        found = jax.jit(lambda: attention.joint(given, 3))()
+    for a, b in zip(found, by_jax(given, 3), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+def test_the_joint_kernel_counts_what_is_needed():
+    """Two products of its tokens forward and five backward, though it multiplies whole vectors."""
+    given, tokens = streams((200, 56), 4, 64, normed=True), 256
+    one = 2 * 2 * 4 * 64 * tokens * tokens
+
+    def loss(given):
+        return sum(y.sum() for y in joint_attention.attend(given, 4))
+
+    assert cost.flops(jax.make_jaxpr(loss)(given)) == 2 * one
+    assert cost.flops(jax.make_jaxpr(jax.grad(loss))(given)) == (2 + 5) * one
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -51,16 +143,17 @@ def test_the_update_replays_the_kernel_exactly(name):
     sigmas = tuple(map(float, sde.sigma_schedule(4, 3.0)))
     process = Process(sigmas, sde.load("cps"), 0.7, window=2)
     kernel = attention.TABLE[name]
-    weights = jnp.asarray(np.random.default_rng(1).normal(scale=0.3, size=(3, 8, 8)), jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(1).normal(scale=0.1, size=(3, 64, 64)), jnp.float32)
 
     def v(weights, x, sigma):
-        qkv = (jnp.einsum("mhwc,cd->mhwd", x, w).reshape(2, 16, 1, 8) for w in weights)
-        return kernel(*qkv).reshape(x.shape) + sigma
+        qkv = (jnp.einsum("mhwc,cd->mhwd", x, w).reshape(2, 8, 128) for w in weights)
+        (y,) = kernel([Stream(*qkv)], 2)
+        return y.reshape(x.shape) + sigma
 
     @jax.jit
     def gap(weights):
         keys = jax.random.split(jax.random.key(2), 2)
-        x = sampler.normal(keys, sampler.ODE_KEY, (4, 4, 8))
+        x = sampler.normal(keys, sampler.ODE_KEY, (4, 4, 64))
         zeros = jnp.zeros(2, int)
         drawn = sampler.rollout(lambda *a: v(weights, *a), process, x, keys, 0, zeros)
         algorithm = load_algorithm("grpo", {"clip_range": 1e-4})
@@ -73,26 +166,36 @@ def test_the_update_replays_the_kernel_exactly(name):
 
 
 def test_devices_share_rows_and_heads():
-    """On 2 x 1 x 2 devices, and where they do not divide the heads or the rows."""
+    """On 2 x 1 x 2 devices, and where they do not divide the heads or the rows. The gradient to a
+    scale, which is whole on each device, is the sum over them."""
     code = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from flowgrpo_jax import sharding
-from flowgrpo_jax.models.attention import plain
+from flowgrpo_jax.models import attention
+from flowgrpo_jax.models.attention import PLAIN
+from test_attention import streams
 mesh = sharding.make_mesh(2, 1, 2)
 for rows, heads in ((4, 2), (3, 2), (4, 3)):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, rows, 8, heads, 4)), jnp.float32)
+    given = jax.tree.map(lambda x: jnp.tile(x, (rows // 2 + 1, 1, 1))[:rows] if x.ndim == 3 else x,
+        streams((8, 3), heads, 4, True))
     shapes = []
-    def seen(q, k, v):
-        shapes.append(q.shape)
-        return plain(q, k, v)
-    found = jax.jit(sharding.by_rows_and_heads(mesh, seen))(*x)
-    np.testing.assert_allclose(found, plain(*x), atol=1e-6)
+    def seen(streams, heads):
+        shapes.append((*streams[0].q.shape, heads))
+        return PLAIN(streams, heads)
+    def both(f):
+        loss = lambda given: sum(jnp.square(y).sum() for y in f(given, heads))
+        return f(given, heads), jax.grad(loss)(given)
+    found = jax.jit(lambda: both(attention.by_rows_and_heads(mesh, seen)))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, both(PLAIN))
     print(*shapes[0])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["2 8 1 4", "3 8 1 4", "2 8 3 4"]
+    assert done.stdout.splitlines() == ["2 8 4 1", "3 8 4 1", "2 8 12 3"]
 
 
 def mesh(platform, **device):
@@ -105,8 +208,8 @@ def mesh(platform, **device):
     [
         (mesh("cpu"), "float32", "xla"),
         (mesh("cpu"), "bfloat16", "xla"),
-        (mesh("tpu"), "float32", "flash"),
-        (mesh("tpu"), "bfloat16", "flash"),
+        (mesh("tpu"), "float32", "joint"),
+        (mesh("tpu"), "bfloat16", "joint"),
         (mesh("gpu", compute_capability="9.0"), "bfloat16", "cudnn"),
         (mesh("gpu", compute_capability="8.0"), "bfloat16", "cudnn"),
         (mesh("gpu", compute_capability="9.0"), "float32", "xla"),
@@ -118,7 +221,8 @@ def test_auto_is_the_fastest_kernel_that_runs(monkeypatch, where, dtype, chosen)
     monkeypatch.setattr(attention, "_on", lambda mesh, name: name)
     assert attention.load("auto", where, dtype) == attention.load(chosen, where, dtype) == chosen
     assert attention.load("xla", where, dtype) == "xla"
-    for name in {"flash", "cudnn"} - {chosen}:
+    runs = {"joint", "flash"} if chosen == "joint" else {chosen}
+    for name in {"joint", "flash", "cudnn"} - runs:
         with pytest.raises(ValueError, match=f"attention='{name}' does not run .*'{chosen}', or"):
             attention.load(name, where, dtype)
 
@@ -133,22 +237,28 @@ def test_one_function_for_one_mesh():
     importlib.util.find_spec("libtpu") is None, reason="pip install 'flowgrpo_jax[tpu]'"
 )
 def test_no_scores_in_a_program_for_tpus():
-    """In the gradient of an attention compiled for four chips, nothing is as large as the scores,
-    but at most 256 numbers a query, while the plain one holds all of them."""
+    """In the gradient of an attention compiled for four chips, nothing is as large as the scores.
+    By the joint kernel nothing is larger than the tokens that it is given, by the flash kernel at
+    most 256 numbers a query, and the plain one holds all scores."""
     code = """
 import re
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding
 from flowgrpo_jax import sharding
 from flowgrpo_jax.costs import program_costs
-from flowgrpo_jax.models import attention
+from flowgrpo_jax.costs import cost
+from flowgrpo_jax.models import attention, joint_attention, joint_kernel
+from flowgrpo_jax.models.streams import Stream
+from flowgrpo_jax.models.streams import Stream
 mesh = sharding.make_mesh(devices=program_costs.topology("v5e:2x2")[1])
 rows = NamedSharding(mesh, sharding.ROWS)
-x = jax.ShapeDtypeStruct((8, 1229, 4, 64), jnp.bfloat16, sharding=rows)
-for name in ("auto", "xla"):
+def stream(tokens):
+    return Stream(*[jax.ShapeDtypeStruct((8, tokens, 256), jnp.bfloat16, sharding=rows)] * 3)
+for name in ("auto", "flash", "xla"):
     kernel = attention.load(name, mesh, jnp.bfloat16)
-    loss = lambda q, k, v: jnp.sum(kernel(q, k, v).astype(jnp.float32) ** 2)
-    hlo = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().as_text()
+    loss = lambda streams: sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in kernel(streams, 4))
+    given = [stream(1024), stream(205)]
+    hlo = jax.jit(jax.grad(loss)).lower(given).compile().as_text()
     sizes = re.findall(r"(?:f32|bf16)\\[([0-9,]+)\\]", hlo)
     print(max(jnp.prod(jnp.array([int(n) for n in s.split(",")])) for s in set(sizes)))
 """
@@ -157,6 +267,7 @@ for name in ("auto", "xla"):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    flash, plain = map(int, done.stdout.split())
+    joint, flash, plain = map(int, done.stdout.split())
     heads, tokens = 2 * 4, 1229  # of a chip
+    assert joint <= 8 * 1024 * 256
     assert flash < heads * tokens * 2 * 128 < heads * tokens**2 <= plain

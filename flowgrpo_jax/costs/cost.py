@@ -45,7 +45,10 @@ def _equation(eqn: Any) -> float:
         case "shard_map":  # a device's share of the work
             return params["mesh"].size * flops(params["jaxpr"])
         case "pallas_call":
-            return math.prod(params["grid_mapping"].grid) * flops(params["jaxpr"])
+            # A kernel may multiply more than is needed; then its estimate is the lower one.
+            products = math.prod(params["grid_mapping"].grid) * flops(params["jaxpr"])
+            estimate = params["cost_estimate"]
+            return min(products, float(estimate.flops)) if estimate else products
     return sum(flops(inner) for inner in _jaxprs(params.values()))
 
 

@@ -1,23 +1,25 @@
 """Kernels of softmax attention: one row each in `TABLE`, and the choice of one for the devices.
 
+"xla", "cudnn" and "flash" are products of queries, keys and values in heads, before which all
+streams of tokens are put behind each other. "joint" takes the streams as they are.
+
 A fused kernel never writes the scores [B, N, S, T] to memory. With 24 heads of 64 channels and the
 1,229 tokens of SD3.5 at 512 px, the scores are four fifths of all that a plain attention moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from flowgrpo_jax import sharding
-
-# (q [B, S, N, D], k [B, T, N, D], v [B, T, N, D]) -> [B, S, N, D], in N heads
-Kernel = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+from flowgrpo_jax.models import joint_attention
+from flowgrpo_jax.models.streams import Kernel, Stream, joined
 
 LANES = 128  # a TPU's vector; blocks are multiples of it
 LARGEST_BLOCK = 640  # tokens: scores of a block are 1.6 MB in f32, of 16 MB that a kernel may use
@@ -87,41 +89,85 @@ def _block(tokens: int) -> int:
     return LANES * max(n for n in range(1, most + 1) if vectors % n == 0)
 
 
-TABLE: dict[str, Kernel] = {"xla": plain, "cudnn": cudnn, "flash": flash}
+def joint(streams: Sequence[Stream], heads: int) -> list[jax.Array]:
+    """The Pallas kernel of joint_attention.py, or `flash` for heads that it does not take."""
+    fits = joint_attention.fits(heads, streams[0].q.shape[-1] // heads)
+    return joint_attention.attend(streams, heads) if fits else joined(flash)(streams, heads)
+
+
+PLAIN = joined(plain)
+TABLE: dict[str, Kernel] = {
+    "xla": PLAIN,
+    "cudnn": joined(cudnn),
+    "flash": joined(flash),
+    "joint": joint,
+}
+PALLAS = ("joint", "flash")
 CHOICES = ("auto", *TABLE)
 
 
 def load(name: str, mesh: Mesh | AbstractMesh, dtype: Any) -> Kernel:
     """Return the attention of a row on the devices of a mesh; "auto" is the fastest that they have.
 
-    That is "cudnn" on NVIDIA's GPUs in half precision, "flash" on TPUs, and "xla" elsewhere.
+    That is "cudnn" on NVIDIA's GPUs in half precision, "joint" on TPUs, and "xla" elsewhere.
     Raises ValueError for a kernel that the devices do not have.
     """
     if isinstance(mesh, AbstractMesh):  # a layout alone, without devices
-        return plain
+        return PLAIN
     device = mesh.devices.flat[0]
     suited = _suited(device, jnp.dtype(dtype))
     if name == "auto":
-        name = suited
-    if name not in ("xla", suited):
+        name = suited[0]
+    if name not in suited:
         raise ValueError(
             f"model.attention={name!r} does not run on {device.device_kind!r} in"
             f" {jnp.dtype(dtype)}: 'cudnn' needs an NVIDIA GPU of compute capability"
-            f" {CUDNN_FROM:g} and bfloat16, 'flash' a TPU; choose {suited!r}, or 'auto'"
+            f" {CUDNN_FROM:g} and bfloat16, 'joint' and 'flash' a TPU; choose {suited[0]!r}, or"
+            " 'auto'"
         )
     return _on(mesh, name)
 
 
-def _suited(device: Any, dtype: Any) -> str:
+def _suited(device: Any, dtype: Any) -> tuple[str, ...]:
+    """The rows that run on a device, the fastest first."""
     if device.platform == "tpu":
-        return "flash"
+        return (*PALLAS, "xla")
     capability = getattr(device, "compute_capability", "")  # "9.0"; of AMD's GPUs "gfx942"
     nvidia = device.platform == "gpu" and capability.replace(".", "").isdigit()
     half = dtype in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if nvidia and half and float(capability) >= CUDNN_FROM else "xla"
+    return ("cudnn", "xla") if nvidia and half and float(capability) >= CUDNN_FROM else ("xla",)
 
 
 @lru_cache(maxsize=16)  # one function a mesh, by which models and their programs are cached
 def _on(mesh: Mesh, name: str) -> Kernel:
-    # XLA cannot cut a kernel of Pallas' by itself. It would bring all images to every chip.
-    return sharding.by_rows_and_heads(mesh, flash) if name == "flash" else TABLE[name]
+    return by_rows_and_heads(mesh, TABLE[name]) if name in PALLAS else TABLE[name]
+
+
+def by_rows_and_heads(mesh: Mesh, kernel: Kernel) -> Kernel:
+    """Return the kernel with each device at work on its own images and heads.
+
+    For kernels of Pallas', which XLA cannot cut: it would bring all images to every chip. An axis
+    that its devices do not divide stays whole, as the scales of norms do.
+    """
+    if mesh.size == 1:
+        return kernel
+
+    def cut(streams: Sequence[Stream], heads: int) -> list[jax.Array]:
+        rows = (
+            sharding.ROWS[0]
+            if jax.tree.leaves(streams)[0].shape[0] % sharding.row_shards(mesh) == 0
+            else None
+        )
+        parts = sharding.head_shards(mesh) if heads % sharding.head_shards(mesh) == 0 else 1
+        own = PartitionSpec(rows, None, "tensor" if parts > 1 else None)
+        specs = jax.tree.map(lambda x: own if x.ndim == 3 else PartitionSpec(), streams)
+        mapped = jax.shard_map(
+            lambda part: kernel(part, heads // parts),
+            mesh=mesh,
+            in_specs=(specs,),
+            out_specs=own,
+            check_vma=False,
+        )
+        return mapped(streams)
+
+    return cut

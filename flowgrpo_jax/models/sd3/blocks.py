@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 
-from flowgrpo_jax.models.attention import Kernel
 from flowgrpo_jax.models.layers import Linear, timestep_embedding
 from flowgrpo_jax.models.products import Product
+from flowgrpo_jax.models.streams import Kernel, Stream
 
 
 @dataclass(frozen=True)
@@ -83,23 +82,14 @@ class Maker:
         return Linear(n_in, n_out, dtype=self.dtype, product=self.product, rngs=self.rngs)
 
     def head_norm(self) -> HeadNorm:
-        return HeadNorm(self.config.attention_head_dim, self.dtype)
+        return HeadNorm(self.config.attention_head_dim)
 
 
 class HeadNorm(nnx.Module):
-    """RMSNorm of the channels of a head, epsilon 1e-6, statistics in f32, as `nnx.RMSNorm`."""
+    """The scale of an RMSNorm of each head's channels, which the attention kernel applies."""
 
-    def __init__(self, channels: int, dtype: Any):
-        self.dtype, self.scale = dtype, nnx.Param(jnp.ones(channels))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        if x.dtype != jnp.float32:
-            # Without it XLA has the product before this write f32 to memory, and moves that to
-            # another layout: on TPUs an attention then takes one and a half times as long.
-            x = jax.lax.optimization_barrier(x)
-        y = x.astype(jnp.float32)
-        size = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
-        return (y * (size * self.scale[...])).astype(self.dtype)
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
@@ -190,23 +180,19 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, c: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:  # the second is None where the text stream ends
-        tokens = x.shape[1]
-        q, k, v = (self.split(f(x)) for f in (self.to_q, self.to_k, self.to_v))
-        if hasattr(self, "norm_q"):
-            q, k = self.norm_q(q), self.norm_k(k)
+        streams = [self.stream(x, "to_q", "to_k", "to_v", "norm_q", "norm_k")]
         if c is not None:
-            adds = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-            cq, ck, cv = (self.split(f(c)) for f in adds)
-            if hasattr(self, "norm_added_q"):
-                cq, ck = self.norm_added_q(cq), self.norm_added_k(ck)
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q, cq), (k, ck), (v, cv)))
-        y = self.attention(q, k, v)
-        y = rearrange(y, "b s n d -> b s (n d)")
-        y, y_c = y[:, :tokens], y[:, tokens:]
-        return self.to_out[0](y), self.to_add_out(y_c) if hasattr(self, "to_add_out") else None
+            added = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+            streams.append(self.stream(c, *added))
+        y, *others = self.attention(streams, self.heads)
+        return self.to_out[0](y), self.to_add_out(*others) if hasattr(self, "to_add_out") else None
 
-    def split(self, x: jax.Array) -> jax.Array:
-        return rearrange(x, "b s (n d) -> b s n d", n=self.heads)
+    def stream(self, x: jax.Array, q: str, k: str, v: str, norm_q: str, norm_k: str) -> Stream:
+        """The queries, keys and values of x by the linears and norms of these names."""
+        linears = (getattr(self, name) for name in (q, k, v))
+        norms = (getattr(self, name, None) for name in (norm_q, norm_k))
+        scales = (None if norm is None else norm.scale[...] for norm in norms)
+        return Stream(*(linear(x) for linear in linears), *scales)
 
 
 class Block(nnx.Module):

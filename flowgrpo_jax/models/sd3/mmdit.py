@@ -18,7 +18,7 @@ from einops import rearrange
 from flax import nnx
 
 from flowgrpo_jax.models import layers
-from flowgrpo_jax.models.attention import Kernel, plain
+from flowgrpo_jax.models.attention import PLAIN
 from flowgrpo_jax.models.products import Product, exact
 from flowgrpo_jax.models.sd3.blocks import (
     AdaNorm,
@@ -29,6 +29,7 @@ from flowgrpo_jax.models.sd3.blocks import (
     layer_norm,
     modulate,
 )
+from flowgrpo_jax.models.streams import Kernel
 
 
 class PatchEmbed(nnx.Module):
@@ -64,7 +65,7 @@ class MMDiT(nnx.Module):
         dtype: Any = jnp.float32,
         remat: bool = False,
         unroll: bool = False,
-        attention: Kernel = plain,
+        attention: Kernel = PLAIN,
         product: Product = exact,
         gather: layers.Gather | None = None,
         rngs: nnx.Rngs,

@@ -13,13 +13,14 @@ from flax import nnx
 
 from flowgrpo_jax import sharding
 from flowgrpo_jax.models import Model, layers, lora, quantised
-from flowgrpo_jax.models.attention import Kernel, plain
+from flowgrpo_jax.models.attention import PLAIN
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.products import Product, exact
 from flowgrpo_jax.models.sd3.architecture import Architecture
 from flowgrpo_jax.models.sd3.mmdit import MMDiT
 from flowgrpo_jax.models.sd3.tokenizers import CLIP_LENGTH
+from flowgrpo_jax.models.streams import Kernel
 from flowgrpo_jax.models.text import CLIPText, T5Encoder
 from flowgrpo_jax.models.vae import VAE, to_levels, to_pictures
 from flowgrpo_jax.sampling import sde
@@ -58,7 +59,7 @@ def describe(
     base_dtype: str = "",
     t5_length: int = 256,
     remat: bool = False,
-    attention: Kernel = plain,
+    attention: Kernel = PLAIN,
     product: Product = exact,
     gather: layers.Gather | None = None,
 ) -> Model:
