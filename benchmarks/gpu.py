@@ -77,30 +77,19 @@ def attention(args: argparse.Namespace) -> dict[str, Any]:
 
     from flowgrpo_jax import sharding
     from flowgrpo_jax.models import attention as kernels
+    from flowgrpo_jax.models import kernel_check
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (2, args.tokens, HEADS, CHANNELS)
-    exact = [jax.random.normal(key, shape) for key in keys]
-
-    def both(kernel: Any, arrays: list[jax.Array]) -> Any:
-        *qkv, cotangent = arrays
-        value, back = jax.vjp(kernel, *qkv)
-        return value, *back(cotangent)
-
-    with jax.default_matmul_precision("highest"):
-        wanted = jax.jit(lambda arrays: both(kernels.plain, arrays))(exact)
-    half = [x.astype(jnp.bfloat16) for x in exact]
+    exact = kernel_check.streams((args.tokens,), HEADS, CHANNELS)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
     found: dict[str, Any] = {}
     for name in _kernels(mesh):
-        run = jax.jit(partial(both, kernels.load(name, mesh, jnp.bfloat16)))
-        values = jax.block_until_ready(run(half))
-        away = [
-            float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-            for a, b in zip(values, wanted)
-        ]
+        kernel = kernels.load(name, mesh, jnp.bfloat16)
+        value, gradient = kernel_check.distances(kernel, kernels.PLAIN, exact, HEADS, jnp.bfloat16)
+        run = jax.jit(partial(kernel_check.run, kernel, heads=HEADS))
+        jax.block_until_ready(run(half))
         took = min(_seconds(lambda: jax.block_until_ready(run(half))) for _ in range(5))  # noqa: B023
-        found[name] = {"value": away[0], "gradient": max(away[1:]), "seconds": took}
+        found[name] = {"value": value, "gradient": gradient, "seconds": took}
     return found
 
 

@@ -271,3 +271,21 @@ for name in ("auto", "flash", "xla"):
     heads, tokens = 2 * 4, 1229  # of a chip
     assert joint <= 8 * 1024 * 256
     assert flash < heads * tokens * 2 * 128 < heads * tokens**2 <= plain
+
+
+def test_a_wrong_kernel_is_an_error_before_a_run(monkeypatch):
+    """The plain one, rounded to bfloat16, is within the tolerance; one without its scale is not."""
+
+    def without_a_scale(streams, heads):
+        return attention.PLAIN([s._replace(k_scale=None) for s in streams], heads)
+
+    def right(streams, heads):
+        return attention.PLAIN(streams, heads)
+
+    here = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(attention, "_suited", lambda *_: ("joint", "xla"))
+    monkeypatch.setitem(attention.TABLE, "joint", right)
+    attention.load("auto", here, "bfloat16")
+    monkeypatch.setitem(attention.TABLE, "joint", without_a_scale)
+    with pytest.raises(RuntimeError, match=r"'joint' is wrong on 'cpu' .* set model.attention=xla"):
+        attention.load("auto", here, "bfloat16")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from flowgrpo_jax import sharding
-from flowgrpo_jax.models import joint_attention
+from flowgrpo_jax.models import joint_attention, kernel_check
 from flowgrpo_jax.models.streams import Kernel, Stream, joined
 
 LANES = 128  # a TPU's vector; blocks are multiples of it
@@ -110,7 +110,8 @@ def load(name: str, mesh: Mesh | AbstractMesh, dtype: Any) -> Kernel:
     """Return the attention of a row on the devices of a mesh; "auto" is the fastest that they have.
 
     That is "cudnn" on NVIDIA's GPUs in half precision, "joint" on TPUs, and "xla" elsewhere.
-    Raises ValueError for a kernel that the devices do not have.
+    Raises ValueError for a kernel that the devices do not have, and RuntimeError for one that is
+    wrong on them.
     """
     if isinstance(mesh, AbstractMesh):  # a layout alone, without devices
         return PLAIN
@@ -125,6 +126,9 @@ def load(name: str, mesh: Mesh | AbstractMesh, dtype: Any) -> Kernel:
             f" {CUDNN_FROM:g} and bfloat16, 'joint' and 'flash' a TPU; choose {suited[0]!r}, or"
             " 'auto'"
         )
+    if name != "xla" and device in jax.devices():  # not one of a topology that is compiled for
+        own = next(d for d in mesh.devices.flat if d in jax.local_devices())
+        kernel_check.check(name, TABLE[name], PLAIN, own, jnp.dtype(dtype))
     return _on(mesh, name)
 
 
@@ -153,13 +157,10 @@ def by_rows_and_heads(mesh: Mesh, kernel: Kernel) -> Kernel:
         return kernel
 
     def cut(streams: Sequence[Stream], heads: int) -> list[jax.Array]:
-        rows = (
-            sharding.ROWS[0]
-            if jax.tree.leaves(streams)[0].shape[0] % sharding.row_shards(mesh) == 0
-            else None
-        )
-        parts = sharding.head_shards(mesh) if heads % sharding.head_shards(mesh) == 0 else 1
-        own = PartitionSpec(rows, None, "tensor" if parts > 1 else None)
+        by_rows = streams[0].q.shape[0] % sharding.row_shards(mesh) == 0
+        by_heads = heads % sharding.head_shards(mesh) == 0
+        rows, axis = sharding.ROWS[0] if by_rows else None, "tensor" if by_heads else None
+        own, parts = PartitionSpec(rows, None, axis), sharding.head_shards(mesh) if by_heads else 1
         specs = jax.tree.map(lambda x: own if x.ndim == 3 else PartitionSpec(), streams)
         mapped = jax.shard_map(
             lambda part: kernel(part, heads // parts),
