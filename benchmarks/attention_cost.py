@@ -54,13 +54,11 @@ def measure(mesh: Mesh, chip: Any, name: str, gradient: bool, images: int) -> di
     """Seconds at least, of its products alone, and bytes moved."""
     layer, *given = described(mesh, name, images)
 
-    def forward(inputs: Any) -> list[jax.Array]:
-        return layer(*inputs)
+    def total(x: jax.Array, c: jax.Array, weights: Any) -> jax.Array:
+        values = layer(x, c, weights)
+        return sum((jnp.sum(y.astype(jnp.float32)) for y in values), jnp.float32(0))
 
-    def total(inputs: Any) -> jax.Array:
-        return sum((jnp.sum(y.astype(jnp.float32)) for y in forward(inputs)), jnp.float32(0))
-
-    traced = jax.jit(jax.grad(total) if gradient else forward).trace(tuple(given))
+    traced = jax.jit(jax.grad(total, (0, 1)) if gradient else layer).trace(*given)
     text = traced.lower().compile().as_text()
     works = program_time.work(text, cost.kernels(traced.jaxpr))
     seconds = program_time.by_operation(works, chip.peak, chip.bandwidth)

@@ -4,9 +4,9 @@
     python -m benchmarks.league --table
 
 The first command trains every row's recipe with every seed until it has drawn so many images, and
-measures its EMA weights. It writes a JSON file a run into `--out` and passes over those that are
-there; a run that is stopped goes on from its last checkpoint. The second one makes
-docs/images/league.png from these files and prints their tables.
+measures its EMA weights; the row "base" is the model before training. It writes a JSON file a run
+into `--out` and passes over those that are there; a run that is stopped goes on from its last
+checkpoint. The second one makes docs/images/league.png from these files and prints their tables.
 
 A run is measured by pictures of the 40-step ODE: strict accuracy, graded reward and unrecognisable
 shapes on held-out prompts, the same on the prompts of training with other seeds, how much the
@@ -46,13 +46,14 @@ RESULTS = machine.ROOT / "benchmarks" / "results" / "league"
 FIGURE = machine.ROOT / "docs" / "images" / "league.png"
 REWARDS = ("shapes", "shapes_strict", "shapes_unknown")
 TRUE_PICTURES = 512
+BASE = policies.BASE  # the row of the model before training
 
 
 def rows() -> dict[str, str]:
     """{row of the league: name of its recipe}"""
     last = {name.rpartition("/")[2]: name for name in recipe_files.names()}
     chosen = {row: name for row, name in last.items() if name.startswith("algorithms/")}
-    return {"grpo": "shapes", **chosen}
+    return {BASE: "shapes", "grpo": "shapes", **chosen}
 
 
 def settings(row: str, seed: int, images: int, evaluated: int) -> ConfigDict:
@@ -76,8 +77,12 @@ def settings(row: str, seed: int, images: int, evaluated: int) -> ConfigDict:
 def run(
     row: str, seed: int, images: int, evaluated: int, workdir: Path, hardware: dict[str, Any]
 ) -> dict[str, Any]:
-    """Train a row, or go on with it, and measure it."""
+    """Train a row, or go on with it, and measure it. The base model is measured alone."""
     config = settings(row, seed, images, evaluated)
+    if row == BASE:
+        described = {"row": row, "seed": 0, "images": 0, "minutes": 0.0, "forwards": 0.0}
+        figures = measure(config, evaluated, BASE)
+        return {**described, "curve": [], "reward": [], **figures, "machine": hardware}
     train(config, workdir, resume=True)
     history = logs.read(workdir / "metrics.jsonl")
     drawn = config.sample.groups * config.sample.group_size
@@ -106,8 +111,8 @@ def forwards(config: ConfigDict) -> float:
     return float(np.mean([run_costs.forwards(run, i) for i in range(min(config.epochs, 100))]))
 
 
-def measure(config: ConfigDict, evaluated: int, workdir: Path) -> dict[str, Any]:
-    """The figures of a run's EMA weights, or of the base model's where `workdir` is "base"."""
+def measure(config: ConfigDict, evaluated: int, workdir: Path | str) -> dict[str, Any]:
+    """The figures of a run's EMA weights, or of the base model's where `workdir` is `BASE`."""
     config = config.copy_and_resolve_references()
     config.eval.images = evaluated
     held_out = recipe.build(config, training=False)
@@ -209,7 +214,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, args.seeds.split(",")):
         for row in chosen:
-            name = f"{row}-{args.images}-{seed}"
+            name = f"{row}-{args.images}-{seed}" if row != BASE else BASE
             file = args.out / f"{name}.json"
             if not file.exists():
                 result = run(row, seed, args.images, args.evaluated, args.runs / name, hardware)

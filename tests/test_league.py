@@ -43,6 +43,15 @@ def test_forward_passes_are_counted_by_hand():
     assert counted == [20 + 3 * 3, 10 + 9 * (3 + 2)]
 
 
+def test_the_base_is_measured_without_training(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(league, "measure", lambda *asked_for: asked.append(asked_for[1:]) or {})
+    monkeypatch.setattr(league, "train", None)
+    found = league.run("base", 1, 14400, 96, tmp_path / "base", {})
+    assert asked == [(96, "base")] and not list(tmp_path.iterdir())
+    assert (found["row"], found["images"], found["forwards"]) == ("base", 0, 0)
+
+
 def result(row, seed, strict):
     return {
         "row": row,
