@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.pods import LARGE, MEDIUM, collect, compiled, markdown
+from benchmarks import markdown
+from benchmarks.pods import LARGE, MEDIUM, collect, compiled
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.lora import LoRASpec
 
@@ -181,7 +182,7 @@ def report(row: Row) -> dict[str, Any]:
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     reports = collect(__doc__ or "", {str(row): partial(report, row) for row in ROWS})
-    print(markdown(by_chip(reports)), markdown(by_card(reports)), sep="\n\n")
+    print(markdown.table(by_chip(reports)), markdown.table(by_card(reports)), sep="\n\n")
 
 
 if __name__ == "__main__":

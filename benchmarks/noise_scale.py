@@ -30,8 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import league, machine
-from benchmarks.pods import markdown
+from benchmarks import league, machine, markdown
 from flowgrpo_jax.assembly import parts, recipe
 from flowgrpo_jax.assembly.recipe import Recipe
 from flowgrpo_jax.command_line import cli
@@ -160,7 +159,7 @@ def table(rows: dict[str, Any]) -> str:
         ]
         for name, r in rows.items()
     ]
-    return markdown([HEADER, *lines])
+    return markdown.table([HEADER, *lines])
 
 
 def main() -> None:

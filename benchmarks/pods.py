@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import machine, markdown
 
 MEDIUM, LARGE = "stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-diffusion-3.5-large"
 TRAINING = ("sample", "accumulate", "apply")
@@ -142,13 +142,7 @@ HEADER = [
 
 def table(names: list[str], rows: dict[str, Any], reports: dict[str, Any]) -> str:
     lines = [row(name, rows[name][1], reports[name]) for name in names if name in reports]
-    return markdown([HEADER, *lines])
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A table in Markdown; the first line is its header."""
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.table([HEADER, *lines])
 
 
 def collect(description: str, rows: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
