@@ -12,14 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
 from flowgrpo_jax import sharding, update
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.algorithms import load as load_algorithm
-from flowgrpo_jax.costs import cost
-from flowgrpo_jax.models import attention, joint_attention, joint_kernel
+from flowgrpo_jax.models import attention
 from flowgrpo_jax.models.streams import Stream
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import Process
@@ -49,92 +47,6 @@ def test_values_and_gradients_are_those_of_jax(name, queries, keys):
     wanted = both(jax.nn.dot_product_attention)
     for a, b in zip(found, wanted):
         np.testing.assert_allclose(a, b, atol=3e-6)
-
-
-def streams(lengths, heads, channels, normed, dtype=jnp.float32):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), dtype)
-
-    return [
-        Stream(
-            *(normal(2, tokens, heads * channels) for _ in "qkv"),
-            *(1 + normal(channels) / 2 for _ in "qk" if normed),
-        )
-        for tokens in lengths
-    ]
-
-
-def by_jax(streams, heads):
-    """The same by flax's RMSNorm and jax's attention."""
-
-    def normed(x, scale):
-        x = x.reshape(*x.shape[:2], heads, -1)
-        norm = nnx.RMSNorm(x.shape[-1], epsilon=1e-6, dtype=x.dtype, rngs=nnx.Rngs(0))
-        if scale is None:
-            return x
-        norm.scale[...] = scale
-        return norm(x)
-
-    q, k, v = (
-        jnp.concatenate(parts, axis=1)
-        for parts in (
-            [normed(s.q, s.q_scale) for s in streams],
-            [normed(s.k, s.k_scale) for s in streams],
-            [normed(s.v, None) for s in streams],
-        )
-    )
-    y = jax.nn.dot_product_attention(q, k, v)
-    y = y.reshape(*y.shape[:2], -1)
-    ends = np.cumsum([s.q.shape[1] for s in streams])[:-1]
-    return jnp.split(y, ends, axis=1)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize(
-    "lengths, heads, channels, normed",
-    [((300, 77), 4, 64, True), ((140,), 4, 32, True), ((130, 13), 1, 128, False)],
-)
-def test_streams_attend_as_one_sequence(monkeypatch, name, lengths, heads, channels, normed):
-    """Values and gradients, also to the scales of the norms; two, four heads and one in a vector of
-    a TPU; lengths of several blocks of queries and a rest, and of a part of one."""
-    monkeypatch.setattr(joint_kernel, "LARGEST_BLOCK", 128)
-    given = streams(lengths, heads, channels, normed)
-    rng = np.random.default_rng(1)
-    cotangents = [jnp.asarray(rng.normal(size=s.q.shape), jnp.float32) for s in given]
-
-    def both(kernel):
-        y, back = jax.vjp(lambda given: kernel(given, heads), given)
-        return y, back(cotangents)
-
-    with KERNELS[name]():
-        found = jax.jit(lambda: both(attention.TABLE[name]))()
-    for a, b in zip(*map(jax.tree.leaves, (found, both(by_jax))), strict=True):
-        np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())
-
-
-def test_heads_that_do_not_fill_a_vector():
-    """Three heads of 64 channels, as one of two devices has of six: the other kernel takes them."""
-    given = streams((130, 13), 3, 64, normed=True)
-    with pytest.raises(ValueError, match=r"3 heads of 64 channels .*model.attention='flash'"):
-        joint_attention.attend(given, 3)
-    with INTERPRETED():
-        found = jax.jit(lambda: attention.joint(given, 3))()
-    for a, b in zip(found, by_jax(given, 3), strict=True):
-        np.testing.assert_allclose(a, b, atol=3e-6)
-
-
-def test_the_joint_kernel_counts_what_is_needed():
-    """Two products of its tokens forward and five backward, though it multiplies whole vectors."""
-    given, tokens = streams((200, 56), 4, 64, normed=True), 256
-    one = 2 * 2 * 4 * 64 * tokens * tokens
-
-    def loss(given):
-        return sum(y.sum() for y in joint_attention.attend(given, 4))
-
-    assert cost.flops(jax.make_jaxpr(loss)(given)) == 2 * one
-    assert cost.flops(jax.make_jaxpr(jax.grad(loss))(given)) == (2 + 5) * one
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -174,7 +86,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 from flowgrpo_jax import sharding
 from flowgrpo_jax.models import attention
 from flowgrpo_jax.models.attention import PLAIN
-from test_attention import streams
+from token_streams import streams
 mesh = sharding.make_mesh(2, 1, 2)
 for rows, heads in ((4, 2), (3, 2), (4, 3)):
     given = jax.tree.map(lambda x: jnp.tile(x, (rows // 2 + 1, 1, 1))[:rows] if x.ndim == 3 else x,
@@ -247,8 +159,7 @@ from jax.sharding import NamedSharding
 from flowgrpo_jax import sharding
 from flowgrpo_jax.costs import program_costs
 from flowgrpo_jax.costs import cost
-from flowgrpo_jax.models import attention, joint_attention, joint_kernel
-from flowgrpo_jax.models.streams import Stream
+from flowgrpo_jax.models import attention, joint_attention, joint_kernel, kernel_check
 from flowgrpo_jax.models.streams import Stream
 mesh = sharding.make_mesh(devices=program_costs.topology("v5e:2x2")[1])
 rows = NamedSharding(mesh, sharding.ROWS)
@@ -271,21 +182,3 @@ for name in ("auto", "flash", "xla"):
     heads, tokens = 2 * 4, 1229  # of a chip
     assert joint <= 8 * 1024 * 256
     assert flash < heads * tokens * 2 * 128 < heads * tokens**2 <= plain
-
-
-def test_a_wrong_kernel_is_an_error_before_a_run(monkeypatch):
-    """The plain one, rounded to bfloat16, is within the tolerance; one without its scale is not."""
-
-    def without_a_scale(streams, heads):
-        return attention.PLAIN([s._replace(k_scale=None) for s in streams], heads)
-
-    def right(streams, heads):
-        return attention.PLAIN(streams, heads)
-
-    here = sharding.make_mesh(devices=jax.devices()[:1])
-    monkeypatch.setattr(attention, "_suited", lambda *_: ("joint", "xla"))
-    monkeypatch.setitem(attention.TABLE, "joint", right)
-    attention.load("auto", here, "bfloat16")
-    monkeypatch.setitem(attention.TABLE, "joint", without_a_scale)
-    with pytest.raises(RuntimeError, match=r"'joint' is wrong on 'cpu' .* set model.attention=xla"):
-        attention.load("auto", here, "bfloat16")

@@ -90,9 +90,9 @@ def _block(tokens: int) -> int:
 
 
 def joint(streams: Sequence[Stream], heads: int) -> list[jax.Array]:
-    """The Pallas kernel of joint_attention.py, or `flash` for heads that it does not take."""
-    fits = joint_attention.fits(heads, streams[0].q.shape[-1] // heads)
-    return joint_attention.attend(streams, heads) if fits else joined(flash)(streams, heads)
+    """The Pallas kernel of joint_attention.py, or `flash` for what does not fit it."""
+    kernel = joint_attention.attend if joint_attention.fits(streams, heads) else joined(flash)
+    return kernel(streams, heads)
 
 
 PLAIN = joined(plain)
@@ -116,14 +116,14 @@ def load(name: str, mesh: Mesh | AbstractMesh, dtype: Any) -> Kernel:
     if isinstance(mesh, AbstractMesh):  # a layout alone, without devices
         return PLAIN
     device = mesh.devices.flat[0]
-    suited = _suited(device, jnp.dtype(dtype))
+    runs = suited(device, jnp.dtype(dtype))
     if name == "auto":
-        name = suited[0]
-    if name not in suited:
+        name = runs[0]
+    if name not in runs:
         raise ValueError(
             f"model.attention={name!r} does not run on {device.device_kind!r} in"
             f" {jnp.dtype(dtype)}: 'cudnn' needs an NVIDIA GPU of compute capability"
-            f" {CUDNN_FROM:g} and bfloat16, 'joint' and 'flash' a TPU; choose {suited[0]!r}, or"
+            f" {CUDNN_FROM:g} and half precision, 'joint' and 'flash' a TPU; choose {runs[0]!r}, or"
             " 'auto'"
         )
     if name != "xla" and device in jax.devices():  # not one of a topology that is compiled for
@@ -132,8 +132,8 @@ def load(name: str, mesh: Mesh | AbstractMesh, dtype: Any) -> Kernel:
     return _on(mesh, name)
 
 
-def _suited(device: Any, dtype: Any) -> tuple[str, ...]:
-    """The rows that run on a device, the fastest first."""
+def suited(device: Any, dtype: Any) -> tuple[str, ...]:
+    """Return the rows that run on a device, the fastest first."""
     if device.platform == "tpu":
         return (*PALLAS, "xla")
     capability = getattr(device, "compute_capability", "")  # "9.0"; of AMD's GPUs "gfx942"
@@ -151,7 +151,7 @@ def by_rows_and_heads(mesh: Mesh, kernel: Kernel) -> Kernel:
     """Return the kernel with each device at work on its own images and heads.
 
     For kernels of Pallas', which XLA cannot cut: it would bring all images to every chip. An axis
-    that its devices do not divide stays whole, as the scales of norms do.
+    whose size is no multiple of its devices stays whole on each, as the scales of norms do.
     """
     if mesh.size == 1:
         return kernel

@@ -22,12 +22,18 @@ from flowgrpo_jax.models import joint_kernel
 from flowgrpo_jax.models.joint_kernel import LANES, Shape
 from flowgrpo_jax.models.streams import Stream
 
-MEMORY = 16 << 20  # bytes that a kernel may use unless it asks for more
+LEAST, MOST = 16 << 20, 60 << 20  # bytes of on-chip memory: what any kernel has; v5p has 63.9 MiB
 
 
-def fits(heads: int, channels: int) -> bool:
-    """Whether so many heads fill vectors, one or several of them in each."""
-    return channels % LANES == 0 or (LANES % channels == 0 and heads * channels % LANES == 0)
+def fits(streams: Sequence[Stream], heads: int) -> bool:
+    """Whether heads fill vectors, one or several in each, and all tokens fit the chip's memory.
+
+    At 60 MiB that is for images of up to 1,280 px.
+    """
+    shape = _shape(streams, heads)
+    one, several = shape.channels % LANES == 0, LANES % shape.channels == 0
+    filled = one or (several and shape.width % LANES == 0)
+    return filled and _memory(shape, streams[0].q.dtype.itemsize) <= MOST
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -35,9 +41,15 @@ def attend(streams: Sequence[Stream], heads: int) -> list[jax.Array]:
     """Attention of all tokens to all, in the form of `models.streams.Kernel`.
 
     Outside of a TPU it runs in Pallas' interpreter alone (`pltpu.force_tpu_interpret_mode`).
-    Raises ValueError for heads that do not fill the vectors of a TPU.
+    Raises ValueError for streams that do not fit it.
     """
     shape = _shape(streams, heads)
+    if not fits(streams, heads):
+        raise ValueError(
+            f"{heads} heads of {shape.channels} channels and {sum(shape.tokens)} tokens do not fit:"
+            f" heads have to fill vectors of {LANES}, and a vector's heads {MOST >> 20} MiB; choose"
+            " model.attention='flash'"
+        )
     products = 2  # scores, and what is seen by them
     like = [stream.q for stream in streams]
     return _call(joint_kernel.forward, shape, products, [_by_lanes(streams, shape)], like)
@@ -45,13 +57,16 @@ def attend(streams: Sequence[Stream], heads: int) -> list[jax.Array]:
 
 def _shape(streams: Sequence[Stream], heads: int) -> Shape:
     images, _, width = streams[0].q.shape
-    channels = width // heads
-    if not fits(heads, channels):
-        raise ValueError(
-            f"{heads} heads of {channels} channels do not fill vectors of {LANES}: choose"
-            " model.attention='flash' or another mesh.tensor"
-        )
-    return Shape(images, tuple(s.q.shape[1] for s in streams), width, channels)
+    return Shape(images, tuple(s.q.shape[1] for s in streams), width, width // heads)
+
+
+def _memory(shape: Shape, itemsize: int) -> int:
+    """Bytes of on-chip memory that the gradient takes, which takes more than the values."""
+    tokens = sum(shape.tokens)
+    moved = 2 * 7 * tokens * shape.lanes * itemsize  # the next program's are fetched meanwhile
+    sums = 2 * 4 * tokens * shape.lanes
+    scores = 8 * 4 * tokens * shape.block
+    return moved + sums + scores
 
 
 def _by_lanes(streams: Sequence[Stream], shape: Shape) -> list[Stream]:
@@ -90,8 +105,7 @@ def _call(
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, like)))
     pairs = shape.images * sum(shape.tokens) ** 2
     grid = (shape.images, shape.width // shape.lanes)
-    # What a program reads and writes, twice, as the next one's is fetched meanwhile; and scores.
-    used = 2 * moved // (grid[0] * grid[1]) + 8 * 4 * shape.block * sum(shape.tokens)
+    memory = _memory(shape, jax.tree.leaves(arrays)[0].dtype.itemsize)
     (found,) = pl.pallas_call(
         partial(body, shape),
         grid=grid,
@@ -100,7 +114,7 @@ def _call(
         out_shape=[jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(MEMORY, used)
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=max(LEAST, memory)
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * pairs * shape.width,

@@ -128,9 +128,11 @@ def _by_blocks(tokens: int, block: int, do: Callable[[Any], None]) -> None:
     """Call `do` for the rows of each block of tokens, the last of which may be smaller."""
     whole, rest = divmod(tokens, block)
 
-    @pl.loop(0, whole)
-    def _(i: jax.Array) -> None:
-        do(pl.ds(pl.multiple_of(i * block, block), block))
+    if whole:
+
+        @pl.loop(0, whole)
+        def _(i: jax.Array) -> None:
+            do(pl.ds(pl.multiple_of(i * block, block), block))
 
     if rest:
         do(pl.ds(whole * block, rest))
@@ -158,7 +160,7 @@ def _exponentials(
 def _softmax_gradient(
     shares: Sequence[jax.Array], dy: jax.Array, values: Sequence[jax.Array], root: float
 ) -> list[jax.Array]:
-    """The gradient to the products of a head's queries with the keys of each stream [S, T]."""
+    """The gradient to `_dot(q, k)` of a head, for the keys of each stream [S, T]."""
     to_shares = [_dot(dy, v, (1, 1)) for v in values]
     sums = ((p * dp).sum(-1, keepdims=True) for p, dp in zip(shares, to_shares))
     mean = reduce(jnp.add, sums)

@@ -12,24 +12,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flowgrpo_jax.models.streams import Kernel, Stream
 
-TOKENS = (300, 77)  # of the streams that a check compares: whole blocks, and parts of one
+TOKENS = (1100, 77)  # of the streams that a check compares: whole blocks, and parts of one
 HEADS, CHANNELS = 4, 64
-TOLERANCE = 0.03  # of the norm. Rounding to bfloat16 gives 0.003 to 0.006.
+TOLERANCE = 0.03  # of the norm. Rounding to bfloat16 gives 0.005 for values, 0.011 for gradients.
 
 
 @lru_cache(maxsize=16)
 def check(name: str, kernel: Kernel, plain: Kernel, device: Any, dtype: Any) -> None:
-    """Raise RuntimeError for a kernel whose values or gradients on a device are wrong."""
+    """Raise RuntimeError for a kernel whose values or gradients on a device are wrong.
+
+    It is tried with the heads of SD3.5, of 64 channels.
+    """
     with jax.default_device(device):
         value, gradient = distances(kernel, plain, streams(TOKENS, HEADS, CHANNELS), HEADS, dtype)
-    if not max(value, gradient) < TOLERANCE:  # also not a number
+    if not (value < TOLERANCE and gradient < TOLERANCE):  # also for what is not a number
         raise RuntimeError(
             f"model.attention={name!r} is wrong on {device.device_kind!r} with jax"
             f" {jax.__version__}: of random tokens its values are {value:.1%} away from those of"
-            f" the plain attention and its gradients {gradient:.1%}, of at most {TOLERANCE:.0%};"
+            f" the plain attention, and its gradients {gradient:.1%} ({TOLERANCE:.0%} is allowed);"
             " set model.attention=xla, and report it"
         )
 
@@ -50,15 +54,16 @@ def distances(
 ) -> tuple[float, float]:
     """Return the relative distances of a kernel's values and of its gradients in `dtype`.
 
-    The longest one counts of the values of all streams, and of the gradients to all of them. They
-    are compared with those of `plain` in float32.
+    Each is the largest over all streams, and NaN where one of them is. They are compared with those
+    of `plain` in float32.
     """
     with jax.default_matmul_precision("highest"):
         wanted = jax.jit(run, static_argnums=(0, 2))(plain, exact, heads)
     rounded = jax.tree.map(lambda x: x.astype(dtype), exact)
     found = jax.jit(run, static_argnums=(0, 2))(kernel, rounded, heads)
     value, gradient = (
-        max(map(_distance, *map(jax.tree.leaves, pair))) for pair in zip(found, wanted)
+        float(np.max(jax.tree.leaves(jax.tree.map(_distance, *pair))))
+        for pair in zip(found, wanted)
     )
     return value, gradient
 
