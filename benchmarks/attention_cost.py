@@ -32,9 +32,9 @@ KERNELS = ("flash", "joint")
 
 def main() -> None:
     parser = machine.parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="file of the report")
     parser.add_argument("--chip", default="v6e:1x1", help="a topology of one chip")
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--images", type=int, default=8, help="at once")
     args = parser.parse_args()
     chip, devices = program_costs.topology(args.chip)
     mesh = sharding.make_mesh(devices=devices)
