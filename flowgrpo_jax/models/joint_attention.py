@@ -22,7 +22,8 @@ from flowgrpo_jax.models import joint_kernel
 from flowgrpo_jax.models.joint_kernel import LANES, Shape
 from flowgrpo_jax.models.streams import Stream
 
-LEAST, MOST = 16 << 20, 60 << 20  # bytes of on-chip memory: what any kernel has; v5p has 63.9 MiB
+# Bytes of on-chip memory: every kernel has the first; the second fits v5p, which has 63.9 MiB.
+LEAST, MOST = 16 << 20, 60 << 20
 
 
 def fits(streams: Sequence[Stream], heads: int) -> bool:
@@ -47,10 +48,10 @@ def attend(streams: Sequence[Stream], heads: int) -> list[jax.Array]:
     if not fits(streams, heads):
         raise ValueError(
             f"{heads} heads of {shape.channels} channels and {sum(shape.tokens)} tokens do not fit:"
-            f" heads have to fill vectors of {LANES}, and a vector's heads {MOST >> 20} MiB; choose"
+            f" heads have to fill vectors of {LANES} channels, and tokens {MOST >> 20} MiB; choose"
             " model.attention='flash'"
         )
-    products = 2  # scores, and what is seen by them
+    products = 2  # the scores, and their shares with the values
     like = [stream.q for stream in streams]
     return _call(joint_kernel.forward, shape, products, [_by_lanes(streams, shape)], like)
 

@@ -24,7 +24,7 @@ LARGEST_BLOCK = 512  # queries
 
 
 class Shape(NamedTuple):
-    """Of what a kernel attends with."""
+    """The sizes of the streams that a kernel attends with."""
 
     images: int
     tokens: tuple[int, ...]  # of each stream

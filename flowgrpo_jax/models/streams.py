@@ -1,4 +1,4 @@
-"""What an attention layer attends with: the queries, keys and values of each stream of tokens."""
+"""The queries, keys and values of streams of tokens, which attention kernels take."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Stream(NamedTuple):
 Kernel = Callable[[Sequence[Stream], int], list[jax.Array]]
 
 # (q [B, S, N, D], k [B, T, N, D], v [B, T, N, D]) -> [B, S, N, D], in N heads
-Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+HeadAttention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def joined(product: Product) -> Kernel:
-    """Return the attention of streams whose tokens are put behind each other for a product."""
+def joined(attention: HeadAttention) -> Kernel:
+    """Return the kernel that puts the tokens of all streams behind each other for `attention`."""
 
     def attend(streams: Sequence[Stream], heads: int) -> list[jax.Array]:
         parts = [_by_heads(stream, heads) for stream in streams]
         q, k, v = parts[0] if len(parts) == 1 else (_behind(each) for each in zip(*parts))
-        y = product(q, k, v)
+        y = attention(q, k, v)
         ends = list(accumulate(stream.q.shape[1] for stream in streams))
         return jnp.split(y.reshape(*y.shape[:2], -1), ends[:-1], axis=1)
 
