@@ -54,7 +54,7 @@ from flowgrpo_jax.costs.program_shapes import (
     rollout,
     training_state,
 )
-from flowgrpo_jax.models import TEXTS, Model
+from flowgrpo_jax.models import Model, text_rows
 from flowgrpo_jax.scoring import graph
 from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.storage import outputs
@@ -70,7 +70,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     advantage = rollout_settings.make_advantage(config, algorithm)
     state = training_state(model, algorithm, advantage, optimiser, mesh)
 
-    encoded, m = min(plan.groups, TEXTS), plan.micro_batch
+    encoded, m = text_rows(plan.groups), plan.micro_batch
     micro = config.eval.micro_batch or m
     tokens = laid_out(model.token_shapes(encoded), everywhere)
     cond, empty, tested = conditionings(model, text, tokens, (plan.groups, 1, micro), mesh)

@@ -93,6 +93,18 @@ def test_encoding_reads_the_encoders_alone(runs, monkeypatch):
     assert sorted(read) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
 
 
+def test_prompts_are_encoded_in_few_numbers_of_rows(runs):
+    """Each of them is compiled. How many are encoded together changes no prompt's conditioning."""
+    model = parts.load_model(load(runs), sharding.make_mesh(), texts_alone=True)
+    texts = [f"{n} red circles" for n in ("one", "two", "three", "four", "five")] * 2
+    alone, many, most = (model.encode(texts[:n]) for n in (1, 8, 9))
+    assert model.encode_text._cache_size() == 2  # for 8 rows, and for 16
+    for name, x in most.items():
+        assert [part[name].shape[0] for part in (alone, many, most)] == [1, 8, 9]
+        np.testing.assert_allclose(alone[name][0], x[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(many[name][:3], x[5:8], rtol=1e-4, atol=1e-5)
+
+
 def test_training_changes_the_policy(whole):
     state = whole.state
     assert int(state.step) == 8

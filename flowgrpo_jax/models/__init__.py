@@ -29,7 +29,17 @@ from flowgrpo_jax.storage.files import read_object
 from flowgrpo_jax.types import Conditioning, Pictures
 
 TEXTS = 64  # prompts that are encoded at once
+TEXT_ROUND = 8  # fewer of them are filled up to a multiple of this
 GUIDANCES = ("branch", "input", "none")
+
+
+def text_rows(prompts: int) -> int:
+    """Return how many rows the text encoders compute at once for so many prompts.
+
+    They are compiled for each number of rows, and a run asks for several: the empty prompt, an
+    epoch, an evaluation, what a cache lacks. Rounded up, most of them are the same.
+    """
+    return min(-(-prompts // TEXT_ROUND) * TEXT_ROUND, TEXTS)
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ class Model:
         if self.read_text is None or self.tokenize is None:
             raise ValueError("this model is only described: `load` it to encode prompts")
         text = self.read_text()
-        size = min(len(prompts), TEXTS)
+        size = text_rows(len(prompts))
         padded = prompts + prompts[-1:] * (-len(prompts) % size)
         parts = [
             self.encode_text(text, self.tokenize(padded[i : i + size]))
