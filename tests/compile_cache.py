@@ -1,4 +1,4 @@
-"""Where tests keep compiled programs: one directory for all tests and the processes they start."""
+"""How tests compile: quickly, and into one directory that the processes they start share."""
 
 import atexit
 import hashlib
@@ -11,7 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 SECONDS_KEPT = 30 * 24 * 3600
+FLAGS = "XLA_FLAGS"
 DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
+# LLVM's optimisations take longer than what they save: models of tests are small.
+QUICKLY = "--xla_backend_optimization_level=0"
 KEEP_ALL = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -19,10 +22,13 @@ KEEP_ALL = {
 
 
 def switch_on(env=os.environ):
-    """Name the directory in the environment. JAX reads it there when it is imported.
+    """Name the directory and the level of optimisation in the environment. JAX reads it there when
+    it is imported.
 
-    A directory that the environment names already is kept.
+    A directory or a level that the environment names already is kept.
     """
+    if QUICKLY.partition("=")[0] not in env.get(FLAGS, ""):
+        env[FLAGS] = f"{env.get(FLAGS, '')} {QUICKLY}".strip()
     for name, value in KEEP_ALL.items():
         env.setdefault(name, value)
     if DIRECTORY not in env:

@@ -1,5 +1,7 @@
 """What tests share: the cache of compiled programs, the choice of files, a tiny torch pipeline."""
 
+import collections
+import itertools
 import signal
 from types import SimpleNamespace
 
@@ -32,8 +34,21 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    for line in slowest_files(terminalreporter.stats):
+        terminalreporter.write_line(line)
     if chosen := config.getoption("--environment"):
         terminalreporter.write_line(partition.left_out(chosen))
+
+
+def slowest_files(stats, shown=15):
+    """Lines with the seconds of the slowest test files, with what their tests set up."""
+    seconds = collections.Counter()
+    for report in itertools.chain.from_iterable(stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.partition("::")[0]] += report.duration
+    whole = sum(seconds.values())
+    lines = [f"{s:.0f}s {file}" for file, s in seconds.most_common(shown)]
+    return [f"Slowest files, of {whole:.0f}s in all:", *lines] if whole > 60 else []
 
 
 @pytest.fixture(autouse=True)

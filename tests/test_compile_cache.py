@@ -25,6 +25,20 @@ def test_a_directory_that_the_user_names_is_kept(tmp_path):
     assert env[DIRECTORY] == "/named"
 
 
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ("", "--xla_backend_optimization_level=0"),
+        ("--xla_dump_to=x", "--xla_dump_to=x --xla_backend_optimization_level=0"),
+        ("--xla_backend_optimization_level=2", "--xla_backend_optimization_level=2"),
+    ],
+)
+def test_a_level_of_optimisation_that_the_user_names_is_kept(tmp_path, given, wanted):
+    env = {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": given}
+    compile_cache.switch_on(env)
+    assert env["XLA_FLAGS"] == wanted
+
+
 def test_it_is_in_the_users_cache_and_named_after_jax_and_the_processor(tmp_path):
     env = {"XDG_CACHE_HOME": str(tmp_path)}
     compile_cache.switch_on(env)

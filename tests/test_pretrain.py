@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate, stats
+from tiny_model import draw
 
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.command_line import cli
-from flowgrpo_jax.models import directories, sd3
+from flowgrpo_jax.models import directories, layers, sd3
 from flowgrpo_jax.models.sd3 import architecture
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
 from flowgrpo_jax.worlds.pretraining import data, flow, package, vae
@@ -75,6 +76,22 @@ def test_a_cache_that_was_not_finished_is_not_there(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "latents.npy"), np.arange(3))
 
 
+def drawn(create, seed):
+    """`layers.initialise` without what it compiles, a program for each parameter."""
+    return draw(layers.abstract(create)[1], np.random.default_rng(seed))
+
+
+def test_random_parameters_depend_on_the_seed_alone():
+    def create(rngs):
+        return layers.Linear(300, 500, dtype=jnp.float32, rngs=rngs)
+
+    one, again, other = (layers.initialise(create, seed)["kernel"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.01
+    limit = (6 / 800) ** 0.5  # Glorot and Bengio 2010, equation 16
+    assert stats.kstest(one.ravel(), stats.uniform(-limit, 2 * limit).cdf).pvalue > 0.01
+
+
 def test_what_is_written_is_read_back(tmp_path):
     directory = directories.resolve("shapes")
     clip_l, clip_g = (
@@ -82,10 +99,10 @@ def test_what_is_written_is_read_back(tmp_path):
         for name in ("text_encoder", "text_encoder_2")
     )
     t5 = architecture.config(directory, "text_encoder_3", T5Config)
-    modules = flow.makers(clip_l, clip_g, t5)
-    params = {**flow.init_params(modules, seed=1), "vae": vae.init_params(seed=1)}
+    modules = {**flow.makers(clip_l, clip_g, t5), "vae": vae.create}
+    params = {name: drawn(create, seed=1) for name, create in modules.items()}
     package.write(tmp_path, params, flow.TRANSFORMER, vae.CONFIG, clip_l, clip_g, t5)
-    again = package.read(tmp_path, {**modules, "vae": vae.create})
+    again = package.read(tmp_path, modules)
     for name, part in params.items():
         assert part.keys() == again[name].keys()
         for path, value in part.items():
@@ -200,6 +217,7 @@ def small(monkeypatch):
     monkeypatch.setattr(flow, "t5_config", lambda *x: replace(t5(*x), num_layers=1))
     monkeypatch.setattr(vae, "train_step", lambda steps: wait)
     monkeypatch.setattr(vae, "encode_all", latents)
+    monkeypatch.setattr(layers, "initialise", drawn)
     monkeypatch.setattr(data, "CHUNK", 12)
 
 
