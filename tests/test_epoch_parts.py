@@ -11,7 +11,7 @@ from linear_policy import KEY, SHAPE, SIGMAS, close, flat, gradient_of, linear, 
 from ml_collections import ConfigDict
 from short_runs import load, rows, timeless
 
-from flowgrpo_jax import algorithms
+from flowgrpo_jax import advantages, algorithms, update
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.assembly import batch_plan, parts, recipe, rollout_settings
 from flowgrpo_jax.configs import shapes
@@ -146,6 +146,43 @@ def test_g2rpo_trains_the_sum_of_the_advantages():
         close(jax.tree.map(lambda *g: sum(g), *gradients), total, rtol=1e-3, atol=1e-5)
         assert (figures["ratio_gap"] < 1e-5) == (policy is params)
         assert np.abs(flat(total)).max() > 1e-3
+
+
+@pytest.mark.parametrize("strides", [(1,), STRIDES], ids=["tempflow", "g2rpo"])
+def test_one_noisy_step_after_a_shared_path_finds_a_known_optimum(strides):
+    """The policy is one vector, the reward -|end - target|^2: the mean end must become target.
+
+    The images of a group start from one noise and differ by one step, whose place changes with the
+    epoch; each tail has pictures and advantages of its own.
+    """
+    target, sigmas, groups, size = jnp.array([1.0, -0.6]), (1.0, 0.8, 0.6, 0.4, 0.2, 0.0), 16, 8
+    ways = {"by_start": tails.strided(sigmas, 1, strides), "tails": len(strides)}
+    process = Process(sigmas, sde.CPS, 0.5, window=1, branches=Branches(size), **ways)
+    grpo, tx = algorithms.load("grpo", {"clip_range": 0.2}), update.optimiser(0.03)
+    group, image = jnp.divmod(jnp.arange(groups * size), size)
+
+    def velocity(params, x, sigma, rows=None):
+        return jnp.broadcast_to(params["v"], x.shape)
+
+    def epoch(state, number):
+        keys_of = partial(sampler.image_keys, KEY, number, group)
+        sets = branching.sets(process.branches, keys_of, image, 1)
+        x, keys = sampler.normal(sets.keys[0], ODE_KEY, (1, 1, 2)), keys_of(image)
+        gradients = []
+        for tail in range(len(strides)):
+            given = process, x, keys, number % 4, group, tail, sets
+            rollout = sampler.rollout(partial(velocity, state.policy), *given)
+            reward = -jnp.square(rollout.latents - target).sum((1, 2, 3))
+            advantage = advantages.normalised(reward, jnp.ones(len(group), bool), group_size=size)
+            on = Setup(process, size), state.policy, {}, rollout, advantage, velocity
+            gradients.append(gradient_of(grpo, *on)[0])
+        summed = jax.tree.map(lambda *g: sum(g), *gradients)
+        return update.apply_gradient(state, summed, tx, 0.9)[0], rollout.latents.mean((0, 1, 2))
+
+    state = update.init({"v": jnp.zeros(2)}, grpo.copies, {}, tx, KEY)
+    _, ends = jax.jit(lambda s: jax.lax.scan(epoch, s, jnp.arange(150)))(state)
+    assert np.abs(ends[:10].mean(0) - target).min() > 0.4
+    np.testing.assert_allclose(ends[-50:].mean(0), target, atol=0.1)
 
 
 # -------------------------------------------------------------------------------- the runs

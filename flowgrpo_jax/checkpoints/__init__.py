@@ -1,1 +1,1 @@
-"""What a run saves of its training, and how a saved policy is read."""
+"""Checkpoints of a run, and the reading of saved policies."""

@@ -1,1 +1,1 @@
-"""What programs take of a chip's memory and time, and what a run will cost."""
+"""Memory and time of programs on a chip, and the cost of a run before it starts."""

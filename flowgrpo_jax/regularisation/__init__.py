@@ -1,1 +1,1 @@
-"""What holds the policy near the base: the weight of each image's KL, and data."""
+"""Ways to hold the policy near the base: a weight of each image's KL, and a loss on data."""

@@ -1,1 +1,1 @@
-"""What one epoch and one run do around the update: credit, evaluation, alarms, stops."""
+"""The parts of a run around the update: credit, evaluation, alarms, stops."""
