@@ -9,7 +9,6 @@ ENVIRONMENTS = ("torch", "newest")
 # Files about what JAX itself computes, shards, compiles and restores.
 ON_BOTH = {
     "test_advantages",
-    "test_algorithms",
     "test_clipped_loss",
     "test_collectives",
     "test_compilation",
