@@ -13,7 +13,7 @@ from pathlib import Path
 SECONDS_KEPT = 30 * 24 * 3600
 FLAGS = "XLA_FLAGS"
 DIRECTORY = "JAX_COMPILATION_CACHE_DIR"
-# LLVM's optimisations take longer than what they save: models of tests are small.
+# LLVM's optimisations take longer than they save: the models of tests are small.
 QUICKLY = "--xla_backend_optimization_level=0"
 KEEP_ALL = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -77,7 +77,7 @@ def test_a_cache_that_was_not_finished_is_not_there(tmp_path):
 
 
 def drawn(create, seed):
-    """`layers.initialise` without what it compiles, a program for each parameter."""
+    """Random parameters, as `layers.initialise` gives them, but without compiling anything."""
     return draw(layers.abstract(create)[1], np.random.default_rng(seed))
 
 

@@ -94,7 +94,7 @@ def test_encoding_reads_the_encoders_alone(runs, monkeypatch):
 
 
 def test_prompts_are_encoded_in_few_numbers_of_rows(runs):
-    """Each of them is compiled. How many are encoded together changes no prompt's conditioning."""
+    """Each number is compiled. A prompt's conditioning does not depend on the prompts beside it."""
     model = parts.load_model(load(runs), sharding.make_mesh(), texts_alone=True)
     texts = [f"{n} red circles" for n in ("one", "two", "three", "four", "five")] * 2
     alone, many, most = (model.encode(texts[:n]) for n in (1, 8, 9))
