@@ -26,7 +26,8 @@ from flowgrpo_jax.storage import files
 from flowgrpo_jax.train import initial_state, train
 
 HERE = Path(__file__).parent
-PAIR = {"data": 1, "fsdp": 8}  # over two processes: each has a part of every weight and group
+# Over two processes, on one device each: each has a part of every weight and of every group.
+PAIR = {"mesh": {"data": 1, "fsdp": 2}, "devices": 2, "processes": 2}
 
 
 calls: list[int] = []
@@ -79,7 +80,7 @@ def load(folder, mesh, host_call):
     c.sample.groups, c.sample.group_size, c.sample.micro_batch = 2, 8, 8  # a group on all devices
     c.sample.steps, c.sample.window, c.sample.window_range = 4, 2, (0, 3)
     c.sample.guidance_scale = c.eval.guidance_scale = 2.0
-    c.reward.weights = {"brightness": 1.0}
+    c.reward.weights = {"brightness": 1.0, "processes:rank": 0, "processes:distance": 0}
     c.reward.host_call = host_call
     c.eval.every, c.eval.images, c.eval.micro_batch, c.eval.steps = 2, 8, 8, 2
     c.eval.rewards, c.checkpoint.best = (), "brightness"
@@ -91,10 +92,8 @@ def load(folder, mesh, host_call):
 
 
 def adapted(config, name):
-    """Runs whose name begins with "full" have no adapter; those with "scopes", more rewards."""
+    """Runs whose name begins with "full" have no adapter."""
     config.lora.rank = 0 if name.startswith("full") else config.lora.rank
-    if name.startswith("scopes"):
-        config.reward.weights = {"processes:rank": 1.0, "processes:distance": 0, "brightness": 0}
     return config
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("nothing_goes_on")
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    start(folder, "undisturbed", PAIR, devices=8, processes=2)
+    start(folder, "undisturbed", **PAIR)
     return outcome(folder, "undisturbed")[0], final_state(folder, "undisturbed")
 
 
@@ -36,9 +36,7 @@ def test_a_killed_process_costs_a_restart(folder, undisturbed):
     children = spawn(
         folder,
         "killed",
-        PAIR,
-        devices=8,
-        processes=2,
+        **PAIR,
         last=kill | {"PAUSE": "5"},
         launcher=launcher,
     )
@@ -66,7 +64,7 @@ def test_a_kill_costs_a_restart(folder):
 def test_a_stop_while_loading_ends_both_at_once(folder):
     """There is nothing to save yet; the status is the one on which launchers start again."""
     loading = {"LOADS_LONG": "yes"}
-    children = spawn(folder, "early", PAIR, devices=8, processes=2, each=loading)
+    children = spawn(folder, "early", **PAIR, each=loading)
     for child in children:
         assert any("loading" in line for line in child.stdout)
         child.send_signal(signal.SIGTERM)
@@ -75,7 +73,7 @@ def test_a_stop_while_loading_ends_both_at_once(folder):
 
 def test_one_process_is_told_to_stop_and_both_save(folder, undisturbed):
     """SIGTERM to one of two: both leave after the same epoch with the status for a restart."""
-    children = spawn(folder, "stopped", PAIR, devices=8, processes=2, epochs=100_000)
+    children = spawn(folder, "stopped", **PAIR, epochs=100_000)
     log, deadline = folder / "stopped" / "metrics.jsonl", time.monotonic() + 600
     while not (log.exists() and len(log.read_text().splitlines()) >= 2):
         assert time.monotonic() < deadline and all(child.poll() is None for child in children)
@@ -91,7 +89,7 @@ def test_one_process_is_told_to_stop_and_both_save(folder, undisturbed):
 
 def test_both_stop_though_a_reward_of_one_does_not_return(folder):
     asleep = {"SLEEP_AT_CALL": "4"}  # in the second epoch
-    children = spawn(folder, "sleeper", PAIR, devices=8, processes=2, last=asleep)
+    children = spawn(folder, "sleeper", **PAIR, last=asleep)
     assert any("it sleeps" in line for line in children[1].stdout)
     children[0].send_signal(signal.SIGTERM)
     outputs = [child.communicate(timeout=100)[0] for child in children]
@@ -105,7 +103,7 @@ def test_two_processes_pass_over_a_damaged_checkpoint(folder, undisturbed):
     for file in (folder / "torn" / "checkpoints" / "2").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-9])
-    start(folder, "torn", PAIR, devices=8, processes=2)
+    start(folder, "torn", **PAIR)
     exactly(folder, "torn", undisturbed)
     assert Checkpoints(folder / "torn" / "checkpoints").steps() == [1, 2]
 
@@ -113,6 +111,6 @@ def test_two_processes_pass_over_a_damaged_checkpoint(folder, undisturbed):
 def test_both_pass_over_a_checkpoint_that_one_cannot_read(folder, undisturbed):
     shutil.copytree(folder / "undisturbed", folder / "half")
     last = {"UNREADABLE": "2"}
-    first, _ = start(folder, "half", PAIR, devices=8, processes=2, last=last)
+    first, _ = start(folder, "half", **PAIR, last=last)
     assert "2 cannot be read: another process of the run" in first
     exactly(folder, "half", undisturbed)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flowgrpo_jax.models.convolution import conv_general_dilated
 from flowgrpo_jax.models.layers import Linear
 from flowgrpo_jax.types import Pictures
 
@@ -88,6 +89,7 @@ class Maker:
             padding=padding,
             dtype=self.dtype,
             param_dtype=jnp.float32,
+            conv_general_dilated=conv_general_dilated,
             rngs=self.rngs,
         )
 
