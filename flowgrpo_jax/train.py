@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import dataclasses
 import logging
 import signal
-import time
 from typing import Any
 
 import jax
@@ -30,16 +29,13 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import advantages, update
 from flowgrpo_jax.assembly import parts, recipe, settings
 from flowgrpo_jax.assembly.recipe import Recipe
-from flowgrpo_jax.checkpoints.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.costs import run_costs
-from flowgrpo_jax.models import base_model
-from flowgrpo_jax.report import about, page
+from flowgrpo_jax.report import page
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
-from flowgrpo_jax.storage import logs
-from flowgrpo_jax.training import credit, data_loss, gradient, lifecycle
+from flowgrpo_jax.training import credit, data_loss, gradient, lifecycle, run_output
 from flowgrpo_jax.training.alarms import raise_kl
 from flowgrpo_jax.training.data_loss import EpochData
 from flowgrpo_jax.training.run_evaluation import Record, evaluate_into, nobody, recorder
@@ -181,22 +177,9 @@ def train(
         print(page.announced(workdir, config.eval.every))
     state = initial_state(run)
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
-    checkpoints = RunCheckpoints(
-        workdir,
-        config.to_dict(),
-        base_model.of(run.model),
-        keep=config.checkpoint.keep or None,
-        best=config.checkpoint.best,
-    )
-    state, epoch = checkpoints.resume(state) if resume else (state, 0)
-    if epoch > config.epochs:
-        log.warning("%s has %d epochs, more than epochs=%d", workdir, epoch, config.epochs)
-    cli.record(workdir, config)
-    about.save(workdir, config.to_dict())
-    metrics = logs.Metrics(
-        workdir, epoch, config=config.to_dict(), active=first_process, **config.log
-    )
-    run = raise_kl(run, metrics, epoch, {})
+    output, state, epoch = run_output.begin(run, workdir, state, resume=resume)
+    checkpoints = output.checkpoints
+    run = raise_kl(run, output.metrics, epoch, {})
     bar = lifecycle.progress_bar(config.name, epoch, config.epochs, active=first_process)
     every = config.eval.every if run.test_prompts else 0  # epochs between evaluations
     first, asked = epoch, 0
@@ -207,40 +190,35 @@ def train(
                 stop.check()
                 report: dict[str, float] = {}
                 if every and epoch % every == 0:
-                    report = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
-                    run = raise_kl(run, metrics, epoch, report)
+                    report = evaluate_into(output, run, state, epoch, stop)
+                    run = raise_kl(run, output.metrics, epoch, report)
                     page.save(workdir, epoch, report)
-                record = recorder(workdir, run, epoch, report)
-                begun = time.perf_counter()
                 with lifecycle.traced(workdir / "profile", epoch == profile):
+                    record = recorder(workdir, run, epoch, report)
                     trained, figures = one_epoch(run, state, epoch, stop, record)
                 checkpoints.lost = lifecycle.count_lost(
                     checkpoints.lost, figures["skipped"], config.train.max_skipped
                 )
                 state, epoch = trained, epoch + 1
-                figures["seconds"] = time.perf_counter() - begun
                 figures |= run_costs.speed(run, flop, epoch - 1, figures["seconds"])
-                metrics.write(epoch - 1, figures | report)
-                page.save(workdir, epoch - 1, report)
+                output.write(epoch - 1, figures, report)
                 lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
                     checkpoints.save(epoch, state)
             checkpoints.finish(epoch, state)
             if every and epoch == config.epochs:
-                last = evaluate_into(workdir, run, state, epoch, checkpoints, metrics, stop)
-                metrics.write(epoch, last)
-                page.save(workdir, epoch, last)
+                last = evaluate_into(output, run, state, epoch, stop)
+                output.write(epoch, {}, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
             asked = stopped.args[0]
             if epoch > first:
                 lifecycle.save_at_stop(checkpoints, epoch, state)
         except Exception as error:
             lifecycle.save_at_error(error, checkpoints, epoch, state, began=first)
-            metrics.close(failed=True)
+            output.metrics.close(failed=True)
             raise
         lifecycle.show_end(bar, epoch, last)
-        checkpoints.close()
-        metrics.close()
+        output.close()
         if asked:  # still within `stop`, where the signal's echo does not interrupt
             raise SystemExit(cli.RESTART if asked == signal.SIGTERM else 0)
     return state

@@ -10,7 +10,6 @@ ENVIRONMENTS = ("torch", "newest")
 ON_BOTH = {
     "test_advantages",
     "test_clipped_loss",
-    "test_collectives",
     "test_compilation",
     "test_compile_cache",
     "test_cost",

@@ -21,6 +21,7 @@ from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.storage import logs
 from flowgrpo_jax.train import initial_state
 from flowgrpo_jax.training.run_evaluation import evaluate_into
+from flowgrpo_jax.training.run_output import RunOutput
 from flowgrpo_jax.types import GraphReward, Pictures
 
 
@@ -55,7 +56,8 @@ def test_an_evaluation_whose_reward_failed_is_not_the_best(
     run, state = SimpleNamespace(config=load(runs)), SimpleNamespace(copies={"ema": {}})
     epochs: list[int] = []
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
-    evaluate_into(tmp_path, run, state, 7, kept, logs.Metrics(tmp_path), cli.Stop())
+    output = RunOutput(tmp_path, kept, logs.Metrics(tmp_path))
+    evaluate_into(output, run, state, 7, cli.Stop())
     assert epochs == offered
     assert ("jpeg_incompressibility failed on 90% and cannot be the best" in caplog.text) == (
         best == 0.9

@@ -56,13 +56,13 @@ def test_the_share_of_the_peak_is_that_of_all_devices(runs, monkeypatch):
 
 def test_the_stages_of_an_epoch_add_up(monkeypatch):
     """Sampling in two parts of 3 and 4 seconds, of which 2 s of waiting hid 6 s of rewards."""
-    now = iter([0, 3, 10, 14, 20, 22])
+    now = iter([0, 0, 3, 10, 14, 20, 22, 23, 23])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     stages = lifecycle.Stages()
     for stage in ("sample", "sample", "wait"):
         with stages(stage):
             pass
-    assert stages.figures() == {"seconds/sample": 7, "seconds/wait": 2}
+    assert stages.figures() == {"seconds": 23, "seconds/sample": 7, "seconds/wait": 2}
     stages.seconds["rewards"] = 8
     assert stages.figures()["hidden_rewards"] == 0.75
 

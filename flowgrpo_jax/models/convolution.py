@@ -26,14 +26,11 @@ def conv_general_dilated(
     picture's size, the kernel is turned and its channels are swapped here, ahead of a convolution
     like the first one. The numbers are the same.
     """
-    plain = partial(
-        jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options
-    )
-    if not keeps_size(kernel.shape[:2], strides, padding, options):
-        return plain(x, kernel)
 
-    @jax.custom_vjp
-    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+    if not keeps_size(kernel.shape[:2], strides, padding, options):
         return plain(x, kernel)
 
     def forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -47,6 +44,7 @@ def conv_general_dilated(
         (of_kernel,) = jax.vjp(partial(plain, x), kernel)[1](cotangent)
         return of_x, of_kernel
 
+    convolve = jax.custom_vjp(plain)
     convolve.defvjp(forward, backward)
     return convolve(x, kernel)
 

@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from etils import epath
-
 from flowgrpo_jax import sharding
 from flowgrpo_jax.assembly import parts, recipe
 from flowgrpo_jax.assembly.recipe import Recipe
-from flowgrpo_jax.checkpoints.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.monitors import verdicts
 from flowgrpo_jax.report import page
 from flowgrpo_jax.storage import logs
 from flowgrpo_jax.training.lifecycle import RunFailed
+from flowgrpo_jax.training.run_output import RunOutput
 from flowgrpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -24,13 +22,7 @@ ALARMS = "monitor/alarms"  # the figure that counts an evaluation's alarms
 
 
 def act_on_alarms(
-    workdir: epath.Path,
-    run: Recipe,
-    state: TrainState,
-    epoch: int,
-    checkpoints: RunCheckpoints,
-    metrics: logs.Metrics,
-    report: dict[str, float],
+    output: RunOutput, run: Recipe, state: TrainState, epoch: int, report: dict[str, float]
 ) -> None:
     """Warn of what the monitors find alarming, and do what `monitor.on_alarm` asks for.
 
@@ -39,7 +31,9 @@ def act_on_alarms(
     found: list[verdicts.Verdict] = []
     with logs.warn_on_error("the verdicts of the monitors"):
         config = run.config
-        found = judged(metrics, epoch, report, config.reward.weights, config.algorithm.options)
+        found = judged(
+            output.metrics, epoch, report, config.reward.weights, config.algorithm.options
+        )
     words = verdicts.in_words(found)
     if words:
         log.warning("epoch %d: alarm: %s", epoch, words)
@@ -48,15 +42,15 @@ def act_on_alarms(
     if run.config.monitor.on_alarm != "stop":
         return
     if not report[ALARMS]:
-        checkpoints.keep_good(epoch, state)
+        output.checkpoints.keep_good(epoch, state)
         return
-    metrics.write(epoch, report)
-    page.save(workdir, epoch, report)
+    output.write(epoch, {}, report)
+    good, shown = output.workdir / "good", output.workdir / page.FILE
     raise RunFailed(
         f"the monitors raise an alarm at epoch {epoch}: {words or 'see the first process'}. The"
-        f" last state without one is in {workdir / 'good'}, and {workdir / page.FILE} shows what"
-        " changed: train again with a KL term or another reward, or go on in spite of it with"
-        " --resume and --config.monitor.on_alarm=note"
+        f" last state without one is in {good}, and {shown} shows what changed: train again with a"
+        " KL term or another reward, or go on in spite of it with --resume and"
+        " --config.monitor.on_alarm=note"
     )
 
 

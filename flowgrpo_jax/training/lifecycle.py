@@ -143,9 +143,10 @@ def save_at_error(
 
 
 class Stages:
-    """A clock of the stages of an epoch: `with stages("sample"): ...` adds to that stage."""
+    """A clock of an epoch and its stages: `with stages("sample"): ...` adds to that stage."""
 
     def __init__(self) -> None:
+        self.begun = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -157,9 +158,10 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
     def figures(self) -> dict[str, float]:
-        """Return the seconds of each stage, and which share of the time that rewards on the host
-        took nobody had to wait for."""
+        """Return the seconds since the start, those of each stage, and which share of the time that
+        rewards on the host took nobody had to wait for."""
         figures = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
+        figures["seconds"] = time.perf_counter() - self.begun
         if rewards := self.seconds.get("rewards"):
             figures["hidden_rewards"] = max(0.0, 1 - self.seconds.get("wait", 0.0) / rewards)
         return figures

@@ -17,7 +17,6 @@ from etils import epath
 from flowgrpo_jax import sharding
 from flowgrpo_jax.assembly import parts, settings
 from flowgrpo_jax.assembly.recipe import Recipe
-from flowgrpo_jax.checkpoints.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.evaluate import draw, draw_balanced, figures_of, save_grid, summarise
 from flowgrpo_jax.monitors import embedding, move, picture_figures, true_loss
@@ -29,6 +28,7 @@ from flowgrpo_jax.scoring.scores import Scores
 from flowgrpo_jax.storage import logs
 from flowgrpo_jax.training.alarms import act_on_alarms
 from flowgrpo_jax.training.lifecycle import offer_best
+from flowgrpo_jax.training.run_output import RunOutput
 from flowgrpo_jax.types import Credit, PromptBatch, TrainState
 
 # What is given an epoch's prompts, scores and advantages, f32 [B] or, by step, [W, B]
@@ -38,13 +38,7 @@ SHEET = "samples"  # the name of an evaluation's pictures in TensorBoard and Wei
 
 
 def evaluate_into(
-    workdir: epath.Path,
-    run: Recipe,
-    state: TrainState,
-    epoch: int,
-    checkpoints: RunCheckpoints,
-    metrics: logs.Metrics,
-    stop: cli.Stop,
+    output: RunOutput, run: Recipe, state: TrainState, epoch: int, stop: cli.Stop
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave pictures of the same prompts and seeds as always, and keep
     the state where it is the best so far. Returns the figures.
@@ -54,13 +48,13 @@ def evaluate_into(
     begun = time.perf_counter()
     batch, pixels, scores = draw_balanced(run, state.copies["ema"], stop)
     result = summarise(batch, scores)
-    show(workdir, epoch, batch, pixels, scores, metrics, run.config.eval.grid)
+    show(output, epoch, batch, pixels, scores, run.config.eval.grid)
     report, best = figures_of(result), run.config.checkpoint.best
     report |= monitored(run, state, batch, pixels, stop)
     report["eval_seconds"] = time.perf_counter() - begun
-    act_on_alarms(workdir, run, state, epoch, checkpoints, metrics, report)
+    act_on_alarms(output, run, state, epoch, report)
     offer_best(
-        checkpoints,
+        output.checkpoints,
         epoch,
         state,
         report,
@@ -73,20 +67,19 @@ def evaluate_into(
 
 
 def show(
-    workdir: epath.Path,
+    output: RunOutput,
     epoch: int,
     batch: PromptBatch,
     pixels: np.ndarray,
     scores: Scores,
-    metrics: logs.Metrics,
     n: int,
 ) -> None:
     """Leave the first `n` pictures of an evaluation where people look."""
     with logs.warn_on_error("a sample grid"):
-        save_grid(workdir / "samples" / f"epoch-{epoch:05d}.png", pixels, batch, n)
-        metrics.show(epoch, SHEET, lambda: logs.grid(pixels[:n], batch.prompts[:n]))
+        save_grid(output.workdir / "samples" / f"epoch-{epoch:05d}.png", pixels, batch, n)
+        output.metrics.show(epoch, SHEET, lambda: logs.grid(pixels[:n], batch.prompts[:n]))
     with logs.warn_on_error("the pictures of the run's page"):
-        pictures.save_evaluation(workdir, epoch, pixels, batch, scores, n)
+        pictures.save_evaluation(output.workdir, epoch, pixels, batch, scores, n)
 
 
 def monitored(
