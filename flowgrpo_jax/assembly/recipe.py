@@ -59,6 +59,18 @@ class Programs:
 
 @dataclass(frozen=True)
 class Recipe:
+    """All parts of a run, made from its config: what `train` and `evaluate` work with.
+
+    Attributes:
+      plan: how many images an epoch has, and how they are cut into updates and micro-batches.
+      setup: what the loss knows of the rollout, `algorithms.Setup`.
+      features: tell images apart where the advantage favours different ones, or None.
+      control: finds the weight of each image's KL, or None; data: the loss on data, or None.
+      window_start: where the window of an epoch's part begins.
+      train_prompts, test_prompts: the prompts of training and those held out, with their metadata.
+      scorer, test_scorer: the rewards of training and of evaluation.
+    """
+
     config: ConfigDict
     model: Model
     mesh: Mesh

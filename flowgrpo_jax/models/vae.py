@@ -101,6 +101,8 @@ class Maker:
 
 
 class Resnet(nnx.Module):
+    """Two convolutions, each after a norm and SiLU, beside a shortcut."""
+
     def __init__(self, n_in: int, n_out: int, make: Maker):
         self.norm1, self.conv1 = make.norm(n_in), make.conv(n_in, n_out)
         self.norm2, self.conv2 = make.norm(n_out), make.conv(n_out, n_out)
@@ -129,6 +131,8 @@ class Attention(nnx.Module):
 
 
 class Middle(nnx.Module):
+    """Two residual blocks around an attention, at the lowest resolution."""
+
     def __init__(self, channels: int, make: Maker):
         self.resnets = nnx.List([Resnet(channels, channels, make) for _ in range(2)])
         if make.config.mid_block_add_attention:
@@ -142,6 +146,8 @@ class Middle(nnx.Module):
 
 
 class Downsample(nnx.Module):
+    """Halve height and width; the padding is below and to the right, as in diffusers."""
+
     def __init__(self, channels: int, make: Maker):
         self.conv = make.conv(channels, channels, stride=2, padding=((0, 1), (0, 1)))
 
@@ -150,6 +156,8 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
+    """Double height and width by nearest neighbours, then a convolution."""
+
     def __init__(self, channels: int, make: Maker):
         self.conv = make.conv(channels, channels)
 
@@ -158,6 +166,8 @@ class Upsample(nnx.Module):
 
 
 class DownBlock(nnx.Module):
+    """Residual blocks of one resolution and, but for the last block, a halving of it."""
+
     def __init__(self, n_in: int, n_out: int, last: bool, make: Maker):
         n = make.config.layers_per_block
         self.resnets = nnx.List([Resnet(n_in if i == 0 else n_out, n_out, make) for i in range(n)])
@@ -170,6 +180,8 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
+    """Residual blocks of one resolution and, but for the last block, a doubling of it."""
+
     def __init__(self, n_in: int, n_out: int, last: bool, make: Maker):
         n = make.config.layers_per_block + 1
         self.resnets = nnx.List([Resnet(n_in if i == 0 else n_out, n_out, make) for i in range(n)])
@@ -182,6 +194,8 @@ class UpBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
+    """Images [B, H, W, 3] -> moments [B, H/8, W/8, 2C] with four blocks."""
+
     def __init__(self, make: Maker):
         config = make.config
         widths = config.block_out_channels
@@ -204,6 +218,8 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
+    """Latents [B, h, w, C] -> images [B, 8h, 8w, 3] with four blocks."""
+
     def __init__(self, make: Maker):
         config = make.config
         widths = config.block_out_channels[::-1]
@@ -226,6 +242,8 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
+    """diffusers' `AutoencoderKL`, with its config fields and parameter names."""
+
     def __init__(self, config: VAEConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         make = Maker(config, dtype, rngs)
@@ -248,6 +266,7 @@ class VAE(nnx.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def scale(self, z: jax.Array) -> jax.Array:
+        """Return the latent that the transformer is trained on, of the encoder's mean."""
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def decode(self, latents: jax.Array) -> jax.Array:

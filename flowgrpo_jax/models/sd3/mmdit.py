@@ -58,6 +58,9 @@ class PatchEmbed(nnx.Module):
 
 
 class MMDiT(nnx.Module):
+    """The velocity of a latent, given its noise level and a text. Parameters are float32 or of the
+    checkpoint's type; `dtype` is that of the computation."""
+
     def __init__(
         self,
         config: MMDiTConfig,
@@ -70,7 +73,13 @@ class MMDiT(nnx.Module):
         gather: layers.Gather | None = None,
         rngs: nnx.Rngs,
     ):
-        """`attention`, `product`: functions of models.attention and models.products."""
+        """
+        Args:
+          remat: recompute a block's activations in the backward pass.
+          unroll: lay the blocks of a segment out one after another.
+          attention, product: functions of models.attention and models.products.
+          gather: applied to a block's parameters before it runs, by their paths (`layers.scan`).
+        """
         self.config, self.remat, self.unroll, self.gather = config, remat, unroll, gather
         make = Maker(config, dtype, attention, product, rngs)
         self.pos_embed = PatchEmbed(make)
