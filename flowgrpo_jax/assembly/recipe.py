@@ -59,7 +59,7 @@ class Programs:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All parts of a run, made from its config: what `train` and `evaluate` work with.
+    """This record holds all parts of a run, made from its config, for `train` and `evaluate`.
 
     Attributes:
       plan: how many images an epoch has, and how they are cut into updates and micro-batches.

@@ -194,7 +194,7 @@ class UpBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images [B, H, W, 3] -> moments [B, H/8, W/8, 2C] with four blocks."""
+    """Images [B, H, W, 3] -> moments [B, H/8, W/8, 2C]: a block for each width of the config."""
 
     def __init__(self, make: Maker):
         config = make.config
@@ -218,7 +218,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents [B, h, w, C] -> images [B, 8h, 8w, 3] with four blocks."""
+    """Latents [B, h, w, C] -> images [B, 8h, 8w, 3]: a block for each width of the config."""
 
     def __init__(self, make: Maker):
         config = make.config
@@ -266,7 +266,7 @@ class VAE(nnx.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def scale(self, z: jax.Array) -> jax.Array:
-        """Return the latent that the transformer is trained on, of the encoder's mean."""
+        """Return the latent that the transformer is trained on; z is the encoder's mean."""
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def decode(self, latents: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a training run writes to its work directory."""
+"""A training run writes checkpoints, metrics and a page to its work directory."""
 
 from __future__ import annotations
 
