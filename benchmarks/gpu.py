@@ -103,7 +103,7 @@ def _kernels(mesh: Any) -> list[str]:
 
 
 def ratio(args: argparse.Namespace, kernel: str) -> dict[str, Any]:
-    """Return the ratio_gap of an epoch's first update, of the model in the box in bfloat16."""
+    """Return the ratio_gap of an epoch's first update, of the bundled model in bfloat16."""
     import numpy as np
 
     from flowgrpo_jax import train

@@ -1,4 +1,4 @@
-"""Rank the algorithms on the model in the box: the same images, seeds and evaluation for each.
+"""Rank the algorithms on the bundled model: the same images, seeds and evaluation for each.
 
     python -m benchmarks.league --rows grpo,nft,awm --seeds 0,1 --images 14400
     python -m benchmarks.league --table

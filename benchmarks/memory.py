@@ -26,6 +26,7 @@ RECIPE, PROGRAMS = "geneval:single_gpu", ("sample", "accumulate")
 TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1"}
 MODELS = {"medium": MEDIUM, "large": LARGE}
 CARDS = (16, 24, 40, 80, 141)  # GB
+DIVISORS = [n for n in range(1, 577) if 576 % n == 0]  # of the images of an update
 USABLE = 0.9  # of a card: XLA_PYTHON_CLIENT_MEM_FRACTION, the rest is CUDA's
 
 
@@ -155,14 +156,18 @@ def weights(model: str, base_dtype: str) -> float:
 
 
 def by_card(reports: dict[str, Any]) -> list[list[str]]:
-    """The largest micro-batch of each model by the size of a card."""
+    """The largest micro-batch of each model by the size of a card.
+
+    A micro-batch has to divide the images of an update.
+    """
     header = ["model", "base", "GB of sample", "GB of accumulate", *(f"{n} GB" for n in CARDS)]
     lines = [header]
     for model in MODELS:
         for base_dtype in ("", "int8"):
             if not (found := needs(reports, model, base_dtype)):
                 continue
-            most = [min((USABLE * card - n.start) // n.image for n in found) for card in CARDS]
+            fit = [min((USABLE * card - n.start) // n.image for n in found) for card in CARDS]
+            most = [max((d for d in DIVISORS if d <= n), default=0) for n in fit]
             lines.append(
                 [
                     model,

@@ -1,4 +1,4 @@
-"""What the monitors say of a trained adapter of the model in the box, beside the base model.
+"""What the monitors say of a trained adapter of the bundled model, beside the base model.
 
     python -m benchmarks.monitors --checkpoint benchmarks/results/shapes-400/lora --out FILE
 

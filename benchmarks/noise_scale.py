@@ -1,4 +1,4 @@
-"""Measure how noisy the gradient of each algorithm is on the model in the box.
+"""Measure how noisy the gradient of each algorithm is on the bundled model.
 
     python -m benchmarks.noise_scale --rows grpo,awm,g2rpo --images 1728 [--out FILE.json]
 

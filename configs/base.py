@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.model.base_dtype = ""
     # Image size in pixels.
     c.model.height, c.model.width = 512, 512
-    # The kind of model, a row of flowgrpo_jax/models or one of your own as package.module:name;
+    # The kind of model, a name in models.TABLE or package.module:name of your own;
     # empty: what the model's own model_index.json says.
     c.model.family = ""
     # Options of that kind of model. SD3's: t5 loads the largest text encoder, without which zeros
@@ -145,13 +145,13 @@ def get_config() -> ConfigDict:
     # Share of an epoch's images whose reward may fail before the run stops.
     c.reward.max_failed = 0.5
 
-    # How much better an image is than expected: a row of flowgrpo_jax/advantages, which are
+    # How much better an image is than expected: one of flowgrpo_jax/advantages, which are
     # "group", "global", "none", "batch", "quasi_norm", "best_of_n", "gdpo", "per_prompt" and
     # "tree", or "package.module:make" of your own.
     c.advantage = ConfigDict()
-    # Name of the row.
+    # Name of the advantage.
     c.advantage.name = "group"
-    # Keyword arguments of the row, such as {"buffer_size": 32} for "per_prompt".
+    # Its keyword arguments, such as {"buffer_size": 32} for "per_prompt".
     c.advantage.options = ConfigDict()
     # Advantages are cut to [-clip, clip].
     c.advantage.clip = 5.0
@@ -163,25 +163,25 @@ def get_config() -> ConfigDict:
     c.advantage.diversity = ""
 
     # By how much each image's KL counts, beside the algorithm's own beta: constant, adaptive or
-    # uncertain, rows of flowgrpo_jax/regularisation/kl_control.py, or one of your own.
+    # uncertain (flowgrpo_jax/regularisation/kl_control.py), or one of your own.
     c.kl = ConfigDict()
-    # Name of the row; empty: none, every image's KL counts alike.
+    # Name of the weighting; empty: none, every image's KL counts alike.
     c.kl.name = ""
-    # Keyword arguments of the row, such as {"target": 1e-3} for "adaptive".
+    # Its keyword arguments, such as {"target": 1e-3} for "adaptive".
     c.kl.options = ConfigDict()
-    # With a row: the policy becomes its own reference after an epoch whose KL is above this; 0:
-    # never.
+    # With a weighting: the policy becomes its own reference after an epoch whose KL is above this;
+    # 0: never.
     c.kl.reset_above = 0.0
-    # With a row: and after so many epochs with the same reference; 0: never.
+    # With a weighting: and after so many epochs with the same reference; 0: never.
     c.kl.reset_every = 0
 
-    # How images and advantages become a gradient: a row of flowgrpo_jax/algorithms, or
-    # "package.module:make" of your own. The options are the row's keyword arguments; its file says
-    # what each one means. A recipe for another row replaces the options as a whole.
+    # How images and advantages become a gradient: one of flowgrpo_jax/algorithms, or
+    # "package.module:make" of your own. The options are its keyword arguments; its file says
+    # what each one means. A recipe for another algorithm replaces the options as a whole.
     c.algorithm = ConfigDict()
-    # Name of the row.
+    # Name of the algorithm.
     c.algorithm.name = "grpo"
-    # Keyword arguments of the row.
+    # Its keyword arguments.
     c.algorithm.options = ConfigDict()
     # How far a ratio may move from 1. It is a mean over latent dimensions (sample.reduction).
     c.algorithm.options.clip_range = 1e-4

@@ -3,6 +3,8 @@
     python -m flowgrpo_jax.train --config geneval             # full: as the paper
     python -m flowgrpo_jax.train --config geneval:fast        # CPS window, no guidance
     python -m flowgrpo_jax.train --config geneval:single_gpu  # fast, on one device
+    python -m flowgrpo_jax.train --config geneval:nft         # DiffusionNFT in place of GRPO
+    python -m flowgrpo_jax.train --config geneval:awm         # AWM
 
 Hardware: all have the paper's 48 groups of 24 an epoch on any 1, 2, 4, 8, 16, 32 or 64 devices, on
 more as docs/scaling.md says. What JAX needs of a device's memory in `full`, by the compiler for

@@ -3,6 +3,8 @@
     python -m flowgrpo_jax.train --config ocr             # full: as the paper
     python -m flowgrpo_jax.train --config ocr:fast        # CPS window, no guidance
     python -m flowgrpo_jax.train --config ocr:single_gpu  # fast, on one device
+    python -m flowgrpo_jax.train --config ocr:nft         # DiffusionNFT in place of GRPO
+    python -m flowgrpo_jax.train --config ocr:awm         # AWM
 
 Hardware and memory: as configs/geneval.py, without a detector. T5 reads the letters, so do not
 switch it off here. PP-OCR runs on the host's cores (pip install 'flowgrpo_jax[ocr]'): 0.16 s an

@@ -4,6 +4,8 @@
     python -m flowgrpo_jax.train --config pickscore             # full: as the paper
     python -m flowgrpo_jax.train --config pickscore:fast        # CPS window, no guidance
     python -m flowgrpo_jax.train --config pickscore:single_gpu  # fast, on one device
+    python -m flowgrpo_jax.train --config pickscore:nft         # DiffusionNFT in place of GRPO
+    python -m flowgrpo_jax.train --config pickscore:awm         # AWM
 
 Hardware and memory: as configs/geneval.py, without a detector, and on every device 11 GB more for
 the rewards in float32: 4 for PickScore's CLIP-H, and for the evaluation 4 for HPSv2's, 2 for

@@ -1,4 +1,4 @@
-"""GenEval in miniature on the model in the box.
+"""GenEval in miniature on the bundled model.
 
     python -m flowgrpo_jax.train --config shapes
 

@@ -1,4 +1,6 @@
-"""The variants of the recipes for SD3.5: NAME:fast and NAME:single_gpu."""
+"""The variants of the recipes for SD3.5: NAME:fast, NAME:single_gpu, NAME:nft and NAME:awm."""
+
+from importlib import import_module
 
 from ml_collections import ConfigDict
 
@@ -23,7 +25,52 @@ def single_gpu(c: ConfigDict) -> None:
     c.eval.images, c.eval.every = 288, 20
 
 
-VARIANTS = {"full": lambda c: None, "fast": fast, "single_gpu": single_gpu}
+def nft(c: ConfigDict) -> None:
+    """DiffusionNFT with the settings of NVlabs/DiffusionNFT (config/nft.py) for this task.
+
+    The ODE draws the images, without guidance. The solver is DPM-Solver++ of second order.
+    """
+    by_ode(c, steps=10)
+    c.algorithm = algorithm("nft")
+    c.advantage.name = "global"
+    c.train.updates_per_epoch, c.train.ema_decay = 1, 0.9
+    if c.name == "ocr":
+        c.train.updates_per_epoch = 2
+        slow = {"beta": 0.1, "old_flat": 75, "old_rate": 7.5e-3, "old_most": 0.999}
+        c.algorithm.options.update(slow)
+
+
+def awm(c: ConfigDict) -> None:
+    """AWM with the settings of scxue/advantage_weighted_matching (config/dgx_awm.py) for this task.
+
+    The ODE draws 72 groups an epoch, without guidance. Theirs is SA-Solver; here it is
+    DPM-Solver++, also of second order.
+    """
+    by_ode(c, steps=14)
+    c.algorithm = algorithm("awm")
+    c.algorithm.options.kl_beta = {"geneval": 1e-3, "ocr": 3e-3, "pickscore": 1e-4}[c.name]
+    c.sample.groups = 72
+    c.train.updates_per_epoch = 1
+
+
+def by_ode(c: ConfigDict, *, steps: int) -> None:
+    """Rollouts without noise and without guidance, and an evaluation without guidance."""
+    c.sample.steps, c.sample.solver = steps, "dpmpp_2m"
+    c.sample.guidance_scale = c.eval.guidance_scale = 1.0
+
+
+def algorithm(name: str) -> ConfigDict:
+    """Return the algorithm of the recipe algorithms/NAME, whose options are the paper's."""
+    return import_module(f"flowgrpo_jax.configs.algorithms.{name}").get_config().algorithm
+
+
+VARIANTS = {
+    "full": lambda c: None,
+    "fast": fast,
+    "single_gpu": single_gpu,
+    "nft": nft,
+    "awm": awm,
+}
 
 
 def variant(c: ConfigDict, name: str) -> ConfigDict:

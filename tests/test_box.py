@@ -1,4 +1,4 @@
-"""The model in the box: diffusers draws the same with it, and its autoencoder keeps what counts."""
+"""The bundled model: diffusers draws the same with it, and its autoencoder keeps what counts."""
 
 import json
 

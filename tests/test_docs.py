@@ -37,6 +37,7 @@ def examples(tmp_path, monkeypatch):
         names.append(name)
     assert names == [
         "my_recipe",
+        "my_geneval_dgpo",
         "my_reward",
         "my_group_reward",
         "my_algorithm",
@@ -62,6 +63,13 @@ def test_the_recipe_of_the_page(tmp_path):
     changed = {knob: value for knob, value in own.items() if value != shapes.get(knob)}
     assert changed == {"name": "bright", "epochs": 20, "reward.weights.my_reward:brightness": 1.0}
     settings.check(importlib.import_module("my_recipe").get_config())
+
+
+def test_the_page_has_another_algorithm_for_sd35(tmp_path):
+    own = importlib.import_module("my_geneval_dgpo").get_config()
+    settings.check(own)
+    assert own.algorithm.name == "dgpo"
+    assert own.model.path == "stabilityai/stable-diffusion-3.5-medium"
 
 
 def test_the_reward_of_the_page():

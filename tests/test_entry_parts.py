@@ -149,7 +149,7 @@ def test_an_export_in_a_work_directory_is_read(tmp_path):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """A function that draws one prompt of the model in the box in two steps."""
+    """A function that draws one prompt of the bundled model in two steps."""
     model = sd3.load("shapes", lora_spec=LoRASpec(1, 1.0, sd3.JOINT_ATTENTION))
     adapter = policies.load("base", model)
     return lambda prompt, guidance: generate.generate(

@@ -15,7 +15,7 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 @pytest.fixture
 def copy(tmp_path):
-    """The configs of a model in the box."""
+    """The configs of a bundled model."""
     for file in directories.resolve("shapes").rglob("*config.json"):
         target = tmp_path / file.parent.name / file.name
         target.parent.mkdir(exist_ok=True)

@@ -23,7 +23,7 @@ from flowgrpo_jax.train import train
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("geneval", "ocr", "pickscore")
-VARIANTS = ("full", "fast", "single_gpu")
+VARIANTS = ("full", "fast", "single_gpu")  # those of GRPO
 EACH = [(name, variant) for name in RECIPES for variant in VARIANTS]
 
 
@@ -72,6 +72,30 @@ def test_fast_is_upstreams_fast_without_guidance(name):
     assert (c.algorithm.options.clip_range, c.algorithm.options.kl_beta) == (1e-5, 0)
 
 
+@pytest.mark.parametrize("variant, groups, steps", [("nft", 48, 10), ("awm", 72, 14)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_another_algorithm_is_sound_on_every_device_count(name, variant, groups, steps):
+    """Of the published scripts: images and steps of an epoch, and a rollout without guidance."""
+    config = load(name, variant)
+    settings.check(config)
+    assert (config.name, config.algorithm.name) == (f"{name}-{variant}", variant)
+    for devices in (1, 2, 4, 8, 16, 32, 64):
+        plan = batch_plan.make_plan(config, devices)
+        assert (plan.groups, plan.group_size) == (groups, 24)
+        assert plan.updates == (2 if (name, variant) == ("ocr", "nft") else 1)
+    assert (config.sample.steps, config.sample.guidance_scale) == (steps, 1)
+    assert config.eval.guidance_scale == 1
+    assert config.train.learning_rate == 3e-4
+
+
+def test_options_that_differ_by_task():
+    betas = [load(name, "awm").algorithm.options.kl_beta for name in RECIPES]
+    assert betas == [1e-3, 3e-3, 1e-4]
+    slow, other = load("ocr", "nft").algorithm.options, load("geneval", "nft").algorithm.options
+    assert (slow.beta, slow.old_flat, slow.old_rate, slow.old_most) == (0.1, 75, 0.0075, 0.999)
+    assert (other.beta, other.old_flat, other.old_rate, other.old_most) == (1, 0, 1e-3, 0.5)
+
+
 @pytest.mark.parametrize("name, variant", EACH)
 def test_a_variant_changes_only_a_few_lines(name, variant):
     flat = [dict(flatten(load(name, v).to_dict())) for v in ("full", variant)]
@@ -92,7 +116,8 @@ def flatten(tree, prefix=""):
 
 
 def test_an_unknown_variant():
-    with pytest.raises(ValueError, match="geneval:quick: choose a variant from full, fast, single"):
+    expected = "geneval:quick: choose a variant from full, fast, single_gpu, nft, awm"
+    with pytest.raises(ValueError, match=expected):
         load("geneval", "quick")
 
 
@@ -249,6 +274,17 @@ def test_two_epochs_and_an_evaluation(name, variant, changes, checkpoint, tmp_pa
     assert tags == (six if name == "geneval" else set())
     texts = 2 * 4 + 6 + 1  # both epochs', the evaluation's and the empty one
     assert len(list((tmp_path / "texts").iterdir())) in range(texts - 2, texts + 1)
+
+
+@pytest.mark.parametrize("name, variant", [("geneval", "awm"), ("ocr", "nft")])
+def test_an_epoch_of_another_algorithm(name, variant, checkpoint, tmp_path):
+    config = tiny(load(name, variant), checkpoint, tmp_path)
+    config.model.options.t5, config.epochs, config.eval.every = False, 1, 0
+    config.sample.steps = 9  # AWM has six levels in nine tenths of them
+    train(config, tmp_path / "run")
+    (row,) = rows(tmp_path / "run")
+    assert row["failed"] == 0 and row["grad_norm"] > 0
+    assert row.get("ratio_gap", 0) == 0  # AWM's old log-prob is its own
 
 
 def test_the_small_detector_trains(checkpoint, tmp_path):

@@ -1,1 +1,1 @@
-"""Recipes of the other algorithms on the model in the box: `--config algorithms/nft`."""
+"""Recipes of the other algorithms on the bundled model: `--config algorithms/nft`."""

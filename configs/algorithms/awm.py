@@ -1,4 +1,4 @@
-"""Advantage-weighted matching on the model in the box: `configs/shapes.py` with another algorithm.
+"""Advantage-weighted matching on the bundled model: `configs/shapes.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/awm
 

@@ -1,4 +1,4 @@
-"""BranchGRPO on the model in the box: `configs/shapes.py` with a tree of stochastic steps a prompt.
+"""BranchGRPO on the bundled model: `configs/shapes.py` with a tree of stochastic steps a prompt.
 
     python -m flowgrpo_jax.train --config algorithms/branch_grpo
     python -m flowgrpo_jax.train --config algorithms/branch_grpo:pruned

@@ -1,4 +1,4 @@
-"""Centred reward distillation on the model in the box: `configs/shapes.py` with another algorithm.
+"""Centred reward distillation on the bundled model: `configs/shapes.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/crd
 

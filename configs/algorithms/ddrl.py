@@ -1,4 +1,4 @@
-"""DDRL on the model in the box: `configs/shapes.py` with a loss on data in place of a KL.
+"""DDRL on the bundled model: `configs/shapes.py` with a loss on data in place of a KL.
 
     python -m flowgrpo_jax.train --config algorithms/ddrl
 

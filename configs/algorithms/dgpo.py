@@ -1,4 +1,4 @@
-"""DGPO on the model in the box: `configs/shapes.py` with another algorithm.
+"""DGPO on the bundled model: `configs/shapes.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/dgpo
 

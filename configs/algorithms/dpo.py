@@ -1,4 +1,4 @@
-"""Online Diffusion-DPO on the model in the box: `configs/shapes.py` with another algorithm.
+"""Online Diffusion-DPO on the bundled model: `configs/shapes.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/dpo
 

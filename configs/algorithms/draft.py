@@ -1,4 +1,4 @@
-"""DRaFT-K on the model in the box: the gradient of the reward through the rollout's last steps.
+"""DRaFT-K on the bundled model: the gradient of the reward through the rollout's last steps.
 
     python -m flowgrpo_jax.train --config algorithms/draft
 

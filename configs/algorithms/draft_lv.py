@@ -1,4 +1,4 @@
-"""DRaFT-LV on the model in the box: `configs/algorithms/draft.py` with another algorithm.
+"""DRaFT-LV on the bundled model: `configs/algorithms/draft.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/draft_lv
 

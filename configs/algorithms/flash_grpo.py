@@ -1,4 +1,4 @@
-"""Flash-GRPO on the model in the box: `configs/shapes.py` with other options.
+"""Flash-GRPO on the bundled model: `configs/shapes.py` with other options.
 
     python -m flowgrpo_jax.train --config algorithms/flash_grpo
 

@@ -1,4 +1,4 @@
-"""Flow-DPPO on the model in the box: `configs/shapes.py` with other options.
+"""Flow-DPPO on the bundled model: `configs/shapes.py` with other options.
 
     python -m flowgrpo_jax.train --config algorithms/flow_dppo
 

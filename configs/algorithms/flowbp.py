@@ -1,4 +1,4 @@
-"""FlowBP-Sparse on the model in the box: `configs/algorithms/draft.py` with another algorithm.
+"""FlowBP-Sparse on the bundled model: `configs/algorithms/draft.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/flowbp
 

@@ -1,4 +1,4 @@
-"""G2RPO on the model in the box: `configs/shapes.py` with pictures at three strides.
+"""G2RPO on the bundled model: `configs/shapes.py` with pictures at three strides.
 
     python -m flowgrpo_jax.train --config algorithms/g2rpo
 

@@ -1,4 +1,4 @@
-"""GARDO on the model in the box: `configs/shapes.py` with a gated KL and credit for diversity.
+"""GARDO on the bundled model: `configs/shapes.py` with a gated KL and credit for diversity.
 
     python -m flowgrpo_jax.train --config algorithms/gardo
 

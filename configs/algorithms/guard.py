@@ -1,4 +1,4 @@
-"""GRPO-Guard on the model in the box: `configs/shapes.py` with other options.
+"""GRPO-Guard on the bundled model: `configs/shapes.py` with other options.
 
     python -m flowgrpo_jax.train --config algorithms/guard
 

@@ -1,4 +1,4 @@
-"""MixGRPO on the model in the box: `configs/shapes.py` with a window that moves.
+"""MixGRPO on the bundled model: `configs/shapes.py` with a window that moves.
 
     python -m flowgrpo_jax.train --config algorithms/mixgrpo
     python -m flowgrpo_jax.train --config algorithms/mixgrpo:flash

@@ -1,4 +1,4 @@
-"""Neighbor GRPO on the model in the box: `configs/shapes.py` with another algorithm.
+"""Neighbor GRPO on the bundled model: `configs/shapes.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/neighbor
 

@@ -1,4 +1,4 @@
-"""DiffusionNFT on the model in the box: `configs/shapes.py` with another algorithm.
+"""DiffusionNFT on the bundled model: `configs/shapes.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/nft
 

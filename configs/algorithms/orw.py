@@ -1,4 +1,4 @@
-"""ORW-CFM-W2 on the model in the box: `configs/shapes.py` with another algorithm.
+"""ORW-CFM-W2 on the bundled model: `configs/shapes.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/orw
 

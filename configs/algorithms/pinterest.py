@@ -1,4 +1,4 @@
-"""Pinterest's large-scale RL on the model in the box: tasks in turn, and a pretraining step.
+"""Pinterest's large-scale RL on the bundled model: tasks in turn, and a pretraining step.
 
     python -m flowgrpo_jax.train --config algorithms/pinterest
 

@@ -1,4 +1,4 @@
-"""Pref-GRPO on the model in the box: `configs/shapes.py` with another reward.
+"""Pref-GRPO on the bundled model: `configs/shapes.py` with another reward.
 
     python -m flowgrpo_jax.train --config algorithms/pref_grpo
 

@@ -1,4 +1,4 @@
-"""Reinforce adjoint matching on the model in the box: `configs/shapes.py` with another algorithm.
+"""Reinforce adjoint matching on the bundled model: `configs/shapes.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/ram
 

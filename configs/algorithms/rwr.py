@@ -1,4 +1,4 @@
-"""Reward-weighted regression on the model in the box: `configs/shapes.py` with another algorithm.
+"""Reward-weighted regression on the bundled model: `configs/shapes.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/rwr
 

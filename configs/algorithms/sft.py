@@ -1,4 +1,5 @@
-"""Fine-tuning of the model in the box on its best images: `configs/shapes.py` with another row.
+"""Fine-tuning of the bundled model on its best images: `configs/shapes.py` with another
+algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/sft
 

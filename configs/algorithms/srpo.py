@@ -1,4 +1,4 @@
-"""SRPO on the model in the box: `configs/algorithms/draft.py` with another algorithm.
+"""SRPO on the bundled model: `configs/algorithms/draft.py` with another algorithm.
 
     python -m flowgrpo_jax.train --config algorithms/srpo
 

@@ -1,4 +1,4 @@
-"""TempFlow-GRPO on the model in the box: `configs/shapes.py` with a branch step for each part.
+"""TempFlow-GRPO on the bundled model: `configs/shapes.py` with a branch step for each part.
 
     python -m flowgrpo_jax.train --config algorithms/tempflow
     python -m flowgrpo_jax.train --config algorithms/tempflow:capped

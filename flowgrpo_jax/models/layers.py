@@ -166,7 +166,7 @@ def abstract(create: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[..., An
 
 
 def initialise(create: Callable[[nnx.Rngs], nnx.Module], seed: int) -> Params:
-    """Random parameters for a model that is trained from nothing (the model in the box)."""
+    """Random parameters for a model that is trained from nothing (the bundled model)."""
     return jax.jit(lambda: functional(create(nnx.Rngs(seed)))[1])()
 
 

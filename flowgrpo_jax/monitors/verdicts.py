@@ -1,6 +1,6 @@
 """Verdicts in words: what an evaluation has lost since the first one of its run.
 
-The limits are set between the honest runs of the model in the box, whose pictures' figures move by
+The limits are set between the honest runs of the bundled model, whose pictures' figures move by
 up to 29 % in 400 epochs (docs/report.md), and hacked runs, in which they move by more than 50 %: in
 the case that is best known, edge density fell by 60 %, colour entropy by 54 % and brightness by
 73 % while the text reward rose.

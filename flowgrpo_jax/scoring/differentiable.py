@@ -30,7 +30,7 @@ def check(scorer: Scorer, algorithm: str) -> None:
             raise ValueError(
                 f"reward.weights.{name}: {algorithm} differentiates the rewards, and this one"
                 f" {problem}. Choose from pickscore, clipscore, hpsv2, aesthetic,"
-                " image_similarity, imagereward, and shapes_colors for the model in the box; with"
+                " image_similarity, imagereward, and shapes_colors for the bundled model; with"
                 f" weight 0 {name} is logged all the same"
             )
 

@@ -1,4 +1,4 @@
-"""Make the small model of a world: `python -m flowgrpo_jax.WORLD.pretrain --workdir DIR`.
+"""Make the small model of a world: `python -m flowgrpo_jax.worlds.WORLD.pretrain --workdir DIR`.
 
 First the autoencoder, then the transformer and its three text encoders together, by flow matching
 on the autoencoder's latents. Stops and resumes at any time; writes a directory in diffusers layout.
@@ -135,7 +135,7 @@ def train_flow(
 def arguments(world: World) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"Make the model of the {world.name} world:"
-        f" `python -m flowgrpo_jax.{world.name}.pretrain --workdir DIR`."
+        f" `python -m flowgrpo_jax.worlds.{world.name}.pretrain --workdir DIR`."
     )
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints and caches")
     parser.add_argument(
