@@ -1,8 +1,9 @@
 """The variants of the recipes for SD3.5: NAME:fast, NAME:single_gpu, NAME:nft and NAME:awm."""
 
-from importlib import import_module
-
 from ml_collections import ConfigDict
+
+from flowgrpo_jax.configs.algorithms import awm as bundled_awm
+from flowgrpo_jax.configs.algorithms import nft as bundled_nft
 
 
 def fast(c: ConfigDict) -> None:
@@ -31,7 +32,7 @@ def nft(c: ConfigDict) -> None:
     The ODE draws the images, without guidance. The solver is DPM-Solver++ of second order.
     """
     by_ode(c, steps=10)
-    c.algorithm = algorithm("nft")
+    c.algorithm = bundled_nft.get_config().algorithm  # the options are the paper's
     c.advantage.name = "global"
     c.train.updates_per_epoch, c.train.ema_decay = 1, 0.9
     if c.name == "ocr":
@@ -47,7 +48,7 @@ def awm(c: ConfigDict) -> None:
     DPM-Solver++, also of second order.
     """
     by_ode(c, steps=14)
-    c.algorithm = algorithm("awm")
+    c.algorithm = bundled_awm.get_config().algorithm
     c.algorithm.options.kl_beta = {"geneval": 1e-3, "ocr": 3e-3, "pickscore": 1e-4}[c.name]
     c.sample.groups = 72
     c.train.updates_per_epoch = 1
@@ -57,11 +58,6 @@ def by_ode(c: ConfigDict, *, steps: int) -> None:
     """Rollouts without noise and without guidance, and an evaluation without guidance."""
     c.sample.steps, c.sample.solver = steps, "dpmpp_2m"
     c.sample.guidance_scale = c.eval.guidance_scale = 1.0
-
-
-def algorithm(name: str) -> ConfigDict:
-    """Return the algorithm of the recipe algorithms/NAME, whose options are the paper's."""
-    return import_module(f"flowgrpo_jax.configs.algorithms.{name}").get_config().algorithm
 
 
 VARIANTS = {
