@@ -37,33 +37,28 @@ class Row(NamedTuple):
     model: str
     base_dtype: str
     micro: int
-    remat: bool = True
 
     def __str__(self) -> str:
         words = (self.chip, self.model, self.base_dtype or "bfloat16", f"micro {self.micro}")
-        return " ".join(words) + ("" if self.remat else " no remat")
+        return " ".join(words)
 
     def flags(self) -> list[str]:
         return [
             f"--config.model.path={MODELS[self.model]}",
             f"--config.model.base_dtype={self.base_dtype}",
-            f"--config.model.remat={self.remat}",
             "--config.model.text_cache=texts",
             f"--config.sample.micro_batch={self.micro}",
         ]
 
 
-# The first rows of a model and base are those that `by_card` reads.
+# The first row of a model and base is the one that `by_card` reads.
 ROWS = (
     Row("v5e", "medium", "int8", 4),
-    Row("v5p", "large", "int8", 4),
     Row("v5e", "medium", "", 4),
-    Row("v6e", "large", "int8", 4),
-    Row("v5p", "medium", "int8", 16),
+    Row("v5p", "large", "int8", 4),
     Row("v5p", "large", "", 4),
-    Row("v5e", "large", "int8", 4),
     Row("v6e", "medium", "int8", 16),
-    Row("v5p", "medium", "int8", 4, remat=False),
+    Row("v5p", "medium", "int8", 16),
 )
 
 
@@ -71,7 +66,6 @@ HEADER = [
     "chip",
     "model",
     "base",
-    "remat",
     "images at once",
     "GB always there",
     "GB in sample",
@@ -90,7 +84,7 @@ def by_chip(reports: dict[str, Any]) -> list[list[str]]:
             continue
         report = reports[str(row)]
         if "programs" not in report:
-            lines.append([*row[:3], "", f"{row.micro}", report["verdict"], *[""] * 5])
+            lines.append([*row[:3], f"{row.micro}", report["verdict"], *[""] * 5])
             continue
         found = {p["program"]: p for p in report["programs"]}
         needs = [found[name]["memory"] / 1e9 for name in PROGRAMS]
@@ -101,7 +95,6 @@ def by_chip(reports: dict[str, Any]) -> list[list[str]]:
                 row.chip,
                 row.model,
                 row.base_dtype or "bfloat16",
-                "yes" if row.remat else "no",
                 f"{row.micro}",
                 f"{report['resident'] / 1e9:.1f}",
                 *(f"{x:.1f}" for x in needs),
@@ -125,7 +118,7 @@ def needs(reports: dict[str, Any], model: str, base_dtype: str) -> list[Need]:
     That is a bound from above where more images are handled at once than in the row. Without a row
     of this base, that of the base in int8 with other weights.
     """
-    rows = [row for row in ROWS if row.model == model and row.remat and is_whole(reports, row)]
+    rows = [row for row in ROWS if row.model == model and is_whole(reports, row)]
     own = [row for row in rows if row.base_dtype == base_dtype] or rows
     if not own:
         return []
