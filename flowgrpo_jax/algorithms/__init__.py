@@ -65,6 +65,7 @@ class Algorithm:
       reward_gradient: whether the loss differentiates the rewards. It is then called with one more
         argument, a Score, and every reward with a weight has to be differentiable.
       texts: what such an algorithm lets the rewards read, "{}" being the prompt.
+      passes: (setup) -> the forward passes of a policy that the loss makes for each image and term.
       reads: further policies that the loss reads: "reference" (before training), "ema", copies.
       copies: copies of the policy that are kept beside the EMA. At the end of an epoch
         copy = decay x copy + (1 - decay) x policy, with decay(begun, step) of the optimiser steps
@@ -86,6 +87,7 @@ class Algorithm:
     records: str = ""
     reward_gradient: bool = False
     texts: tuple[str, ...] = ("{}",)
+    passes: Callable[[Setup], float] = lambda setup: 1.0
     reads: tuple[str, ...] = ()
     copies: Mapping[str, Callable[[jax.Array, jax.Array], Any]] = field(default_factory=dict)
     whole: str = ""

@@ -55,5 +55,9 @@ def make(last: int = 1, threshold: float = jnp.inf) -> Algorithm:
         return jnp.zeros(1, jnp.int32)  # one look at a rollout
 
     return algorithm(
-        rewarded, terms, threshold, f"DRaFT through {f'the last {last}' if last else 'all'} steps"
+        rewarded,
+        terms,
+        threshold,
+        f"DRaFT through {f'the last {last}' if last else 'all'} steps",
+        passes=lambda setup: last or setup.process.steps,
     )

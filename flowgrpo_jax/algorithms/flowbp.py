@@ -78,7 +78,8 @@ def make(
             )
         return jax.random.randint(key, (1,), 0, 2**31 - 1)
 
-    return algorithm(rewarded, terms, threshold, f"FlowBP-Sparse, {active} steps")
+    summary = f"FlowBP-Sparse, {active} steps"
+    return algorithm(rewarded, terms, threshold, summary, passes=lambda setup: active)
 
 
 def draw_steps(seed: jax.Array, steps: int, active: int, late_bias: float) -> jax.Array:

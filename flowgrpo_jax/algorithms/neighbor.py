@@ -97,6 +97,7 @@ def make(anchors: int = 4, steps: int = 4, clip_range: float = 0.0) -> Algorithm
         terms,
         figures=("policy_loss", "ratio_gap"),
         records="path",
+        passes=lambda setup: anchors / setup.group_size,
         reads=("old",) if clip_range else (),
         copies={"old": copies.fresh} if clip_range else {},
         whole="group",

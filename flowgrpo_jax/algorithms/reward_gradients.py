@@ -32,12 +32,12 @@ def algorithm(
     terms: Callable[[Setup, jax.Array], jax.Array],
     threshold: float,
     summary: str,
-    **texts: Any,
+    **fields: Any,
 ) -> Algorithm:
     """Return the algorithm that raises a differentiable reward up to a threshold.
 
     Args:
-      terms, texts: as in Algorithm.
+      terms, fields: as in Algorithm.
 
     Raises ValueError for a threshold that is no number and not inf.
     """
@@ -61,7 +61,7 @@ def algorithm(
         records="path",
         reward_gradient=True,
         summary=f"{summary}, threshold {threshold:g}",
-        **texts,
+        **fields,
     )
 
 

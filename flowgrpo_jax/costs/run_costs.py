@@ -14,7 +14,7 @@ from flowgrpo_jax.sampling import branching, sampler
 
 def forwards(run: Recipe, epoch: int) -> float:
     """Return the transformer's forward passes an image of an epoch, both branches of guidance as
-    one. A gradient counts as two more."""
+    one. A gradient counts as two more; activations that it computes again are not counted."""
     process, algorithm, key = run.setup.process, run.algorithm, jax.random.key(run.config.seed)
     together = run.plan.micro_batch // sharding.row_shards(run.mesh)
     terms = algorithm.terms(run.setup, sampler.epoch_key(key, epoch, sampler.TERMS_KEY))
@@ -25,8 +25,19 @@ def forwards(run: Recipe, epoch: int) -> float:
         drawn = branching.forwards(process.branches, sigmas, *sets)
         steps = np.asarray(start + terms) if algorithm.records == "window" else terms
         trained = branching.states(process.branches, steps, *sets)
-        counted.append(drawn + trained * (3 + len(algorithm.reads)))
-    return float(np.mean(counted))
+        counted.append(drawn + trained * algorithm.passes(run.setup) * (3 + len(algorithm.reads)))
+    return float(np.mean(counted)) + data_forwards(run, epoch, len(terms))
+
+
+def data_forwards(run: Recipe, epoch: int, levels: int) -> float:
+    """Return the passes of an epoch's loss on data, for each image of the rollouts: three at each
+    noise level, and those that draw a sample of the base, all without guidance."""
+    data, plan = run.data, run.plan
+    if data is None or not data.falls_on(epoch):
+        return 0.0
+    images = data.images * (1 if data.own_step else plan.updates)
+    drawing = run.setup.process.steps if data.source is None else 0
+    return images * (drawing + 3 * levels) / plan.images
 
 
 def forward_flop(run: Recipe) -> float:
