@@ -238,6 +238,29 @@ def test_settings_that_would_not_be_followed(runs, changes, message):
 
 
 @pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"advantage.name": "tree"}, r"advantage\.name='tree': .*advantage\.transform to 'none'"),
+        ({"advantage.name": "best_of_n"}, r"advantage\.name='best_of_n': .*change advantage\.name"),
+        ({"advantage.diversity": "pixels"}, r"advantage\.diversity='pixels': .*none is left"),
+        ({"algorithm.name": "sft"}, r"algorithm\.name='sft': .*change algorithm\.name"),
+        ({"algorithm.name": "dpo"}, r"algorithm\.name='dpo': .*set advantage\.transform"),
+    ],
+)
+def test_what_reads_the_zeros_or_signs_of_advantages_takes_no_exponential(runs, changes, message):
+    """The exponential makes -1 of 0 and leaves no positive advantage."""
+    config = load(runs)
+    config.algorithm.options = ConfigDict()
+    config.update_from_flattened_dict(changes)
+    if changes.get("advantage.name") == "best_of_n":
+        config.advantage.options = ConfigDict({"keep": 2})
+    settings.check(config)
+    config.advantage.transform = "exp"
+    with pytest.raises(ValueError, match=rf"advantage\.transform='exp' with {message}"):
+        settings.check(config)
+
+
+@pytest.mark.parametrize(
     "weights, auxiliaries, trained",
     [
         ({"shapes": 1.0}, None, "all of them"),

@@ -12,6 +12,8 @@ from flowgrpo_jax.algorithms import Algorithm
 from flowgrpo_jax.sampling import windows
 from flowgrpo_jax.sampling.branching import Branches
 
+ZERO = "an advantage of 0 means that an image is not trained on, and the transform makes it -1"
+
 
 def window(config: ConfigDict, algorithm: Algorithm) -> windows.Window:
     """Return the window: all steps but the last unless the config says fewer, and none for an
@@ -29,7 +31,11 @@ def branches(config: ConfigDict) -> Branches:
 
 
 def make_advantage(config: ConfigDict, algorithm: Algorithm) -> Advantage:
-    """Return the advantage; a section that a recipe has replaced may lack the newer knobs."""
+    """Return the advantage; a section that a recipe has replaced may lack the newer knobs.
+
+    Raises ValueError for what `advantages.load` refuses, and for a transform that would undo it.
+    """
+    _check_transform(config)
     c, size, steps = config.advantage, config.sample.group_size, window(config, algorithm).size
     paths: dict[str, Any] = {"branches": branches(config), "steps": steps}
     how = c.get("transform", "none")
@@ -44,3 +50,21 @@ def make_window(config: ConfigDict, algorithm: Algorithm) -> windows.Start:
     if not chosen.size:
         return windows.frozen(chosen)
     return windows.load(s.window_schedule, s.window_options.to_dict(), chosen)
+
+
+def _check_transform(config: ConfigDict) -> None:
+    """Raise ValueError for -exp(-A) with what reads the zeros or the signs of advantages."""
+    if config.advantage.get("transform", "none") != "exp":
+        return
+    name, algorithm = config.advantage.name, config.algorithm.name
+    diversity = config.advantage.get("diversity", "")
+    for knob, value, refused, reason in (
+        ("advantage.name", name, name in ("tree", "best_of_n"), ZERO),
+        ("algorithm.name", algorithm, algorithm in ("sft", "dpo"), ZERO),
+        ("advantage.diversity", diversity, diversity, "it favours positive ones, and none is left"),
+    ):
+        if refused:
+            raise ValueError(
+                f"advantage.transform='exp' with {knob}={value!r}: {reason}; set"
+                f" advantage.transform to 'none', or change {knob}"
+            )
