@@ -192,3 +192,17 @@ def test_noise_that_is_drawn_anew_is_refused():
         algorithm = algorithms.load("grpo", options)
         with pytest.raises(ValueError, match=r"sample\.splits=\(0, 2\): .*trust_region to 'clip'"):
             algorithm.terms(Setup(process, 8), KEY)
+
+
+@pytest.mark.parametrize(
+    "options", [{"trust_region": "guard"}, {"trust_region": "dppo"}, {"centering": True}]
+)
+def test_noise_that_was_scaled_at_a_split_is_refused(options):
+    """Also where the images part at the window's first step: the noise is their own, but scaled."""
+    algorithm = algorithms.load("grpo", options)
+    process = Process(SIGMAS, sde.CPS, 0.8, window=4, branches=Branches(4, (), 2.0))
+    with pytest.raises(ValueError, match=r"split_noise=2\.0: .*set sample\.split_noise to 1"):
+        algorithm.terms(Setup(process, 8), KEY)
+    for branches in (Branches(4), Branches(1, (), 2.0)):  # without branches nothing splits
+        plain = Process(SIGMAS, sde.CPS, 0.8, window=4, branches=branches)
+        assert algorithm.terms(Setup(plain, 8), KEY).shape == (4,)

@@ -32,7 +32,7 @@ from flowgrpo_jax.algorithms import (
     weigh_kl,
 )
 from flowgrpo_jax.sampling import sde
-from flowgrpo_jax.sampling.branching import shared
+from flowgrpo_jax.sampling.branching import Branches, shared
 from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.types import Credit, Rollout
 
@@ -156,15 +156,27 @@ def _terms(
             f"algorithm.options.steps={steps}: the window has {size} steps to train; choose 1"
             f" to {size}, or 0 for all of them"
         )
-    if trust_region != "clip" and setup.process.branches.splits:
-        raise ValueError(
-            f"sample.splits={setup.process.branches.splits}: {trust_region} draws the noise of each"
-            " image anew, which in a tree is that of others; set algorithm.options.trust_region to"
-            " 'clip' and centering to False"
-        )
+    if trust_region != "clip":
+        _check_noise(trust_region, setup.process.branches)
     if steps in (0, size) or step_choice == "first":
         return jnp.arange(steps or size)
     return jnp.sort(jax.random.permutation(key, size)[:steps])
+
+
+def _check_noise(trust_region: str, branches: Branches) -> None:
+    """Raise ValueError where the noise of an image's own key is not what its transitions drew."""
+    instead = "set algorithm.options.trust_region to 'clip' and centering to False"
+    if branches.splits:
+        raise ValueError(
+            f"sample.splits={branches.splits}: {trust_region} draws the noise of each image anew,"
+            f" which in a tree is that of others; {instead}"
+        )
+    if branches.leaves > 1 and branches.noise != 1:
+        raise ValueError(
+            f"sample.split_noise={branches.noise}: {trust_region} draws the noise of each image"
+            " anew, which at the split was multiplied by that; set sample.split_noise to 1, or"
+            f" {instead}"
+        )
 
 
 def _warning(clip_range: float, figures: Mapping[str, float]) -> str:
