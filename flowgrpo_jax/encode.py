@@ -2,13 +2,16 @@
 
     python -m flowgrpo_jax.encode --config geneval --config.model.text_cache=texts
 
-Fills `model.text_cache` with the prompts of the epochs, of the evaluation and the empty one.
-`train` with the same cache then reads them there, and loads the text encoders only for a prompt
-that it does not find. Which prompts an epoch has is known beforehand: it depends on nothing but
-`seed`, `sample.groups` and the prompts' settings.
+Fills `model.text_cache` with the prompts of the epochs, of the evaluation and the empty one, and
+with the captions of the loss on data and of the monitored pictures. `train` with the same cache
+then reads them there, and loads the text encoders only for a prompt that it does not find. Which
+prompts and captions an epoch has is known beforehand: it depends on nothing but `seed`, the sizes
+of the batch and the settings of the prompts and the data.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -18,6 +21,8 @@ from flowgrpo_jax import prompts, sharding
 from flowgrpo_jax.assembly import parts, settings
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.models import TEXTS
+from flowgrpo_jax.monitors import true_loss
+from flowgrpo_jax.regularisation import training_data
 from flowgrpo_jax.storage import outputs
 
 
@@ -27,9 +32,33 @@ def needed(config: ConfigDict, epochs: int) -> list[str]:
     texts = [""]
     for epoch in range(epochs):
         texts += parts.draw_prompts(config, train, epoch).prompts
+    texts += _captions(config, epochs)
     if test and config.eval.every:
         texts += prompts.balanced(test, config.eval.images)[0].prompts
+        texts += _watched(config)
     return list(dict.fromkeys(texts))
+
+
+def _captions(config: ConfigDict, epochs: int) -> Iterator[str]:
+    """Yield the captions of the loss on data, whose pictures are drawn as training draws them."""
+    c, updates = config.data, config.train.updates_per_epoch
+    if not (c.source and c.weight):
+        return
+    images = config.sample.groups * config.sample.group_size // updates
+    training_data.check(c.weight, c.images, c.every, update=images, devices=1)
+    source = training_data.load(c.source, config.model.height, config.model.width)
+    if source is None:  # the base model's own samples, for the prompts of the epoch
+        return
+    data = training_data.Data(source, c.weight, c.images, c.images, c.every, c.own_step)
+    count = c.images if c.own_step else c.images * updates
+    for epoch in filter(data.falls_on, range(epochs)):
+        yield from source(count, config.seed, epoch).captions
+
+
+def _watched(config: ConfigDict) -> list[str]:
+    """Return the captions of the pictures whose loss every evaluation measures."""
+    source = config.monitor.pictures
+    return true_loss.load(source, config.model.height, config.model.width)[1] if source else []
 
 
 def main(_: list[str]) -> None:

@@ -1,14 +1,20 @@
 """Encoded prompts on disk: what comes back is what was encoded, and nothing is encoded twice."""
 
 import os
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from short_runs import load
 
+from flowgrpo_jax.assembly import batch_plan, parts
+from flowgrpo_jax.encode import needed
 from flowgrpo_jax.models import sd3
+from flowgrpo_jax.monitors import true_loss
 from flowgrpo_jax.storage import text_cache
 from flowgrpo_jax.storage.text_cache import encode_cached, fingerprint
+from flowgrpo_jax.training import data_loss
 
 
 class Encoder:
@@ -141,3 +147,40 @@ def test_the_fingerprint_does_not_depend_on_where_and_when_files_were_written(tm
         os.utime(file, (i, i))
         marks.add(mark(tmp_path / name, t5_length=8, t5=True))
     assert len(marks) == 1
+
+
+def captions_of(config, epoch):
+    """The captions that a run encodes for its loss on data in an epoch."""
+    asked = []
+
+    def encode(texts):
+        asked.extend(texts)
+        raise InterruptedError
+
+    plan = batch_plan.make_plan(config, 1)
+    data = parts.make_data(config, plan, 1)
+    run = SimpleNamespace(data=data, plan=plan, config=config, encode=encode)
+    batch = SimpleNamespace(ids=np.arange(plan.groups))
+    with pytest.raises(InterruptedError):
+        data_loss.of_epoch(run, None, {}, batch, [], epoch)
+    return asked
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+def test_the_captions_of_a_loss_on_data_are_encoded_ahead(runs, own_step):
+    config = load(runs, eval__every=0, data__source="shapes", data__images=4, data__every=2)
+    config.data.own_step = own_step
+    captions = set(captions_of(config, 1)) | set(captions_of(config, 3))
+    plain = {*needed(load(runs, eval__every=0), 4)}
+    assert {*needed(config, 4)} == plain | captions != plain
+    for weight, source in ((0.0, "shapes"), (0.1, "base")):  # without captions
+        config.data.weight, config.data.source = weight, source
+        assert {*needed(config, 4)} == plain
+
+
+def test_the_captions_of_the_true_pictures_are_encoded_ahead(runs):
+    source = "flowgrpo_jax.worlds.shapes.world:true_pictures"
+    _, captions = true_loss.load(source, 32, 32)
+    assert {*captions} <= {*needed(load(runs, eval__images=1, monitor__pictures=source), 1)}
+    unseen = needed(load(runs, eval__every=0, monitor__pictures=source), 1)
+    assert not {*captions} & {*unseen}
