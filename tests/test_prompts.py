@@ -102,15 +102,21 @@ def test_text_file(tmp_path):
     assert prompts.load(str(file)) == expected
 
 
-def test_jsonl_file_keeps_metadata_and_the_first_of_duplicates(tmp_path):
+def test_jsonl_file_keeps_metadata_and_drops_equal_records(tmp_path):
+    """Records of one prompt that differ in anything else are asked for, as with several images."""
     rows = [
         {"prompt": "a cat", "tag": "one", "include": [{"class": "cat", "count": 1}]},
         {"prompt": "a dog", "tag": "two"},
         {"prompt": "a cat", "tag": "three"},
+        *({"prompt": "paint it red", "image": f"{i}.png"} for i in range(5)),
     ]
     file = tmp_path / "prompts.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    assert prompts.load(str(file)) == rows[:2]
+    again = [{"tag": "two", "prompt": "a dog", "image": None}, rows[0]]
+    file.write_text("\n".join(map(json.dumps, rows + again)))
+    records = prompts.load(str(file))
+    assert records == rows
+    batch = prompts.sample(records, 8, seed=0, epoch=0)
+    assert batch.metadata == [rows[i] for i in batch.ids] and len(set(batch.ids.tolist())) == 8
 
 
 def test_the_bundled_world():
@@ -177,11 +183,14 @@ def test_null_is_absent(tmp_path):
     ]
 
 
-def test_where_a_prompt_is(tmp_path):
+def test_where_a_record_is(tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
-    assert prompts.place("b", str(file)) == f"{file}: line 3"
-    assert prompts.place("a dog", "geneval:train") == "geneval:train: 'a dog'"
+    lines = ['{"prompt": "a"}', "", '{"prompt": "b", "n": 1}', '{"prompt": "b", "n": 2}']
+    file.write_text("\n".join(lines))
+    assert prompts.place({"prompt": "b", "n": 1}, str(file)) == f"{file}: line 3"
+    of_a_task = {"prompt": "b", "n": 2, "tag": "write", "task": "write"}
+    assert prompts.place(of_a_task, str(file)) == f"{file}: line 4"
+    assert prompts.place({"prompt": "a dog"}, "geneval:train") == "geneval:train: 'a dog'"
 
 
 @pytest.mark.parametrize("source", ["", "nowhere.txt", "triangles:train"])

@@ -219,7 +219,7 @@ def prompt_place(config: ConfigDict, split: str, record: Metadata) -> str:
     """Say where a record of a split ("train" or "test") is in its source, for errors about it."""
     chosen = config.prompts.tasks
     source = chosen[record["task"]].get(split, "") if chosen else config.prompts[split]
-    return prompts.place(record["prompt"], source)
+    return prompts.place(record, source)
 
 
 def draw_prompts(config: ConfigDict, records: list[Metadata], epoch: int) -> PromptBatch:

@@ -20,6 +20,7 @@ read as they are. A record is what rewards get as metadata. Keys with a meaning 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ GENERATORS: dict[str, Callable[[str, Iterable[Metadata]], list[Metadata]]] = {
 
 
 def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
-    """Return the records of a source, each with its "prompt"; of duplicates only the first stays.
+    """Return the records of a source, each with its "prompt"; of equal records the first stays.
 
     Args:
       exclude: records that a generator leaves out of its training prompts; files are left alone.
@@ -62,7 +63,7 @@ def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
         )
     unique: dict[str, Metadata] = {}
     for _, record in prompt_file.records(path):
-        unique.setdefault(record["prompt"], record)
+        unique.setdefault(json.dumps(record, sort_keys=True), record)
     if not unique:
         raise ValueError(f"prompt source {source!r} holds no prompt")
     return list(unique.values())
@@ -83,18 +84,18 @@ def _own(source: str, exclude: Iterable[Metadata]) -> list[Metadata]:
     return records
 
 
-def place(prompt: str, source: str) -> str:
-    """Say where a prompt of a source is, for an error about it: the file and the line.
+def place(record: Metadata, source: str) -> str:
+    """Say where a record of a source is, for an error about it: the file and the line.
 
     Reads the file again, so that records need not carry their place to the rewards. A generated
     prompt has no line: its source and its text say where it is.
     """
     path = Path(source).expanduser()
     if source.partition(":")[0] not in GENERATORS and path.is_file():
-        for number, record in prompt_file.records(path):
-            if record["prompt"] == prompt:
+        for number, found in prompt_file.records(path):
+            if {**record, **found, "task": ""} == {**record, "task": ""}:  # tasks.py sets it
                 return f"{path}: line {number}"
-    return f"{source}: {prompt!r}"
+    return f"{source}: {record['prompt']!r}"
 
 
 def _batch(records: Sequence[Metadata], rows: np.ndarray) -> PromptBatch:
