@@ -43,9 +43,13 @@ def accumulate(
         cut into micro-batches.
       score: the differentiable rewards, for an algorithm with `reward_gradient`.
 
+    An image whose latents are not finite adds nothing: one of them would make the whole gradient
+    NaN, though its advantage is 0.
+
     Raises ValueError when the loss returns other figures than the algorithm names.
     """
     scale = 1.0 / (images * terms.shape[0])
+    rollout, sound = without_broken(rollout)
     fixed = {name: partial(velocity, jax.lax.stop_gradient(p)) for name, p in others.items()}
 
     def total(policy: Params, term: jax.Array) -> tuple[jax.Array, Figures]:
@@ -57,6 +61,7 @@ def accumulate(
                 f"the loss returns the figures {sorted(figures)}, and the algorithm names"
                 f" {sorted(algorithm.figures)}: correct its `figures`"
             )
+        loss, figures = jax.tree.map(lambda x: jnp.where(sound, x, 0.0), (loss, figures))
         reduced = {
             name: value.max() if name in algorithm.worst else value.sum()
             for name, value in figures.items()
@@ -79,6 +84,19 @@ def accumulate(
         return (gradient, means), None
 
     return jax.lax.scan(add, carry, terms)[0]
+
+
+def without_broken(rollout: Rollout) -> tuple[Rollout, jax.Array]:
+    """Return a rollout with 0 in place of numbers that are not finite, and which of its images have
+    none of them, bool [M].
+
+    A loss that is masked afterwards would still have a gradient of NaN, because 0 x NaN is NaN.
+    """
+    latents, x, log_prob = rollout.latents, rollout.x, rollout.log_prob
+    sound = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(x).all((0, 2, 3, 4))
+    sound &= jnp.isfinite(log_prob).all(0)
+    finite = [jnp.where(jnp.isfinite(part), part, 0.0) for part in (latents, x, log_prob)]
+    return replace(rollout, latents=finite[0], x=finite[1], log_prob=finite[2]), sound
 
 
 def add_matching(

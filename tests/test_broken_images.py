@@ -1,0 +1,70 @@
+"""One image whose latents are not finite costs its own share of an update, and nothing more."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowgrpo_jax import algorithms, update
+from flowgrpo_jax.algorithms import Setup
+from flowgrpo_jax.sampling import sampler, sde
+from flowgrpo_jax.sampling.sampler import Process
+
+GROUP, BROKEN = 4, 1
+SIGMAS = tuple(map(float, sde.sigma_schedule(8)))
+ADVANTAGE = jnp.array([1.0, 0.0, -1.0, 0.5])
+OPTIONS = {"neighbor": {"anchors": 2, "steps": 2}, "refl": {"last": 5}}
+
+
+def velocity(policy, x, sigma, rows=None):
+    return policy["w"] * x + policy["b"]
+
+
+def gradient(algorithm, setup, rollout, advantage):
+    policy = {"w": jnp.float32(0.3), "b": jnp.float32(0.1)}
+    others = {name: {"w": jnp.float32(0.2), "b": jnp.float32(0)} for name in algorithm.reads}
+    terms = algorithm.terms(setup, jax.random.key(1))
+    start = update.empty(algorithm, setup, policy)
+    texts = len(algorithm.texts)
+    judged = (
+        (lambda x: jnp.stack([x.mean((1, 2, 3))] * texts),) if algorithm.reward_gradient else ()
+    )
+    given = (algorithm, setup, velocity, policy, others, rollout, advantage, terms, GROUP, start)
+    return jax.jit(lambda: update.accumulate(*given, *judged))()
+
+
+@pytest.mark.parametrize("name", algorithms.TABLE)
+def test_a_broken_image_takes_no_part(name):
+    algorithm = algorithms.load(name, OPTIONS.get(name, {}))
+    window = 3 if algorithm.records == "window" else 0
+    setup = Setup(
+        Process(SIGMAS, sde.CPS, 0.6, window=window, path=algorithm.records == "path"), GROUP
+    )
+    ids = jnp.zeros(GROUP, int)
+    keys = sampler.image_keys(jax.random.key(0), 0, ids, jnp.arange(GROUP))
+    noise = sampler.normal(keys, 0, (4, 4, 2))
+    whole = sampler.rollout(lambda x, sigma: 0.25 * x, setup.process, noise, keys, 0, ids)
+    broken = replace(
+        whole,
+        latents=whole.latents.at[BROKEN].set(jnp.nan),
+        x=whole.x.at[-1, BROKEN].set(jnp.inf),
+        log_prob=whole.log_prob.at[:, BROKEN].set(jnp.nan),
+    )
+    found, figures = gradient(algorithm, setup, broken, ADVANTAGE)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((found, figures)))
+    assert any(x != 0 for x in found.values())
+    if not algorithm.whole:
+        rest = np.delete(np.arange(GROUP), BROKEN)
+        others = replace(
+            whole,
+            latents=whole.latents[rest],
+            prompt=whole.prompt[rest],
+            keys=whole.keys[rest],
+            x=whole.x[:, rest],
+            log_prob=whole.log_prob[:, rest],
+        )
+        wanted, _ = gradient(algorithm, setup, others, ADVANTAGE[rest])
+        for path, x in found.items():
+            np.testing.assert_allclose(x, wanted[path], rtol=1e-5, atol=1e-7)
