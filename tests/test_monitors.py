@@ -16,9 +16,9 @@ from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.monitors import embedding, move, picture_figures, true_loss
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.scoring.graph import GraphRewards
-from flowgrpo_jax.train import train
-from flowgrpo_jax.training import alarms, lifecycle
-from flowgrpo_jax.types import GraphReward
+from flowgrpo_jax.train import initial_state, train
+from flowgrpo_jax.training import alarms, lifecycle, run_evaluation
+from flowgrpo_jax.types import GraphReward, PromptBatch
 
 
 def flat(colour, side=16):
@@ -117,6 +117,17 @@ def test_the_move_is_the_relative_distance_of_the_velocities():
     np.testing.assert_allclose(measure(jnp.float32(1.0), jnp.float32(1.0), *args), 0)
     named = move.figures(np.array([1.0, 2.0, 3.0, 4.0]), sigmas)
     assert named == {"move_high": 1.5, "move_middle": 3.0, "move_low": 4.0}
+
+
+def test_the_move_is_from_the_base_also_after_a_reset_of_the_reference(runs):
+    changes = {"algorithm__options__kl_beta": 0.04, "kl__name": "constant", "kl__reset_every": 1}
+    run = recipe.build(load(runs, **changes))
+    state = initial_state(run)
+    policy = jax.tree.map(lambda x: x + 0.1, state.policy)
+    state = state.replace(policy=policy, copies={name: policy for name in state.copies})
+    assert "reference" in state.copies
+    found = run_evaluation.moved(run, state, PromptBatch(["a circle"], [{}], np.zeros(1, int)))
+    assert all(size > 0 for size in found.values())
 
 
 def test_the_loss_of_true_pictures_is_that_of_the_flow():

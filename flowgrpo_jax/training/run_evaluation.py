@@ -122,7 +122,7 @@ def at_once(run: Recipe) -> int:
 
 
 def moved(run: Recipe, state: TrainState, batch: PromptBatch) -> dict[str, float]:
-    """Return how far the EMA weights have moved from the reference, by noise level."""
+    """Return how far the EMA weights have moved from the base model, by noise level."""
     config, model = run.config, run.model
     rows = np.arange(at_once(run), dtype=np.int32)
     chosen = rows % len(batch.ids)
@@ -136,9 +136,9 @@ def moved(run: Recipe, state: TrainState, batch: PromptBatch) -> dict[str, float
         model.latent_shape(config.model.height, config.model.width),
         sigmas,
     )
-    reference = run.named_policy(state, "reference")
+    base = model.reference(state.policy)  # a run may move its own reference
     rows, keys = sharding.split_rows(run.mesh, (rows, keys))
-    found = measure(state.copies["ema"], reference, model.base, cond, run.empty, rows, keys)
+    found = measure(state.copies["ema"], base, model.base, cond, run.empty, rows, keys)
     return move.figures(sharding.to_host(found), sigmas)
 
 
