@@ -90,6 +90,20 @@ def test_the_best_may_be_older_than_one_of_before(runs, tmp_path):
     assert Checkpoints(tmp_path).steps() == [2]
 
 
+@pytest.mark.parametrize("reward, weights", [("shapes_unknown", {}), ("shapes", {"shapes": -1.0})])
+def test_the_best_of_a_reward_that_should_fall_is_the_lowest(runs, tmp_path, reward, weights):
+    state = initial_state(recipe.build(load(runs)))
+    arguments = tmp_path, reward, {"reward": {"weights": weights}}, BaseModel()
+    best = run_checkpoints.Best(*arguments)
+    for epoch, value in enumerate((0.5, 0.75, 0.25)):
+        best.offer(epoch, state, {f"eval/{reward}": value})
+    assert Checkpoints(tmp_path).steps() == [2]
+    again = run_checkpoints.Best(*arguments)
+    assert again.value == 0.25
+    again.offer(3, state, {f"eval/{reward}": 0.5})
+    assert Checkpoints(tmp_path).steps() == [2]
+
+
 def test_evaluating_a_checkpoint_repeats_what_training_logged(runs, whole):
     out = call(runs, "evaluate", "--config=tiny.py", "--checkpoint=whole", "--out=results/rl.json")
     result = json.loads((runs / "results" / "rl.json").read_text())

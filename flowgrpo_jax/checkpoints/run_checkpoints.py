@@ -18,6 +18,7 @@ from flowgrpo_jax import sharding
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.checkpoints.run_record import changed_settings, same_base, same_settings
 from flowgrpo_jax.models.base_model import BaseModel
+from flowgrpo_jax.monitors import verdicts
 from flowgrpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def rescue(epoch: int, state: TrainState, record: dict[str, Any], error: OSError
 
 
 class Best:
-    """The checkpoint with the highest value of an evaluated reward, in a directory of its own."""
+    """The checkpoint with the best value of an evaluated reward, in a directory of its own: the
+    highest one, or the lowest of a reward that should fall."""
 
     def __init__(
         self,
@@ -53,17 +55,20 @@ class Best:
         # Not the newest one: a run may have gone on from a checkpoint before it.
         self.checkpoints = Checkpoints(directory, own=True)
         self.figure = f"eval/{reward}"
+        weight = config.get("reward", {}).get("weights", {}).get(reward, 0.0)
+        self.sign = -1.0 if verdicts.lower_is_better(reward, weight) else 1.0
         # As the first process reads it: all must agree on when to save.
         self.value = float(sharding.allgather(np.array(self._stored(), np.float64))[0])
 
     def _stored(self) -> float:
-        value = -math.inf
+        best = -math.inf
         for step in self.checkpoints.steps():
             try:
-                value = max(value, float(self.checkpoints.record(step)[self.figure]))
+                value = float(self.checkpoints.record(step)[self.figure])
+                best = max(best, self.sign * value)
             except Exception as error:  # another reward's, or damaged: the next one replaces it
                 log.warning("%s/%d is passed over: %s", self.checkpoints.directory, step, error)
-        return value
+        return self.sign * best
 
     def offer(self, epoch: int, state: TrainState, report: dict[str, float]) -> None:
         """Keep the state after `epoch` epochs if its evaluation is the best so far.
@@ -71,7 +76,7 @@ class Best:
         If it cannot be written, that is a warning; with several processes it raises OSError.
         """
         value = report[self.figure]
-        if not value > self.value:
+        if not self.sign * value > self.sign * self.value:
             return
         try:
             record = {"epoch": epoch, "config": self.config, "base": self.base.mark}
@@ -101,7 +106,7 @@ class RunCheckpoints:
     Args:
       config: the resolved one, kept with every state.
       base: the model that is trained, which a resumed run must have started from.
-      best: a reward's name, or "": the state with its highest value in evaluation is kept.
+      best: a reward's name, or "": the state with its best value in evaluation is kept.
     """
 
     def __init__(

@@ -208,12 +208,17 @@ def gain(
     """
     before, after = number(first.get(f"eval/{name}")), number(now.get(f"eval/{name}"))
     errors = [number(row.get(f"eval_error/{name}")) for row in (first, now)]
-    lower = weight < 0 if weight else name in LOWER_IS_BETTER
-    difference = before - after if lower else after - before
+    difference = before - after if lower_is_better(name, weight) else after - before
     error = math.hypot(*errors)
     if difference and not error:
         return difference, math.copysign(math.inf, difference)
     return difference, difference / (error or 1.0)
+
+
+def lower_is_better(name: str, weight: float = 0.0) -> bool:
+    """Whether a reward should fall: by the sign of the weight that it is trained with, and without
+    one because it counts what is wrong with a picture."""
+    return weight < 0 if weight else name in LOWER_IS_BETTER
 
 
 def level_of(size: float, limits: Limits | None) -> str:
