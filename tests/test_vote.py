@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.report import page, run_data, votes
+from flowgrpo_jax.report import page, pictures, run_data, votes
 
 uvicorn = pytest.importorskip("uvicorn")
 from flowgrpo_jax.report import server  # noqa: E402
@@ -99,6 +99,17 @@ def test_a_vote_that_does_not_come_is_invalid_and_stays_so(folder):
     assert not valid.any() and votes.waiting(folder) == []
     assert not reward(folder, 60.0)(IMAGES, PROMPTS, RECORDS)[1].any()  # at once
     assert votes.given(folder, next(f.name for f in folder.glob("*.webp"))[:16]) is None
+
+
+def test_a_picture_that_is_not_shown_is_invalid(folder):
+    """A sheet has room for so many of a group."""
+    shown, n = pictures.MOST, pictures.MOST + 2
+    group = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 3), np.uint8), ["a"] * n, [{}] * n
+    reward(folder, 0.01)(*group)
+    votes.give(folder, next(folder.glob("*.webp")).stem, [1, shown - 1])
+    scores, valid = reward(folder, 0.01)(*group)
+    assert np.flatnonzero(scores).tolist() == [1, shown - 1]
+    assert valid.tolist() == [True] * shown + [False] * 2
 
 
 def test_the_oldest_group_comes_first(folder):

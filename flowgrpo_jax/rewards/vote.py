@@ -2,7 +2,8 @@
 
 The reward writes the pictures of a prompt to a folder and waits. `python -m flowgrpo_jax.report
 --serve` shows them and writes the answer beside them. A picture that is chosen scores 1, another 0;
-where nobody votes in time the whole group is invalid. Answers, also those that did not come, are
+where nobody votes in time the whole group is invalid. Of a larger group the first `pictures.MOST`
+are shown, and the others are invalid. Answers, also those that did not come, are
 kept by the pictures' content: a run that draws the same pictures again needs no human.
 """
 
@@ -49,7 +50,7 @@ class Vote:
         chosen = votes.given(self.folder, name)
         scores = np.zeros(n, np.float32)
         scores[chosen or []] = 1.0
-        return scores, np.full(n, chosen is not None)
+        return scores, (np.arange(n) < pictures.MOST) & (chosen is not None)
 
 
 def make(folder: str = "votes", seconds: float = 600.0) -> Vote:
