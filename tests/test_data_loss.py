@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from flowgrpo_jax.models import sd3
 from flowgrpo_jax.regularisation import training_data
 from flowgrpo_jax.sampling import sampler, solvers
 from flowgrpo_jax.train import train
+from flowgrpo_jax.training import data_loss
 from flowgrpo_jax.worlds.pretraining import data
 from flowgrpo_jax.worlds.shapes.world import WORLD
 
@@ -74,6 +76,21 @@ def test_the_bases_own_samples_pull_nowhere():
     other, _ = gradient(base, x_0 + 1.0, noise, velocity=exact)
     assert all(np.abs(g) < 0.03 for g in own.values())
     assert abs(other["mean"]) > 0.5
+
+
+@pytest.mark.parametrize("slope, skipped", [(0.1, 0), (np.nan, 1)])
+def test_a_step_of_the_data_that_is_skipped_is_a_figure(slope, skipped):
+    def add_data(gradient, total, *_):
+        return jax.tree.map(lambda g: g + slope, gradient), total
+
+    optimiser = update.optimiser(0.1)
+    made = SimpleNamespace(add_data=add_data, apply=programs.apply(optimiser, 0.9))
+    run = SimpleNamespace(programs=made, put=lambda x: x, model=SimpleNamespace(base={}), empty={})
+    alone = data_loss.EpochData([[()]], levels=LEVELS, own_step=True)
+    state = update.init(weights(0), {}, {}, optimiser, KEY)
+    after, figures = data_loss.step(run, alone, state, 0)
+    assert figures == {"data_loss": 0, "data_skipped": skipped}
+    assert int(after.step) == 1 - skipped
 
 
 def test_two_devices_find_what_one_finds():

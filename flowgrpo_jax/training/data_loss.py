@@ -114,12 +114,14 @@ def add(
 def step(
     run: Recipe, data: EpochData, state: TrainState, epoch: int
 ) -> tuple[TrainState, dict[str, float]]:
-    """Take the optimiser step of the data alone, where it has one, after the updates."""
+    """Take the optimiser step of the data alone, where it has one, after the updates. Returns the
+    state and the figures, with whether the step was skipped because its gradient was not finite."""
     if not data.parts or not data.own_step:
         return state, {}
     gradient = run.put(jax.tree.map(jnp.zeros_like, state.policy))
     gradient, figures = _add(run, data, data.parts[0], state, epoch, gradient)
-    state, _ = run.programs.apply(state, gradient)
+    state, applied = run.programs.apply(state, gradient)
+    figures["data_skipped"] = applied["skipped"]
     return state, {name: float(value) for name, value in figures.items()}
 
 
