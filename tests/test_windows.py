@@ -133,6 +133,12 @@ def test_a_window_may_begin_later():
         ("progressive", Window(2, 0, 2), {}, r"window_range=\(0, 2\) leaves .* 2 steps no room"),
         ("progressive", Window(2, 0, 5), {"every": 0}, r"window_options\.every=0: .*at least 1"),
         ("progressive", Window(2, 0, 5), {"stride": 0}, r"window_options\.stride=0: .*at least 1"),
+        (
+            "exp_decay",
+            Window(4, 0, 18),
+            {"stride": 15},
+            r"window_options\.stride=15: .* 4 steps .*window_range=\(0, 18\); choose 1 to 14",
+        ),
         ("decay", Window(2, 0, 5), {"least": 26}, r"least=26: must be between 1 and every=25"),
         ("exp_decay", Window(2, 0, 5), {"rate": -1.0}, r"window_options\.rate=-1\.0: .*at least 0"),
         ("frozen", Window(2, 1, 5), {}, r"window_range=\(1, 5\) is wider.*set it to \(1, 3\)"),

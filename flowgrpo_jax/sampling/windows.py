@@ -212,6 +212,11 @@ def _moving(
             " widen it, to (0, sample.steps - 2) as MixGRPO does, or choose"
             " sample.window_schedule='frozen'"
         )
+    if stride > (room := high - low - size):
+        raise ValueError(
+            f"sample.window_options.stride={stride}: a window of {size} steps cannot move that far"
+            f" in sample.window_range={(low, high)}; choose 1 to {room}, or a wider range"
+        )
     places = np.arange(low, high - size + 1, stride)
     ends = np.cumsum([stay(int(place)) for place in places])
     total = int(ends[-1])
