@@ -160,6 +160,9 @@ def test_tasks_take_turns_by_their_names(sources):
     ]
     with pytest.raises(ValueError, match=r"prompts\.alternate=True: .* prompts\.tasks has 1; name"):
         tasks.check({"signs": {"train": "x"}}, {"jpeg": 1.0}, (), alternate=True)
+    idle = {name: {"train": "x", "weight": 0.0} for name in sources}
+    with pytest.raises(ValueError, match=r"alternate=True: .*prompts\.tasks\.NAME\.weight .*0: "):
+        tasks.check(idle, {"jpeg": 1.0}, (), alternate=True)
 
 
 def test_the_shapes_of_one_tag_are_a_source():

@@ -39,6 +39,11 @@ def check(
             f"prompts.alternate=True: tasks take turns, and prompts.tasks has {len(tasks)}; name at"
             " least two"
         )
+    if alternate and not any(float(task.get("weight", 1.0)) for task in tasks.values()):
+        raise ValueError(
+            "prompts.alternate=True: no task has a turn, for every prompts.tasks.NAME.weight of"
+            f" {sorted(tasks)} is 0: set those that are to be drawn above 0"
+        )
     known, trained = {*weights, *evaluated}, reward_weights(tasks, weights)
     for name, task in tasks.items():
         if unknown := sorted(set(task) - set(KEYS)):
