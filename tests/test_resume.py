@@ -3,10 +3,13 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from short_runs import load, rows, same, timeless
 
+from flowgrpo_jax import update
 from flowgrpo_jax.assembly import recipe
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
@@ -37,13 +40,55 @@ def test_with_nothing_to_resume_it_starts(runs, half, caplog):
     assert timeless(ours) == timeless(theirs, prefix="eval/")
 
 
-def test_a_resume_that_fails_leaves_the_record_alone(runs, half):
-    workdir = runs / "wrong-rank"
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"lora__rank": 3}, r"lora\.rank=2"),
+        ({"kl__name": "adaptive", "algorithm__options__kl_beta": 0.04}, r"kl\.name=''"),
+    ],
+)
+def test_a_resume_that_fails_leaves_the_record_alone(runs, half, tmp_path, changes, said):
+    workdir = tmp_path / "other"
     shutil.copytree(half, workdir)
     before = (workdir / "config.json").read_text()
-    with pytest.raises(ValueError, match=r"none of the checkpoints .*lora\.rank"):
-        train(load(runs, lora__rank=3), workdir, resume=True)
+    with pytest.raises(ValueError, match=rf"none of the checkpoints .*trained with .*{said}"):
+        train(load(runs, **changes), workdir, resume=True)
     assert (workdir / "config.json").read_text() == before
+
+
+def small_state(copies=(), memory=(), rank=2):
+    """A state whose memory holds arrays of these shapes, by their names."""
+    memory = {name: jnp.zeros(shape) for name, shape in dict(memory).items()}
+    policy, copies = {"a": jnp.ones((rank, 3))}, dict.fromkeys(copies)
+    return update.init(policy, copies, memory, optax.adam(0.1), jax.random.key(0))
+
+
+CONFIG = {
+    "lora": {"rank": 2, "targets": []},
+    "algorithm": {"options": {"clip_range": 0.1}},
+    "advantage": {"options": {"buffer_size": 8}},
+    "kl": {"name": "beta"},
+}
+
+
+@pytest.mark.parametrize(
+    "then, now, said",
+    [
+        ({}, {"copies": ["old"]}, r"copies .*algorithm\.options={'clip_range': 0\.1}"),
+        ({"copies": ["old"]}, {}, r"copies .*kl\.name='beta'"),
+        ({"memory": {"m": 8}}, {"memory": {"m": 9}}, r"advantage\.options={'buffer_size': 8}"),
+        ({}, {"memory": {"kl": 2}}, r"memory .*kl\.name='beta'"),
+        ({"copies": ["old"]}, {"copies": ["old"], "rank": 3}, r"ema .*lora\.rank=2"),
+    ],
+)
+def test_a_state_of_other_shapes_names_the_settings_that_they_follow(tmp_path, then, now, said):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, small_state(**then), {"epoch": 1, "config": CONFIG})
+    checkpoints.wait()
+    with pytest.raises(ValueError, match=rf"{said}.*or start a new run in another") as caught:
+        checkpoints.resume(small_state(**now))
+    assert "damaged" not in str(caught.value)
+    checkpoints.close()
 
 
 def damage(step, how):

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from flowgrpo_jax import sharding
+from flowgrpo_jax.checkpoints.run_record import SHAPING, shaping
 from flowgrpo_jax.storage import files
 from flowgrpo_jax.types import TrainState
 
@@ -136,11 +137,34 @@ class Checkpoints:
             failed = failed or OSError("another process of the run could not read its part")
             log.warning("checkpoint %s/%d cannot be read: %s", self.directory, step, failed)
             problem = problem or failed
+        reasons = (self._other_settings(step, like) for step in reversed(steps))
+        reason = next(
+            filter(None, reasons),
+            "Either they are damaged (restore them from a copy) or they belong to another model or"
+            " LoRA (set lora.rank, lora.targets and model.path to the run's config.json)",
+        )
         raise ValueError(
-            f"none of the checkpoints {steps} in {self.directory} can be read. Either they are"
-            " damaged (restore them from a copy) or they belong to another model or LoRA (set"
-            f" lora.rank, lora.targets and model.path to the run's config.json): {problem}"
+            f"none of the checkpoints {steps} in {self.directory} can be read. {reason}: {problem}"
         ) from problem
+
+    def _other_settings(self, step: int, like: dict[str, Any]) -> str:
+        """Say which settings a checkpoint was made with, if it has other arrays than `like` or they
+        have other shapes; "" if it has the same, or if its shapes cannot be read."""
+        import orbax.checkpoint as ocp
+
+        folder, read = self.directory / str(step), ocp.StandardCheckpointHandler().metadata
+        try:
+            stored, record = {name: read(folder / name).tree for name in like}, self.record(step)
+        except Exception:  # damaged, as the caller says
+            return ""
+        other = [part for part in SHAPING if _shapes(like, part) != _shapes(stored, part)]
+        if not other:
+            return ""
+        return (
+            f"{other[0]} has other arrays, or other shapes, than the config asks for. It was"
+            f" trained with {shaping(record, other[0])}: set what differs to these values, or start"
+            " a new run in another --workdir"
+        )
 
     def save(self, epoch: int, state: TrainState, record: dict[str, Any]) -> None:
         """Save the training state after `epoch` epochs."""
@@ -173,3 +197,12 @@ def _parts(state: TrainState) -> dict[str, Any]:
     """Split a state into separately written parts, because evaluation reads the EMA alone."""
     copies = {name: copy for name, copy in state.copies.items() if name != "ema"}
     return {"state": dataclasses.replace(state, copies=copies), "ema": state.copies["ema"]}
+
+
+def _shapes(trees: dict[str, Any], part: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays in a part of a checkpoint, by their paths."""
+    named = (
+        (jax.tree_util.keystr(path, simple=True, separator="/"), tuple(x.shape))
+        for path, x in jax.tree_util.tree_leaves_with_path(trees)
+    )
+    return {name: shape for name, shape in named if name.startswith(f"{part}/")}

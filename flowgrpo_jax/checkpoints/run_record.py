@@ -12,6 +12,23 @@ from flowgrpo_jax.command_line import knobs
 from flowgrpo_jax.models import base_model
 from flowgrpo_jax.models.base_model import BaseModel
 
+SHAPING = {  # part of a checkpoint: the settings that its arrays and their shapes follow
+    "ema": ("model.path", "lora.rank", "lora.targets"),
+    "state/copies": ("algorithm.options", "kl.name", "kl.reset_above", "kl.reset_every"),
+    "state/memory": ("advantage.options", "kl.name", "kl.options", "prompts.train"),
+}
+
+
+def shaping(record: dict[str, Any], part: str) -> str:
+    """The settings that a part of a checkpoint follows, with their values in its record."""
+    config = record.get("config", {})
+    paths = (name.split(".") for name in SHAPING[part])
+    return ", ".join(
+        f"{section}.{key}={config[section][key]!r}"
+        for section, key in paths
+        if key in config.get(section, {})
+    )
+
 
 def same_settings(
     record: dict[str, Any], config: dict[str, Any], path: Sequence[str], where: epath.Path
