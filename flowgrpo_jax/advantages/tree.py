@@ -55,12 +55,27 @@ def tree(
     """
     leaves = branches.leaves if branches.splits else group_size
     _check(fusion, alpha, prune, prune_every, keep_leaves, steps, leaves)
-    sizes, splits = branches.sizes, np.asarray(branches.splits, int)
-    last = np.full(steps, len(sizes) - 1)
-    reached = (np.arange(steps)[:, None] >= splits).sum(1) if len(splits) else last
-    below = np.array(sizes)[reached]  # [W], leaves below a node at the end of each step
+    splits = np.asarray(branches.splits, int)
+    sizes = branches.sizes if branches.splits else (1,)  # leaves below a node of each level
+    reached = (np.arange(steps)[:, None] >= splits).sum(1)  # [W], the level that a step ends at
+    below = np.array(sizes)[reached]
     once = (1 / below) / np.mean(1 / below)
     after_splits = np.arange(steps) > max(branches.splits, default=-1)
+
+    def edges(level: int, log_prob: jax.Array | None) -> jax.Array | None:
+        """The log-weights of the nodes of a level [trees, N] in their parents' worth."""
+        if fusion == "mean" or log_prob is None:
+            return None
+        return alpha * log_prob[splits[level - 1]].reshape(-1, leaves)[:, :: sizes[level]]
+
+    def by_level(worth: jax.Array, known: jax.Array, log_prob: jax.Array | None) -> jax.Array:
+        """The advantages of the nodes above each leaf, f32 [levels, trees, leaves]."""
+        found = []
+        for level in reversed(range(len(sizes))):
+            found.append(jnp.repeat(_compared(worth, known, clip), sizes[level], axis=1))
+            if level:
+                worth, known = fused(worth, known, branches.factor, edges(level, log_prob))
+        return jnp.stack(found[::-1])
 
     def compute(
         memory: Memory,
@@ -72,20 +87,10 @@ def tree(
         total, valid = weighted(scores, weights)
         worth = jnp.where(valid, total, 0.0).reshape(-1, leaves)
         known = valid.reshape(-1, leaves).astype(jnp.float32)
-        by_level = []
-        for level in range(len(sizes) - 1, -1, -1):
-            by_level.append(jnp.repeat(_compared(worth, known, clip), sizes[level], axis=1))
-            if level and len(splits):
-                edges = None
-                if fusion == "softmax" and log_prob is not None:
-                    edges = alpha * log_prob[splits[level - 1]].reshape(-1, leaves)
-                    edges = edges[:, :: sizes[level]]
-                worth, known = fused(worth, known, branches.factor, edges)
-            elif level:
-                break
-        advantage = jnp.stack(by_level)[len(sizes) - 1 - reached] * once[:, None, None]
+        levels = by_level(worth, known, log_prob)
+        advantage = levels[reached] * once[:, None, None]
         if keep_leaves:
-            extreme = _extreme(by_level[0], keep_leaves)
+            extreme = _extreme(levels[-1], keep_leaves)
             advantage *= jnp.where(after_splits[:, None, None], extreme, 1.0)
         if prune:
             trained = _unpruned(memory["epochs"], steps, prune, prune_every, max(splits, default=0))
