@@ -270,7 +270,8 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 20
     # Newest checkpoints kept; 0: all of them.
     c.checkpoint.keep = 5
-    # Evaluated reward whose best checkpoint is kept, in best/; empty: none.
+    # Evaluated reward whose best checkpoint is kept, in best/; the best is the lowest where its
+    # weight is negative; empty: none.
     c.checkpoint.best = ""
 
     # What the evaluated pictures are watched for (docs/report.md)

@@ -6,9 +6,9 @@
     python -m flowgrpo_jax.train --config geneval:nft         # DiffusionNFT in place of GRPO
     python -m flowgrpo_jax.train --config geneval:awm         # AWM
 
-Hardware: all have the paper's 48 groups of 24 an epoch on any 1, 2, 4, 8, 16, 32 or 64 devices, on
-more as docs/scaling.md says. What JAX needs of a device's memory in `full`, by the compiler for
-TPUs (docs/scaling.md) and not measured:
+Hardware: all have the paper's 48 groups of 24 an epoch (awm 72) on any 1, 2, 4, 8, 16, 32 or 64
+devices, on more as docs/scaling.md says. What JAX needs of a device's memory in `full`, by the
+compiler for TPUs (docs/scaling.md) and not measured:
 
     15 GB on 1 device, 12 on 4, 10 on 64, with up to 4 images at once a device
     and 1.4 GB for each image more: --config.sample.micro_batch=48 on 4 devices is 12 each, 23 GB

@@ -45,7 +45,8 @@ def awm(c: ConfigDict) -> None:
     """AWM with the settings of scxue/advantage_weighted_matching (config/dgx_awm.py) for this task.
 
     The ODE draws 72 groups an epoch, without guidance. Theirs is SA-Solver; here it is
-    DPM-Solver++, also of second order.
+    DPM-Solver++, also of second order. How advantages are divided and the decay of the EMA are
+    those of the recipe for GRPO: they were not compared with the script.
     """
     by_ode(c, steps=14)
     c.algorithm = bundled_awm.get_config().algorithm

@@ -43,13 +43,13 @@ def accumulate(
         cut into micro-batches.
       score: the differentiable rewards, for an algorithm with `reward_gradient`.
 
-    An image whose latents are not finite adds nothing: one of them would make the whole gradient
-    NaN, though its advantage is 0.
+    An image whose latents are not finite adds nothing (`without_broken`): one of them would make
+    the whole gradient NaN, though its advantage is 0.
 
     Raises ValueError when the loss returns other figures than the algorithm names.
     """
     scale = 1.0 / (images * terms.shape[0])
-    rollout, sound = without_broken(rollout)
+    rollout, sound = without_broken(algorithm, setup, rollout)
     fixed = {name: partial(velocity, jax.lax.stop_gradient(p)) for name, p in others.items()}
 
     def total(policy: Params, term: jax.Array) -> tuple[jax.Array, Figures]:
@@ -79,24 +79,35 @@ def accumulate(
             for name, value in new.items()
         }
         for name in algorithm.by_step:
-            added = jnp.stack([new[name], rollout.prompt.size])
+            added = jnp.stack([new[name], sound.sum()])
             means[name + BY_STEP] = sums[name + BY_STEP].at[:, rollout.start + term].add(added)
         return (gradient, means), None
 
     return jax.lax.scan(add, carry, terms)[0]
 
 
-def without_broken(rollout: Rollout) -> tuple[Rollout, jax.Array]:
-    """Return a rollout with 0 in place of numbers that are not finite, and which of its images have
-    none of them, bool [M].
+def without_broken(
+    algorithm: Algorithm, setup: Setup, rollout: Rollout
+) -> tuple[Rollout, jax.Array]:
+    """Return a rollout with 0 in place of latents that are not finite, and which of its images
+    count, bool [M].
 
-    A loss that is masked afterwards would still have a gradient of NaN, because 0 x NaN is NaN.
+    With an image that is not finite its whole group is left out where the loss compares the images
+    of a group. Where it compares those of an update nothing is left out, and `apply_gradient` skips
+    the update. A loss that is masked afterwards alone would still have a gradient of NaN.
     """
-    latents, x, log_prob = rollout.latents, rollout.x, rollout.log_prob
-    sound = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(x).all((0, 2, 3, 4))
-    sound &= jnp.isfinite(log_prob).all(0)
-    finite = [jnp.where(jnp.isfinite(part), part, 0.0) for part in (latents, x, log_prob)]
-    return replace(rollout, latents=finite[0], x=finite[1], log_prob=finite[2]), sound
+    finite = jax.tree.map(jnp.isfinite, (rollout.latents, rollout.x))
+    sound = finite[0].all((1, 2, 3)) & finite[1].all((0, 2, 3, 4))
+    if algorithm.whole == "update":
+        return rollout, jnp.ones_like(sound)
+    if algorithm.whole == "group":
+        sound = jnp.repeat(sound.reshape(-1, setup.group_size).all(1), setup.group_size)
+    return replace(
+        rollout,
+        latents=jnp.where(finite[0], rollout.latents, 0.0),
+        x=jnp.where(finite[1], rollout.x, 0.0),
+        log_prob=jnp.where(sound, rollout.log_prob, 0.0),
+    ), sound
 
 
 def add_matching(

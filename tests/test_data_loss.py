@@ -139,10 +139,10 @@ def test_a_worlds_pictures_are_those_of_its_pretraining():
     source = training_data.load("shapes", 64, 64)
     pictures, captions = source(5, 3, 2)
     images, numbers = data.draw(WORLD, 5, np.random.default_rng([3, 2]))
-    np.testing.assert_array_equal(pictures, images)
+    np.testing.assert_array_equal(pictures(), images)
     assert captions == [data.caption_table(WORLD)[i] for i in numbers]
     assert source(5, 3, 1).captions != captions
-    assert training_data.load("shapes", 32, 48)(2, 0, 0).pixels.shape == (2, 32, 48, 3)
+    assert training_data.load("shapes", 32, 48)(2, 0, 0).pixels().shape == (2, 32, 48, 3)
     assert training_data.load("base", 64, 64) is None
 
 
@@ -157,7 +157,7 @@ def test_a_folder_of_pictures_and_texts(tmp_path):
     source = training_data.load(str(tmp_path), 8, 8)
     pixels, captions = source(2, 0, 0)  # both of them, in some order
     assert sorted(captions) == ["picture 0", "picture 1"]
-    for image, caption in zip(pixels, captions):
+    for image, caption in zip(pixels(), captions):
         wanted = (255, 0, 0) if caption == "picture 0" else (0, 0, 255)
         np.testing.assert_array_equal(image, np.broadcast_to(wanted, (8, 8, 3)))
     assert len(source(5, 0, 0).captions) == 5
@@ -198,10 +198,10 @@ def test_a_kind_of_model_that_reads_no_pictures():
 
 
 def test_latents_of_pictures_are_scaled():
-    """The box's autoencoder was scaled so that the latents of its pictures have mean 0 and standard
-    deviation 1."""
+    """The bundled autoencoder was scaled so that the latents of its pictures have mean 0 and
+    standard deviation 1."""
     model = sd3.load("shapes")
-    pixels = training_data.load("shapes", 64, 64)(8, 0, 0).pixels
+    pixels = training_data.load("shapes", 64, 64)(8, 0, 0).pixels()
     latents = jax.jit(model.to_latents)(model.params["vae"], jnp.asarray(pixels))
     assert latents.shape == (8, *model.latent_shape(64, 64))
     np.testing.assert_allclose([latents.mean(), latents.std()], [0, 1], atol=0.1)

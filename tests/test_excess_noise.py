@@ -88,7 +88,7 @@ def of_recipe(name, changes):
 
 
 def test_a_recipe_is_judged_by_its_window():
-    """The paper's takes the step that leaves 26.9 times its noise; that of the box does not."""
+    """The paper's takes the step that leaves 26.9 times its noise; that of `shapes` does not."""
     assert "26.9 times the noise that step 8" in of_recipe("base", {})
     assert not of_recipe("base", {"sample.window": 7})
     moving = {"sample.window": 2, "sample.window_range": (3, 9)}

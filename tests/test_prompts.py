@@ -190,6 +190,9 @@ def test_where_a_record_is(tmp_path):
     assert prompts.place({"prompt": "b", "n": 1}, str(file)) == f"{file}: line 3"
     of_a_task = {"prompt": "b", "n": 2, "tag": "write", "task": "write"}
     assert prompts.place(of_a_task, str(file)) == f"{file}: line 4"
+    file.write_text('{"prompt": "b"}\n{"prompt": "b", "n": 2}')  # the first is a part of the second
+    assert prompts.place({"prompt": "b"}, str(file)) == f"{file}: line 1"
+    assert prompts.place({"prompt": "b", "n": 2}, str(file)) == f"{file}: line 2"
     assert prompts.place({"prompt": "a dog"}, "geneval:train") == "geneval:train: 'a dog'"
 
 

@@ -7,8 +7,9 @@ are not trained on; the policy becomes its own reference when it has gone too fa
 epochs. Good images count more the less they resemble the others of their prompt. Advantages are not
 divided by a standard deviation, as in the published code.
 
-In the box the watched rewards are the share of shapes that are none, and the size of the picture as
-a JPEG; on SD3.5 take aesthetic and imagereward as in the paper, and kl_beta 0.04 to 0.07.
+For the bundled model the watched rewards are the share of shapes that are none, and the size of the
+picture as a JPEG; on SD3.5 take aesthetic and imagereward as in the paper, and kl_beta 0.04 to
+0.07.
 """
 
 from ml_collections import ConfigDict

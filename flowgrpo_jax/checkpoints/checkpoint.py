@@ -162,8 +162,8 @@ class Checkpoints:
             return ""
         return (
             f"{other[0]} has other arrays, or other shapes, than the config asks for. It was"
-            f" trained with {shaping(record, other[0])}: set what differs to these values, or start"
-            " a new run in another --workdir"
+            f" trained with {shaping(record, other[0])}: set what differs to these values. Training"
+            " with other ones needs a new --workdir"
         )
 
     def save(self, epoch: int, state: TrainState, record: dict[str, Any]) -> None:

@@ -15,7 +15,13 @@ from flowgrpo_jax.models.base_model import BaseModel
 SHAPING = {  # part of a checkpoint: the settings that its arrays and their shapes follow
     "ema": ("model.path", "lora.rank", "lora.targets"),
     "state/copies": ("algorithm.options", "kl.name", "kl.reset_above", "kl.reset_every"),
-    "state/memory": ("advantage.options", "kl.name", "kl.options", "prompts.train"),
+    "state/memory": (
+        "advantage.options",
+        "kl.name",
+        "kl.options",
+        "prompts.train",
+        "prompts.tasks",
+    ),
 }
 
 

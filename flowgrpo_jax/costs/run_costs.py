@@ -31,13 +31,21 @@ def forwards(run: Recipe, epoch: int) -> float:
 
 def data_forwards(run: Recipe, epoch: int, levels: int) -> float:
     """Return the passes of an epoch's loss on data, for each image of the rollouts: three at each
-    noise level, and those that draw a sample of the base, all without guidance."""
-    data, plan = run.data, run.plan
+    noise level, in every optimiser step, and those that draw a sample of the base. None has
+    guidance, so that they count by half where the rollout has two branches."""
+    data, plan, config = run.data, run.plan, run.config
     if data is None or not data.falls_on(epoch):
         return 0.0
     images = data.images * (1 if data.own_step else plan.updates)
     drawing = run.setup.process.steps if data.source is None else 0
-    return images * (drawing + 3 * levels) / plan.images
+    times = levels if config.train.step_each_term and not data.own_step else 1
+    return images * (drawing + 3 * levels * times) / plan.images / branches_of_guidance(run)
+
+
+def branches_of_guidance(run: Recipe) -> int:
+    """Return in how many batches of text a velocity of the rollout is computed, 1 or 2."""
+    guided = run.config.sample.guidance_scale > 1
+    return 2 if run.model.guidance == "branch" and guided else 1
 
 
 def forward_flop(run: Recipe) -> float:
@@ -48,8 +56,7 @@ def forward_flop(run: Recipe) -> float:
     x, sigma = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, *latent), (1,)))
     given = (sigma,) if model.guidance == "input" else ()
     shapes = (model.trained_shapes, model.base, x, sigma, text, *given)
-    branches = 2 if model.guidance == "branch" and c.sample.guidance_scale > 1 else 1
-    return branches * cost.flops(jax.make_jaxpr(model.velocity)(*shapes))
+    return branches_of_guidance(run) * cost.flops(jax.make_jaxpr(model.velocity)(*shapes))
 
 
 def line(run: Recipe, flop: float) -> str:

@@ -70,8 +70,8 @@ RULES = (
              "the policy leaves what the base model knows", rise=limits, absolute=True)
         for name, limits in MOVES.items()
     ),
-    # 10 % is DDRL's alarm (arXiv 2512.04332). No alarm here: in the box an honest run reaches 850 %
-    # in 400 epochs and a hacked one 600 % in 18, so that it does not tell them apart.
+    # 10 % is DDRL's alarm (arXiv 2512.04332). No alarm here: an honest run of the bundled model
+    # reaches 850 % in 400 epochs and a hacked one 600 % in 18, so that it does not tell them apart.
     Rule("true_loss", "Loss on true pictures", "", "the policy forgets what is true",
          rise=Limits(0.1, math.inf)),
 )  # fmt: skip

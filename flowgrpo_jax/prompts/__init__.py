@@ -88,13 +88,18 @@ def place(record: Metadata, source: str) -> str:
     """Say where a record of a source is, for an error about it: the file and the line.
 
     Reads the file again, so that records need not carry their place to the rewards. A generated
-    prompt has no line: its source and its text say where it is.
+    prompt has no line: its source and its text say where it is. A record may have more than its
+    line, for tasks.py adds to it: the line that has most of it counts.
     """
     path = Path(source).expanduser()
     if source.partition(":")[0] not in GENERATORS and path.is_file():
-        for number, found in prompt_file.records(path):
-            if {**record, **found, "task": ""} == {**record, "task": ""}:  # tasks.py sets it
-                return f"{path}: line {number}"
+        parts = {
+            number: len(found)
+            for number, found in prompt_file.records(path)
+            if {**record, **found, "task": ""} == {**record, "task": ""}  # tasks.py sets it
+        }
+        if parts:
+            return f"{path}: line {max(parts, key=parts.__getitem__)}"
     return f"{source}: {record['prompt']!r}"
 
 

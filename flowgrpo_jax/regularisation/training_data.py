@@ -1,4 +1,4 @@
-"""Pictures with captions for a loss on data: of the box's worlds, or of a folder of the user's own.
+"""Pictures with captions for a loss on data: of the bundled worlds, or of a folder of one's own.
 
 A source is a pure function of (count, seed, epoch), so that a run that goes on sees what it would
 have seen. Its pictures are brought to the run's size: the largest part of the same aspect from the
@@ -28,7 +28,9 @@ LISTING = "metadata.jsonl"
 
 
 class Captioned(NamedTuple):
-    pixels: np.ndarray  # uint8 [N, H, W, 3]
+    """N captions, and a function that reads their pictures, uint8 [N, H, W, 3]."""
+
+    pixels: Callable[[], np.ndarray]
     captions: list[str]
 
 
@@ -100,7 +102,8 @@ def load(source: str, height: int, width: int) -> Source | None:
             rng = np.random.default_rng([seed, epoch])
             images, rows = data.draw(world, count, rng)
             captions = data.caption_table(world)
-            return Captioned(fitted(images, height, width), [captions[i] for i in rows])
+            pixels = partial(fitted, images, height, width)
+            return Captioned(pixels, [captions[i] for i in rows])
 
         return draw
     return partial(_of_folder, list(pairs(Path(source).expanduser())), height, width)
@@ -109,12 +112,15 @@ def load(source: str, height: int, width: int) -> Source | None:
 def _of_folder(
     known: list[tuple[Path, str]], height: int, width: int, count: int, seed: int, epoch: int
 ) -> Captioned:
-    """Read some of a folder's pictures, no one twice while there are enough."""
+    """Choose some of a folder's pictures, no one twice while there are enough."""
     rng = np.random.default_rng([seed, epoch])
     rows = rng.choice(len(known), size=count, replace=count > len(known))
     chosen = [known[i] for i in rows]
-    images = [pictures.read(file) for file, _ in chosen]
-    return Captioned(fitted(images, height, width), [caption for _, caption in chosen])
+
+    def pixels() -> np.ndarray:
+        return fitted([pictures.read(file) for file, _ in chosen], height, width)
+
+    return Captioned(pixels, [caption for _, caption in chosen])
 
 
 def fitted(images: list[np.ndarray] | np.ndarray, height: int, width: int) -> np.ndarray:

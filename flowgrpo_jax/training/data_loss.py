@@ -72,7 +72,7 @@ def of_epoch(
     if data.source is not None:
         captioned = data.source(len(images), run.config.seed, epoch)
         cond, rows = run.encode(captioned.captions), np.arange(len(images), dtype=np.int32)
-        pixels = captioned.pixels
+        pixels = captioned.pixels()
     parts: list[list[Any]] = [[] for _ in range(updates)]
     for i in range(0, len(images), data.micro_batch):
         part = slice(i, i + data.micro_batch)
