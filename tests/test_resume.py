@@ -85,7 +85,7 @@ def test_a_state_of_other_shapes_names_the_settings_that_they_follow(tmp_path, t
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, small_state(**then), {"epoch": 1, "config": CONFIG})
     checkpoints.wait()
-    with pytest.raises(ValueError, match=rf"{said}.*or start a new run in another") as caught:
+    with pytest.raises(ValueError, match=rf"{said}.*set what differs to these values") as caught:
         checkpoints.resume(small_state(**now))
     assert "damaged" not in str(caught.value)
     checkpoints.close()
