@@ -10,8 +10,8 @@ Hardware: all have the paper's 48 groups of 24 an epoch (awm 72) on any 1, 2, 4,
 devices, on more as docs/scaling.md says. What JAX needs of a device's memory in `full`, by the
 compiler for TPUs (docs/scaling.md) and not measured:
 
-    15 GB on 1 device, 12 on 4, 10 on 64, with up to 4 images at once a device
-    and 1.4 GB for each image more: --config.sample.micro_batch=48 on 4 devices is 12 each, 23 GB
+    9 GB on each of 16 devices with up to 4 images at once a device, 12 GB on 1 device alone
+    and half a GB for each image more: --config.sample.micro_batch=64 on 4 devices is 16 each, 15 GB
     and 11 GB for the text encoders; 2 with --config.model.options.t5=False; 0 with their states on
     disk (flowgrpo_jax.encode and --config.model.text_cache=DIR)
 
