@@ -148,10 +148,10 @@ def own(stage: str, args: argparse.Namespace, file: Path) -> list[str]:
 
 
 def stages(args: argparse.Namespace) -> list[tuple[str, list[str], float]]:
-    """(name, command, seconds that it may take) of each stage."""
-    out = args.out
+    """(name, command, seconds that it may take) of each stage; a CPU has four times as many."""
+    out, longer = args.out, 4 if args.device == "cpu" else 1
     ratios = ["xla"] if args.device == "cpu" else ["xla", "cudnn"]
-    return [
+    limits = [
         ("peak", own("peak", args, out / "peak.json"), 60),
         ("attention", own("attention", args, out / "attention.json"), 60),
         *(
@@ -162,6 +162,7 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str], float]]:
         ("guided", epoch_command(args, out / "guided.json", 4.5), 240),
         ("shapes", shapes_command(Path(args.runs or tempfile.mkdtemp()) / "shapes"), 3600),
     ]
+    return [(name, command, longer * seconds) for name, command, seconds in limits]
 
 
 def drive(args: argparse.Namespace) -> int:

@@ -26,14 +26,13 @@ MEDIUM, LARGE = "stabilityai/stable-diffusion-3.5-medium", "stabilityai/stable-d
 TRAINING = ("sample", "accumulate", "apply")
 
 
-def flags(model: str, *, micro: int, fsdp: int = 1, tensor: int = 1, groups: int = 48) -> list[str]:
+def flags(model: str, *, micro: int, fsdp: int = 1, tensor: int = 1) -> list[str]:
     """A row's settings. `micro` images are handled at once, over all chips."""
     return [
         f"--config.model.path={model}",
         "--config.model.text_cache=texts",
         f"--config.mesh.fsdp={fsdp}",
         f"--config.mesh.tensor={tensor}",
-        f"--config.sample.groups={groups}",
         f"--config.sample.micro_batch={micro}",
         f"--config.eval.micro_batch={micro}",
     ]
@@ -52,11 +51,10 @@ PODS = {
         ("v5p-8 large", "v5p:2x2x1", 4, LARGE, {"micro": 32}),
     )
 }
-# The medium model on more v5e chips: the batch above, and four groups a chip.
+# The medium model on more v5e chips.
 GROWTH = {
     "v5e-16 medium": PODS["v5e-16 medium"],
     "v5e-256 medium": ("v5e:16x16", 256, flags(MEDIUM, micro=192, tensor=4)),
-    "v5e-256 medium with 1024 groups": ("v5e:16x16", 256, flags(MEDIUM, micro=1024, groups=1024)),
 }
 
 
