@@ -5,7 +5,8 @@
 #   benchmarks/gpu.sh OUT_FOLDER [OPTION...]     # on the GPU machine; options of benchmarks.gpu
 #
 # Nothing but OUT_FOLDER is written to in the checkout. On a machine that has all packages, such as
-# one with `pip install -e '.[test]'`, wheels/ may be missing. A try without a GPU, in some 15 minutes:
+# one with `pip install -e '.[test]'`, wheels/ may be missing. A try without a GPU takes some 15
+# minutes:
 #
 #   benchmarks/gpu.sh OUT_FOLDER --minutes 20 --device cpu --dtype float32 --model shapes --size 64 \
 #     --groups 1 --group_size 2 --micro_batch 2 --steps 4 --window 2 --side 512 --tokens 200

@@ -18,11 +18,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowgrpo_jax import prompts, sharding
-from flowgrpo_jax.assembly import parts, settings
+from flowgrpo_jax.assembly import batch_plan, parts, settings
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.models import TEXTS
 from flowgrpo_jax.monitors import true_loss
-from flowgrpo_jax.regularisation import training_data
 from flowgrpo_jax.storage import outputs
 
 
@@ -41,18 +40,13 @@ def needed(config: ConfigDict, epochs: int) -> list[str]:
 
 def _captions(config: ConfigDict, epochs: int) -> Iterator[str]:
     """Yield the captions of the loss on data, whose pictures are drawn as training draws them."""
-    c, updates = config.data, config.train.updates_per_epoch
-    if not (c.source and c.weight):
+    plan = batch_plan.make_plan(config, 1)
+    data = parts.make_data(config, plan, 1)
+    if data is None or data.source is None:  # the base's own samples, for the epoch's prompts
         return
-    images = config.sample.groups * config.sample.group_size // updates
-    training_data.check(c.weight, c.images, c.every, update=images, devices=1)
-    source = training_data.load(c.source, config.model.height, config.model.width)
-    if source is None:  # the base model's own samples, for the prompts of the epoch
-        return
-    data = training_data.Data(source, c.weight, c.images, c.images, c.every, c.own_step)
-    count = c.images if c.own_step else c.images * updates
+    count = data.images * data.steps(plan.updates)
     for epoch in filter(data.falls_on, range(epochs)):
-        yield from source(count, config.seed, epoch).captions
+        yield from data.source(count, config.seed, epoch).captions
 
 
 def _watched(config: ConfigDict) -> list[str]:

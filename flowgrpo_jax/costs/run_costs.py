@@ -36,7 +36,7 @@ def data_forwards(run: Recipe, epoch: int, levels: int) -> float:
     data, plan, config = run.data, run.plan, run.config
     if data is None or not data.falls_on(epoch):
         return 0.0
-    images = data.images * (1 if data.own_step else plan.updates)
+    images = data.images * data.steps(plan.updates)
     drawing = run.setup.process.steps if data.source is None else 0
     times = levels if config.train.step_each_term and not data.own_step else 1
     return images * (drawing + 3 * levels * times) / plan.images / branches_of_guidance(run)

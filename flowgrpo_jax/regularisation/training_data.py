@@ -60,6 +60,10 @@ class Data:
         """Whether an epoch, counted from 0, has the loss: every `every`-th one."""
         return (epoch + 1) % self.every == 0
 
+    def steps(self, updates: int) -> int:
+        """The optimiser steps of an epoch with so many updates that take pictures each."""
+        return 1 if self.own_step else updates
+
 
 def check(weight: float, images: int, every: int, *, update: int, devices: int) -> None:
     """Raise ValueError for numbers of a loss on data that are out of range.

@@ -62,9 +62,8 @@ def of_epoch(
     data, plan = run.data, run.plan
     if data is None or not data.falls_on(epoch):
         return EpochData()
-    updates, size = (
-        (1, plan.images) if data.own_step else (plan.updates, plan.images // plan.updates)
-    )
+    updates = data.steps(plan.updates)
+    size = plan.images // updates
     within = np.arange(data.images) * size // data.images
     images = (np.arange(updates)[:, None] * size + within).reshape(-1)
     groups, places = np.divmod(images.astype(np.int32), np.int32(plan.group_size))
