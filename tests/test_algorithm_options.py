@@ -46,8 +46,8 @@ def test_wrong_options_are_named(name, options, problem):
     "name, options, problem",
     [
         ("grpo", {"steps": 9}, r"steps=9: the window has 7 steps to train; choose 1 to 7, or 0"),
-        ("awm", {"levels": 8}, r"levels=8: sample.steps=8 and share=0.9 leave 7 noise levels"),
-        ("ram", {"levels": 8}, r"levels=8: sample.steps=8 and share=0.9 leave 7 noise levels"),
+        ("awm", {"levels": 8}, r"levels=8: sample.steps=8 and share=0.9 leave 6 noise levels"),
+        ("ram", {"levels": 8}, r"levels=8: sample.steps=8 and share=0.9 leave 6 noise levels"),
         ("vgrpo", {"levels": 9}, r"levels=9: sample.steps=8 leave 8 noise levels"),
         ("orw", {"levels": 9}, r"levels=9: sample.steps=8 leave 8 noise levels"),
         ("dgpo", {"first_steps": 9}, r"first_steps=9: a rollout has 8 steps \(sample.steps\)"),

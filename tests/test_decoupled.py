@@ -1,5 +1,6 @@
 """Algorithms that renoise finished images, NFT and AWM, against finite differences and by hand."""
 
+import itertools
 from functools import partial
 
 import jax.numpy as jnp
@@ -34,17 +35,23 @@ def test_renoised_images_lie_between_the_image_and_the_noise():
     assert np.abs(np.corrcoef(np.ravel(noise), np.ravel(other))[0, 1]) < 0.5
 
 
-@pytest.mark.parametrize("low, high, terms", [(1, 13, 6), (0, 20, 4), (0, 10, 3)])
-def test_strata_cover_the_range_evenly(low, high, terms):
-    """1..12 of 14 in six parts are AWM's; 20 in four are [0, 5), [5, 10), [10, 15), [15, 20)."""
-    rollout = finished(6000)
-    drawn = [np.asarray(renoise.stratum(rollout, k, terms, low, high)) for k in range(terms)]
-    width = (high - low) / terms
-    for k, steps in enumerate(drawn):
-        assert low + int(k * width) == steps.min()
-        assert steps.max() == low + int(np.ceil((k + 1) * width)) - 1
-    counts = np.bincount(np.concatenate(drawn))[low:]
-    np.testing.assert_allclose(counts, 6000 * terms / (high - low), rtol=0.15)
+@pytest.mark.parametrize("low, high, terms", [(1, 12, 6), (0, 12, 6), (0, 20, 4), (0, 10, 3)])
+def test_strata_begin_at_whole_steps(low, high, terms):
+    """As AWM's code has them: floors of equal distances, drawn evenly between them."""
+    bounds = np.floor(np.linspace(low, high, terms + 1)).astype(int)
+    rollout = finished(3000)
+    for k, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        counts = np.bincount(renoise.stratum(rollout, jnp.int32(k), terms, low, high))
+        assert len(counts) == end and not counts[:begin].any()
+        np.testing.assert_allclose(counts[begin:], 3000 / (end - begin), rtol=0.15)
+
+
+def test_the_steps_that_awm_trains():
+    """The published recipes: of 14 steps {1}, {2, 3}, ..., {10, 11}; PickScore's from step 0."""
+    setup = setup_of(algorithms.load("awm", {}), sigmas=tuple(np.linspace(1, 0, 15)))
+    assert renoise.strata(setup, 6, share=0.9) == (1, 12)
+    assert renoise.strata(setup, 6, first=0, share=0.9) == (0, 12)
+    assert renoise.strata(setup, 4, first=0) == (0, 14)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
@@ -98,7 +105,7 @@ def test_awm_is_the_weighted_error_by_finite_differences():
     def loss(theta):
         total = 0.0
         for k in range(3):
-            step = renoise.stratum(rollout, k, 3, 1, 8)  # 90 % of eight steps, less the first
+            step = renoise.stratum(rollout, k, 3, 1, 7)  # 90 % of eight steps, less the first
             sigma = jnp.asarray(SIGMAS)[step]
             target, v, x, s = matching(rollout, k, sigma, unflat(theta))
             error = np.square(v - target).mean((1, 2, 3))

@@ -32,6 +32,21 @@ def test_a_group_of_equal_images_keeps_its_advantages():
     assert np.isfinite(diversity.favour(advantage, features, group_size=4, clip=5.0)).all()
 
 
+def test_a_broken_image_is_no_neighbour():
+    """The other images of its group count as if it were not there."""
+    features = np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)
+    features[2, 1] = np.nan
+    advantage = jnp.array([1.0, 2.0, 3.0, 0.5])
+    found = diversity.favour(advantage, features, group_size=4, clip=50.0)
+    others = jnp.array([0, 1, 3])
+    alone = diversity.favour(advantage[others], features[others], group_size=3, clip=50.0)
+    np.testing.assert_allclose(found[others], alone, rtol=1e-5)
+    assert found[2] == 3.0
+    lone = np.array([[1.0, 2.0], [np.inf, 0.0]], np.float32)
+    kept = diversity.favour(advantage[:2], lone, group_size=2, clip=5.0)
+    np.testing.assert_array_equal(kept, advantage[:2])
+
+
 def test_features_are_latents_pixels_or_ones_own():
     pixels = np.full((2, 4, 4, 3), 255, np.uint8)
     np.testing.assert_array_equal(diversity.load("pixels")((), pixels), np.ones((2, 4, 4, 3)))

@@ -1,12 +1,14 @@
 """Noise that kernels leave beyond their sigma, against a published table and a simulation."""
 
 import importlib
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from flowgrpo_jax.assembly import parts, recipe, settings
+from flowgrpo_jax.command_line import recipe_files
 from flowgrpo_jax.sampling import excess_noise, sde
 from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.sampling.windows import Window
@@ -96,6 +98,39 @@ def test_a_recipe_is_judged_by_its_window():
     assert not of_recipe("base", {"sample.kernel": "precise"})
     assert not of_recipe("shapes", {})
     assert not of_recipe("algorithms.awm", {"sample.kernel": "flow_sde"})  # the ODE, without noise
+
+
+ALGORITHMS = [name for name in recipe_files.names() if name.startswith("algorithms/")]
+
+
+def trained_steps(name):
+    """The process of a recipe for the bundled model, and the steps whose log-probs are trained."""
+    config = importlib.import_module(f"flowgrpo_jax.configs.{name.replace('/', '.')}").get_config()
+    algorithm = parts.make_algorithm(config)
+    window = settings.window(config, algorithm)
+    process = parts.make_setup(config, MODEL, algorithm).process
+    return config, process, window, range(window.low, window.high) if window.size else range(0)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_recipes_of_algorithms_leave_no_excess(name):
+    config, process, window, _ = trained_steps(name)
+    assert not excess_noise.warning(config.sample.kernel, process, window)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_trained_step_drowns_the_others(name):
+    """The gradient of a step's log-prob is as long as d mean / d v over its std. One that is far
+    longer than the next would fill Adam's second moment, and hide what the other steps say."""
+    _, process, _, steps = trained_steps(name)
+    lengths = []
+    for step in steps:
+        pair = process.sigmas[step : step + 2]
+        at = dict(noise_level=process.noise_level, sigma_max=process.sigmas[1])
+        means = [process.kernel.gaussian(0.0, v, *pair, **at).mean for v in (0.0, 1.0)]
+        std = process.kernel.gaussian(0.0, 0.0, *pair, **at).std
+        lengths.append(abs(float(means[1] - means[0])) / float(std))
+    assert all(1 / 4 < after / before < 4 for before, after in itertools.pairwise(lengths))
 
 
 def test_the_warning_is_among_the_first_lines_of_a_run():

@@ -42,11 +42,11 @@ def test_dgpo_is_half_the_weighted_error_where_the_reference_is_the_policy():
 def test_ram_is_awm_without_its_power_and_weight(scale):
     """AWM with the power 1 has the weight sigma, which the advantages take away; its KL weight is
     1 / scale. Away from the reference."""
-    options = {"power": 1.0, "advantage_scale": 1.0, "anchor_beta": 0.0, "levels": 7}
-    sigma = SIGMAS[STEP + 1]  # seven levels begin with the second step, one each
+    options = {"power": 1.0, "advantage_scale": 1.0, "anchor_beta": 0.0, "levels": 6}
+    sigma = SIGMAS[STEP + 1]  # six levels begin with the second step, one each
     others = everywhere(REFERENCE)
     awm = gradient("awm", options | {"kl_beta": 1 / scale}, others, advantage=ADVANTAGE / sigma)
-    ram = gradient("ram", {"levels": 7, "scale": scale}, others)
+    ram = gradient("ram", {"levels": 6, "scale": scale}, others)
     close(ram, jax.tree.map(lambda g: scale * g, awm), rtol=1e-3, atol=1e-4)
 
 
@@ -238,6 +238,23 @@ def test_rwr_by_hand(weighting):
     wanted = weight * errors(rollout, POLICY, sigma, 0)[0]
     np.testing.assert_allclose(figures["policy_loss"], wanted, rtol=1e-4)
     np.testing.assert_allclose(loss, wanted + 0.5 * figures["kl"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, options", [("rwr", {}), ("rwr", {"weighting": "softmax"}), ("orw", {"alpha": 0.0})]
+)
+def test_an_image_without_a_score_has_no_weight_in_a_regression(name, options):
+    """The others of its group have what they would have without it, and nobody learns from it."""
+    algorithm = algorithms.load(name, options)
+    given = jnp.where(jnp.arange(4) == 1, algorithm.unscored, ADVANTAGE)
+    rest = {"group_size": 2, "term": 0}
+    found = loss_of(algorithm, finished(), POLICY, {}, advantage=given, **rest)[1]["policy_loss"]
+    alone = loss_of(algorithm, finished(), POLICY, {}, **rest)[1]["policy_loss"]
+    assert found[1] == 0
+    np.testing.assert_allclose(found[2:], alone[2:], rtol=1e-5)
+    nobody = jnp.full(4, algorithm.unscored)
+    grads = gradient(name, options, advantage=nobody, **rest)
+    assert all((np.asarray(g) == 0).all() for g in grads.values())
 
 
 def test_orw_is_rwr_at_other_levels_with_the_distance():

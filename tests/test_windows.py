@@ -198,9 +198,9 @@ def test_the_recipe_of_mixgrpo_has_its_constants(variant, every, share):
     c = mixgrpo_recipe.get_config(variant)
     settings.check(c)
     algorithm = algorithms.load("grpo", c.algorithm.options.to_dict())
-    assert settings.window(c, algorithm) == Window(4, 0, c.sample.steps - 2)
+    assert settings.window(c, algorithm) == Window(4, 0, c.sample.steps - 3)
     start = settings.make_window(c, algorithm)
-    assert [int(start(KEY, e)) for e in (0, every - 1, every, 15 * every)] == [0, 0, 1, 0]
+    assert [int(start(KEY, e)) for e in (0, every - 1, every, 14 * every)] == [0, 0, 1, 0]
     assert (c.sample.noise_level, c.sample.tail, c.sample.branches) == (0.7, share, 0)
     assert c.sample.solver == ("euler" if variant == "full" else "dpmpp_2m")
     with pytest.raises(ValueError, match="mixgrpo:fast: choose a variant from full, flash"):

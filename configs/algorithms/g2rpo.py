@@ -19,6 +19,7 @@ from flowgrpo_jax.configs import shapes
 def get_config() -> ConfigDict:
     c = shapes.get_config()
     c.name = "shapes-g2rpo"
+    c.sample.kernel, c.sample.noise_level = "flow_sde", 0.7
     c.sample.window, c.sample.window_range = 1, (0, 10)
     c.sample.branches = 0  # all of a group
     c.sample.strides = (1, 2, 3)

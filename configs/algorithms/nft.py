@@ -3,7 +3,8 @@
     python -m flowgrpo_jax.train --config algorithms/nft
 
 The images are drawn by the plain ODE, without noise. The policy that draws them keeps up to half of
-itself at the end of an epoch, as in the paper's first schedule.
+itself at the end of an epoch, as in the paper's first schedule. Advantages are divided by the
+standard deviation of all rewards of an epoch, as in the paper.
 """
 
 from ml_collections import ConfigDict
@@ -25,5 +26,6 @@ def get_config() -> ConfigDict:
             "old_most": 0.5,
         }
     )
+    c.advantage.name = "global"
     c.sample.steps = 10  # nine noise levels are trained
     return c

@@ -86,7 +86,9 @@ def exponential(row: Advantage, clip: float) -> Advantage:
     """Return a row with -exp(-A) in place of A: DDRL's transform (arXiv 2512.04332), by cosmos-rl.
 
     It keeps the order of the images and pushes all away, the worst most, so that a loss on data has
-    to hold the policy. Equal rewards push too. Images without a valid score keep advantage 0.
+    to hold the policy. The result is cut to the clip as well: images with A below -log(clip), which
+    is -1.6 for a clip of 5, count alike. Equal rewards push too. Images without a valid score keep
+    advantage 0.
     """
 
     def compute(

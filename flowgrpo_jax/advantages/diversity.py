@@ -56,23 +56,30 @@ def nearest(features: np.ndarray, group_size: int) -> np.ndarray:
     """Return the distance of each image to the nearest other one of its group, f32 [B], in [0, 2].
 
     Args:
-      features: f32 [B, ...], group-contiguous; those of images that are not finite count as 0.
+      features: f32 [B, ...], group-contiguous. An image whose features are not finite is no other
+        image's neighbour; its own distance is NaN, as that of the only sound image of a group.
     """
-    groups = np.nan_to_num(features.reshape(-1, group_size, np.prod(features.shape[1:])))
+    groups = features.reshape(-1, group_size, np.prod(features.shape[1:]))
+    broken = ~np.isfinite(groups).all(-1)
+    groups = np.where(broken[..., None], 0, groups)
     size = np.linalg.norm(groups, axis=-1, keepdims=True)
     unit = groups / np.maximum(size, np.finfo(np.float32).tiny)
     distance = 1 - np.clip(np.einsum("pid,pjd->pij", unit, unit), -1, 1)
     distance[:, np.arange(group_size), np.arange(group_size)] = np.inf
-    return distance.min(-1).reshape(-1).astype(np.float32)
+    distance = np.where(broken[:, None], np.inf, distance).min(-1)
+    return np.where(broken | np.isinf(distance), np.nan, distance).reshape(-1).astype(np.float32)
 
 
 def favour(
     advantage: jax.Array, features: np.ndarray, *, group_size: int, clip: float
 ) -> jax.Array:
     """Return the advantages f32 [B] or [W, B], the positive ones times an image's distance over its
-    group's mean, cut to [-clip, clip]. A group of equal images keeps its advantages.
+    group's mean, cut to [-clip, clip]. A group of equal images, and an image whose features are not
+    finite, keep their advantages.
     """
     distance = nearest(features, group_size).reshape(-1, group_size)
-    mean = distance.mean(1, keepdims=True)
-    factor = np.where(mean > 0, distance / np.where(mean > 0, mean, 1), 1).reshape(-1)
+    known = np.isfinite(distance)
+    total = np.where(known, distance, 0).sum(1, keepdims=True)
+    mean = total / np.maximum(known.sum(1, keepdims=True), 1)
+    factor = np.where(known & (mean > 0), distance / np.where(mean > 0, mean, 1), 1).reshape(-1)
     return jnp.clip(jnp.where(advantage > 0, advantage * factor, advantage), -clip, clip)

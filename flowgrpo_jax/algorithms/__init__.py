@@ -72,6 +72,8 @@ class Algorithm:
         taken before the epoch and after it. A copy named "reference" takes the reference's place.
       whole: what a micro-batch has to hold as a whole, because the loss looks at its images
         together: "group", "update" (all images of an update), or "" where the cut is free.
+      unscored: the advantage of an image without a valid score. 0 teaches nothing where a loss is
+        proportional to it; a loss with weights exp(A) has -inf.
       weighs_kl: whether the loss has a KL to "reference" that `weigh_kl` weighs; it is the figure
         "kl", unweighted.
       worst: figures of which the largest value counts, and not the mean.
@@ -91,6 +93,7 @@ class Algorithm:
     reads: tuple[str, ...] = ()
     copies: Mapping[str, Callable[[jax.Array, jax.Array], Any]] = field(default_factory=dict)
     whole: str = ""
+    unscored: float = 0.0
     weighs_kl: bool = False
     worst: tuple[str, ...] = ()
     by_step: tuple[str, ...] = ()

@@ -10,9 +10,9 @@ v- = (1 + beta) v_old - beta v, and the image that a velocity predicts, x_0(v) =
 where w is the mean absolute error itself, as a constant. The noise levels are those of the
 rollout's schedule without the last one.
 
-Deviations from NVlabs/DiffusionNFT: the levels are visited in order, and not in an order of each
-image's own, which is the same because one optimiser step sums over all of them; the rollout's
-solver is `sample.solver`, Euler's by default; errors are f32 in place of f64.
+Deviations from NVlabs/DiffusionNFT: its code drops one level at random for each image, and so
+trains the last one in nine of ten images, where this leaves out the last one, whose error counts
+least; the rollout's solver is `sample.solver`, Euler's by default; errors are f32 in place of f64.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ v_ref being the velocity before training. Re-derived: its gradient is
 is AWM with the power 1, without AWM's weight sigma, and with a KL weight of 1 / scale
 (tests/test_matching.py).
 
-Deviation: the noise levels are AWM's, stratified between the second step and `share` of all steps;
+Deviation: the noise levels are AWM's, stratified from the second step to `share` of all steps;
 the texts say only that there are several.
 """
 
@@ -27,7 +27,7 @@ def make(levels: int = 4, share: float = 0.9, scale: float = 1.0) -> Algorithm:
     """
     Args:
       levels: noise levels of an image an update. Each is drawn from its own part of the rollout's
-        steps between the second and `share` of them all.
+        steps, from the second one to the end of `share` of them all.
       scale: what advantages are multiplied by: the larger, the further the policy may go.
     """
     for name, value in {"levels": levels, "share": share, "scale": scale}.items():

@@ -46,23 +46,27 @@ def uniform(rollout: Rollout, term: jax.Array) -> jax.Array:
 
 def stratum(rollout: Rollout, term: jax.Array, terms: int, low: int, high: int) -> jax.Array:
     """Draw a step in [low, high) for each image, i32 [M]: term k draws from the k-th of `terms`
-    equal parts of the range, which have to be at least one step wide."""
-    place = (term + uniform(rollout, term)) / terms
-    return low + jnp.minimum(jnp.floor(place * (high - low)), high - low - 1).astype(jnp.int32)
+    parts of the range, from low + floor(k (high - low) / terms) up to where the next part begins.
+    """
+    width = high - low
+    begin, end = low + term * width // terms, low + (term + 1) * width // terms
+    place = jnp.floor(uniform(rollout, term) * (end - begin)).astype(jnp.int32)
+    return begin + jnp.minimum(place, end - begin - 1)
 
 
 def strata(setup: Setup, levels: int, *, first: int = 1, share: float = 1.0) -> tuple[int, int]:
-    """Return the range of steps whose noise levels are trained: from `first` to a share of all.
+    """Return the range of steps whose noise levels are trained: from `first` to a share of all,
+    of which the end is left out.
 
     Raises ValueError where there are fewer of them than levels.
     """
     steps = setup.process.steps
-    low, high = first, min(int(share * steps) + 1, steps)
+    low, high = first, int(share * steps + 1e-9)  # 0.29 of 100 steps are 29
     if high - low < levels:
         part = f" and share={share:g}" if share < 1 else ""
         raise ValueError(
-            f"algorithm.options.levels={levels}: sample.steps={steps}{part} leave {high - low}"
-            " noise levels; choose fewer levels or more steps"
+            f"algorithm.options.levels={levels}: sample.steps={steps}{part} leave"
+            f" {max(high - low, 0)} noise levels; choose fewer levels or more steps"
         )
     return low, high
 

@@ -11,11 +11,12 @@ a factor with `advantage.name="none"`, and with "group" the temperature is in un
 spread. The noise level is an index into the rollout's schedule, and not into one of 1,000 steps.
 
 A good image pulls and a bad one pulls less: nothing is pushed away, and equal rewards still train
-the images that were drawn. Images without a valid score have A = 0, and weigh like average ones.
+the images that were drawn. Images without a valid score have A = -inf, and so weight 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -49,7 +50,7 @@ def make(
         if weighting == "exp":
             return jnp.exp(advantage / temperature)
         shares = jax.nn.softmax(advantage.reshape(-1, group_size) / temperature, axis=1)
-        return group_size * shares.reshape(-1)
+        return group_size * jnp.nan_to_num(shares).reshape(-1)  # NaN: no image has a score
 
     return regression(
         weigh,
@@ -97,6 +98,7 @@ def regression(
         figures=("policy_loss", "kl"),
         reads=("reference",) if kl_beta else (),
         whole=whole,
+        unscored=-math.inf,
         weighs_kl=kl_beta > 0,
         summary=summary,
     )

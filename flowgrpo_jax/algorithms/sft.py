@@ -4,9 +4,9 @@ Source: the online variant of flow_grpo's scripts/train_sd3_sft.py: the flow-mat
 |v - Y|^2 of the best image, and kl_beta |v - v_ref|^2.
 
 Deviations: the best image takes the places of its whole group, so that it is seen with G draws of
-noise at once; groups without spread have no best image, and teach nothing, where flow_grpo trains
-all of their images; the noise level is an index into the rollout's schedule, and not into one of
-1,000 steps.
+noise at once, and `kl_beta` weighs 1 / G of what it does in flow_grpo; groups without spread have
+no best image, and teach nothing, where flow_grpo trains all of their images; the noise level is an
+index into the rollout's schedule, and not into one of 1,000 steps.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ stage of the paper is strictly on policy: the ratio is 1, without a clip and wit
 the default here. Re-derived: the gradient of the loss is then A' times that of L, which is
 DiffusionNFT's where the old policy is the current one (tests/test_matching.py).
 
-Deviation: strata are equal parts of the range of steps, and VRL's begin at whole steps.
+Deviation: where the strata of VRL begin is rounded, and here it is rounded down. It matters where
+the levels do not divide the steps.
 """
 
 from __future__ import annotations

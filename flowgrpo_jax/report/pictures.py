@@ -70,7 +70,9 @@ def save_training(
     total, mean = totals(scores), advantage.mean(axis=0)
     about = []
     for i in scores.sample.rows:
-        said = {"total": float(total[i]), "advantage": float(mean[i])}
+        said = {"total": float(total[i])}
+        if np.isfinite(mean[i]):  # it is -inf without a score, where weights are exp(advantage)
+            said["advantage"] = float(mean[i])
         about.append(_about(batch, i // group_size, scores, i, said))
     save_sheet(workdir / FOLDER, *_of_epoch("training", epoch), scores.sample.pixels, about)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowgrpo_jax import sharding
+from flowgrpo_jax import advantages, sharding
 from flowgrpo_jax.advantages import diversity
 from flowgrpo_jax.assembly.recipe import Recipe
 from flowgrpo_jax.regularisation import kl_control
@@ -48,6 +48,9 @@ def assign(
         features = run.features(rollouts, pixels)
         clip = run.config.advantage.clip
         advantage = diversity.favour(advantage, features, group_size=run.plan.group_size, clip=clip)
+    if unscored := run.algorithm.unscored:
+        _, valid = advantages.weighted(jnp.asarray(values), jnp.asarray(weights))
+        advantage = jnp.where(valid, advantage, unscored)
     if run.control is None:
         return dataclasses.replace(state, memory=run.put(memory)), advantage
     kl, held = run.control.weigh(_host(state), values, weights)
