@@ -15,7 +15,7 @@ from flowgrpo_jax import sharding, update
 from flowgrpo_jax.assembly import recipe, settings
 from flowgrpo_jax.models import lora_files
 from flowgrpo_jax.sampling import sampler
-from flowgrpo_jax.types import PromptBatch, Rollout
+from flowgrpo_jax.types import Credit, PromptBatch, Rollout
 
 
 class JaxEngine:
@@ -100,10 +100,10 @@ class JaxEngine:
         """Add micro-batch m's share to (gradient, figures)."""
         run, adapter = self.run, self.state.policy
         others = {name: adapter for name in run.algorithm.reads}
-        advantage = sharding.split_rows(run.mesh, self.advantages[m])
+        credit = Credit(sharding.split_rows(run.mesh, self.advantages[m]))
         return run.programs.accumulate(
             *accumulated, adapter, others, run.model.base, self.cond, self.none, rollout,
-            advantage, self.terms,
+            credit, self.terms,
         )  # fmt: skip
 
 

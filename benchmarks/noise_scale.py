@@ -52,15 +52,13 @@ def gradients(run: Recipe, epochs: int) -> np.ndarray:
             cond = run.encode(batch.prompts)
             stages = lifecycle.Stages()
             rollouts, scores, pixels = draw(run, state, cond, batch, epoch, stop, stages)
-            state, given = credit.assign(
-                run, state, scores.values, scores.weights, batch.ids, rollouts, pixels
-            )
+            state, assigned = credit.assign(run, state, scores, batch.ids, rollouts, pixels)
             key = sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY)
-            credits = credit.cut(given, run.plan.updates * run.plan.micro_batches)
-            terms, judged = run.algorithm.terms(run.setup, key), run.judged(batch.ids)
+            credits = credit.cut(assigned, run.plan.updates * run.plan.micro_batches)
+            terms, inputs = run.algorithm.terms(run.setup, key), run.reward_inputs(batch.ids)
             one = [
                 gradient.of_update(
-                    run, state, cond, rollouts, credits, terms, judged, number, stop.check
+                    run, state, cond, rollouts, credits, terms, inputs, number, stop.check
                 )[0]
                 for number in range(run.plan.updates)
             ]

@@ -97,7 +97,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
         jax.eval_shape(lambda key: algorithm.terms(setup, key), jax.random.key(0)), everywhere
     )
     a: Any = array(rows, m, dtype=jnp.float32)
-    replay = (drawn, Credit(a, a) if config.kl.name else a, terms, judged)
+    replay = (drawn, Credit(a, a if config.kl.name else None), terms, judged)
     batches = plan.updates * plan.micro_batches
     evaluated = -(-config.eval.images // micro)
     listed = [

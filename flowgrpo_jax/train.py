@@ -15,6 +15,7 @@ if __name__ == "__main__":
     huge_pages.restart()  # before the imports below, which take seconds
 
 import dataclasses
+import itertools
 import logging
 import signal
 from typing import Any
@@ -26,7 +27,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from flowgrpo_jax import advantages, update
+from flowgrpo_jax import update
 from flowgrpo_jax.assembly import parts, recipe, settings
 from flowgrpo_jax.assembly.recipe import Recipe
 from flowgrpo_jax.command_line import cli
@@ -38,7 +39,7 @@ from flowgrpo_jax.scoring.scores import Scores, reward_figures
 from flowgrpo_jax.training import credit, data_loss, gradient, lifecycle, run_output
 from flowgrpo_jax.training.alarms import raise_kl
 from flowgrpo_jax.training.data_loss import EpochData
-from flowgrpo_jax.training.run_evaluation import Record, evaluate_into, nobody, recorder
+from flowgrpo_jax.training.run_evaluation import evaluate_into, show_training
 from flowgrpo_jax.training.run_state import initial_state
 from flowgrpo_jax.types import Conditioning, Credit, PromptBatch, Rollout, TrainState
 
@@ -46,35 +47,42 @@ log = logging.getLogger(__name__)
 
 
 def one_epoch(
-    run: Recipe, state: TrainState, epoch: int, stop: cli.Stop, record: Record = nobody
+    run: Recipe,
+    state: TrainState,
+    epoch: int,
+    stop: cli.Stop,
+    page_dir: epath.Path | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Train for one epoch and return the new state and figures. A signal raises cli.Stopped."""
-    config, plan, stages = run.config, run.plan, lifecycle.Stages()
+    """Train for one epoch and return the new state and figures. A signal raises cli.Stopped.
+
+    Args:
+      page_dir: the work directory, if some of the epoch's images are to be left for its page.
+    """
+    stages = lifecycle.Stages()
 
     # Prompts, encoded once each.
     with stages("encode"):
-        batch = parts.draw_prompts(config, run.train_prompts, epoch)
+        batch = parts.draw_prompts(run.config, run.train_prompts, epoch)
         cond = run.encode(batch.prompts)
 
     # Rollouts, micro-batch by micro-batch; each is scored while the next one is drawn.
     rollouts, scores, pixels = draw(run, state, cond, batch, epoch, stop, stages)
 
-    # Rewards and advantages.
-    values, weights = scores.values, scores.weights
-    total, valid = map(np.asarray, advantages.weighted(jnp.asarray(values), jnp.asarray(weights)))
-    failed, most = 1.0 - float(np.mean(valid)), config.reward.max_failed
-    lifecycle.check_failed(epoch, failed, scores.broken, most=most)
-    state, given = credit.assign(run, state, values, weights, batch.ids, rollouts, pixels)
-    record(batch, scores, given)
+    # Rewards, and the credit of each image: its advantage, and the weight of its KL.
+    rewards = reward_figures(credit.rewards(scores), run.plan.group_size)
+    most = run.config.reward.max_failed
+    lifecycle.check_failed(epoch, rewards["failed"], scores.broken, most=most)
+    state, assigned = credit.assign(run, state, scores, batch.ids, rollouts, pixels)
+    if page_dir:
+        show_training(page_dir, epoch, batch, run.plan.group_size, scores, assigned)
 
     # Policy updates, each on its own groups.
     data = data_loss.of_epoch(run, state, cond, batch, rollouts, epoch)
     with stages("update"):
-        judged = run.judged(batch.ids)
-        state, figures = improve(run, state, cond, rollouts, given, judged, data, epoch, stop)
-    state, held = credit.settle(run, state, figures)
-    figures |= held
-    figures |= reward_figures(np.where(valid, total, np.nan), plan.group_size)
+        inputs = run.reward_inputs(batch.ids)
+        state, figures = improve(run, state, cond, rollouts, assigned, inputs, data, epoch, stop)
+    state, kl_figures = credit.settle(run, state, figures)
+    figures |= kl_figures | rewards
     figures |= {f"reward/{name}": value for name, value in scores.means().items()}
     figures |= {"window_start": int(rollouts[0].start), "broken": scores.broken}
     return state, figures | stages.figures()
@@ -92,14 +100,14 @@ def draw(
     """Draw and score the epoch's images. Returns each micro-batch's rollout, the scores, and the
     pixels where the recipe looks at them."""
     policy = run.named_policy(state, run.algorithm.draws)
-    places = run.places(state.key, epoch)  # of the windows of the epoch's parts
+    windows = run.places(state.key, epoch)  # of the epoch's parts
     prepared = run.scorer.prepare(batch.ids)
     rollouts: list[Rollout] = []
-    each, keep = np.repeat(batch.ids, run.plan.group_size), run.keep_pixels
-    with PendingScores(run.scorer, each, keep_pixels=keep) as pending:
+    image_ids = np.repeat(batch.ids, run.plan.group_size)
+    with PendingScores(run.scorer, image_ids, keep_pixels=run.keep_pixels) as pending:
         for m, images in enumerate(run.micro_batches(batch)):
             stop.check()
-            start, tail = places[run.plan.part(m)]
+            start, tail = windows[run.plan.part(m)]
             with stages("sample"):
                 rollout, pictures, scored = run.programs.sample(
                     policy, run.weights, cond, run.empty, state.key, epoch, start, *images, tail
@@ -120,8 +128,8 @@ def improve(
     state: TrainState,
     cond: Conditioning,
     rollouts: list[Rollout],
-    given: jax.Array | Credit,
-    judged: dict[str, Any],
+    assigned: Credit,
+    reward_inputs: dict[str, Any],
     data: EpochData,
     epoch: int,
     stop: cli.Stop,
@@ -129,32 +137,27 @@ def improve(
     """Take the epoch's policy updates, each on its own groups.
 
     Args:
-      rollouts: of each micro-batch; given: advantages f32 [B] or [W, B], or a Credit of them;
-      judged: what an algorithm that differentiates the rewards takes them from.
+      rollouts: of each micro-batch; assigned: the credit of B images.
+      reward_inputs: what an algorithm that differentiates the rewards takes them from.
     """
     plan, algorithm = run.plan, run.algorithm
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
-    credits = credit.cut(given, plan.updates * plan.micro_batches)
-    figures: dict[str, Any] = {}
-    begun = state.step
-    parts = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
-    steps = [(u, part) for u in range(plan.updates) for part in parts]
-    for i, (u, part) in enumerate(steps):
+    chunks = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
+    credits = credit.cut(assigned, plan.updates * plan.micro_batches)
+    first_step, by_step = state.step, []
+    for number, chunk in itertools.product(range(plan.updates), chunks):
         summed, sums = gradient.of_update(
-            run, state, cond, rollouts, credits, part, judged, u, stop.check
+            run, state, cond, rollouts, credits, chunk, reward_inputs, number, stop.check
         )
-        worst = {name: float(sums.pop(name)) for name in algorithm.worst}
-        if i == 0:  # only before the first update is the policy the one that drew the images
-            figures |= worst
-            if problem := algorithm.warning(worst | update.scalars(sums)):
-                log.warning("epoch %d: %s", epoch, problem)
-        summed, on_data = data_loss.add(run, data, u, state, epoch, summed)
-        state, applied = run.programs.apply(state, summed)
+        summed, on_data = data_loss.add(run, data, number, state, epoch, summed)
+        state, step_figures = run.programs.apply(state, summed)
         state = run.put(state)  # as each micro-batch's gradient, in gradient.py
-        for name, value in (sums | applied | on_data).items():
-            figures[name] = figures.get(name, 0.0) + np.asarray(value, float) / len(steps)
-    state, alone = data_loss.step(run, data, state, epoch)
-    return run.programs.end_epoch(state, begun), update.scalars(figures) | alone
+        by_step.append(sums | step_figures | on_data)
+    figures = update.epoch_figures(algorithm, by_step)
+    if problem := algorithm.warning(figures):
+        log.warning("epoch %d: %s", epoch, problem)
+    state, data_figures = data_loss.step(run, data, state, epoch)
+    return run.programs.end_epoch(state, first_step), figures | data_figures
 
 
 def train(
@@ -179,10 +182,9 @@ def train(
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
     output, state, epoch = run_output.begin(run, workdir, state, resume=resume)
     checkpoints = output.checkpoints
-    run = raise_kl(run, output.metrics, epoch, {})
     bar = lifecycle.progress_bar(config.name, epoch, config.epochs, active=first_process)
     every = config.eval.every if run.test_prompts else 0  # epochs between evaluations
-    first, asked = epoch, 0
+    first, signal_number = epoch, 0
     last: dict[str, float] = {}  # the last evaluation's figures
     with cli.Stop() as stop:
         try:
@@ -191,11 +193,12 @@ def train(
                 report: dict[str, float] = {}
                 if every and epoch % every == 0:
                     report = evaluate_into(output, run, state, epoch, stop)
-                    run = raise_kl(run, output.metrics, epoch, report)
                     page.save(workdir, epoch, report)
+                if report or epoch == first:  # a resumed run has raised it before
+                    run = raise_kl(run, output.metrics, epoch, report)
+                page_dir = workdir if report else None
                 with lifecycle.traced(workdir / "profile", epoch == profile):
-                    record = recorder(workdir, run, epoch, report)
-                    trained, figures = one_epoch(run, state, epoch, stop, record)
+                    trained, figures = one_epoch(run, state, epoch, stop, page_dir)
                 checkpoints.lost = lifecycle.count_lost(
                     checkpoints.lost, figures["skipped"], config.train.max_skipped
                 )
@@ -210,7 +213,7 @@ def train(
                 last = evaluate_into(output, run, state, epoch, stop)
                 output.write(epoch, {}, last)
         except cli.Stopped as stopped:  # the epoch that it interrupts never happened
-            asked = stopped.args[0]
+            signal_number = stopped.args[0]
             if epoch > first:
                 lifecycle.save_at_stop(checkpoints, epoch, state)
         except Exception as error:
@@ -219,8 +222,8 @@ def train(
             raise
         lifecycle.show_end(bar, epoch, last)
         output.close()
-        if asked:  # still within `stop`, where the signal's echo does not interrupt
-            raise SystemExit(cli.RESTART if asked == signal.SIGTERM else 0)
+        if signal_number:  # still within `stop`, where the signal's echo does not interrupt
+            raise SystemExit(cli.RESTART if signal_number == signal.SIGTERM else 0)
     return state
 
 

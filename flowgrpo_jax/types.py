@@ -67,10 +67,24 @@ class Rollout:
 
 @flax.struct.dataclass
 class Credit:
-    """Advantages together with a weight of each image's KL."""
+    """How much each image counts: its advantage, and the weight of its KL.
 
-    advantage: jax.Array  # f32 [M], or [W, M] with one value for each transition of the window
-    kl: jax.Array  # f32 [M], by which an image's KL is multiplied, beside the algorithm's beta
+    Attributes:
+      advantage: f32 [M], or [W, M] with one value for each transition of the window.
+      kl: f32 [M], by which an image's KL is multiplied beside the algorithm's beta; None: by 1.
+    """
+
+    advantage: jax.Array
+    kl: jax.Array | None = None
+
+    def of_term(self, term: jax.Array) -> Credit:
+        """Return the credit of one term, whose advantage is f32 [M]."""
+        a = self.advantage
+        return Credit(a[term] if a.ndim == 2 else a, self.kl)
+
+    def weigh(self, kl: jax.Array) -> jax.Array:
+        """Return the KL [M] of a loss, times each image's own weight where the run gives it one."""
+        return kl if self.kl is None else self.kl * kl
 
 
 @flax.struct.dataclass

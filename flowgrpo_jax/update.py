@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup
-from flowgrpo_jax.types import Params, Rollout, TrainState
+from flowgrpo_jax.types import Credit, Params, Rollout, TrainState
 
 Carry = tuple[Params, Figures]  # the gradient and the figures of an update, so far
 # Ends the name of a figure by step: its sum over images, and their number, at each step f32 [2, T]
@@ -27,7 +27,7 @@ def accumulate(
     policy: Params,
     others: Mapping[str, Params],
     rollout: Rollout,
-    advantage: jax.Array,
+    credit: Credit,
     terms: jax.Array,
     images: int,
     carry: Carry,
@@ -38,7 +38,7 @@ def accumulate(
     Args:
       velocity: v(policy, x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C].
       others: the policies that `algorithm.reads` names; no gradient reaches them.
-      rollout: M images; advantage: f32 [M] or [W, M]; terms: i32 [K].
+      rollout: M images; terms: i32 [K].
       images: images of the whole update. The loss is the mean over images x K, however they are
         cut into micro-batches.
       score: the differentiable rewards, for an algorithm with `reward_gradient`.
@@ -51,39 +51,48 @@ def accumulate(
     scale = 1.0 / (images * terms.shape[0])
     rollout, sound = without_broken(algorithm, setup, rollout)
     fixed = {name: partial(velocity, jax.lax.stop_gradient(p)) for name, p in others.items()}
+    scores = (score,) if score else ()
 
     def total(policy: Params, term: jax.Array) -> tuple[jax.Array, Figures]:
         views = {**fixed, "policy": partial(velocity, policy)}
-        judged = (score,) if score else ()
-        loss, figures = algorithm.loss(setup, views, rollout, term, advantage, *judged)
+        loss, figures = algorithm.loss(setup, views, rollout, term, credit.of_term(term), *scores)
         if set(figures) != set(algorithm.figures):
             raise ValueError(
                 f"the loss returns the figures {sorted(figures)}, and the algorithm names"
                 f" {sorted(algorithm.figures)}: correct its `figures`"
             )
         loss, figures = jax.tree.map(lambda x: jnp.where(sound, x, 0.0), (loss, figures))
-        reduced = {
-            name: value.max() if name in algorithm.worst else value.sum()
-            for name, value in figures.items()
-        }
-        return loss.sum(), reduced
+        return loss.sum(), figures
 
     def add(carry: Carry, term: jax.Array) -> tuple[Carry, None]:
         gradient, sums = carry
-        (_, new), grads = jax.value_and_grad(total, has_aux=True)(policy, term)
+        (_, figures), grads = jax.value_and_grad(total, has_aux=True)(policy, term)
         gradient = jax.tree.map(lambda a, g: a + scale * g, gradient, grads)
-        means = {
-            name: jnp.maximum(sums[name], value)
-            if name in algorithm.worst
-            else sums[name] + scale * value
-            for name, value in new.items()
-        }
-        for name in algorithm.by_step:
-            added = jnp.stack([new[name], sound.sum()])
-            means[name + BY_STEP] = sums[name + BY_STEP].at[:, rollout.start + term].add(added)
-        return (gradient, means), None
+        step = rollout.start + term
+        return (gradient, _added(algorithm, sums, figures, scale, sound, step)), None
 
     return jax.lax.scan(add, carry, terms)[0]
+
+
+def _added(
+    algorithm: Algorithm,
+    sums: Figures,
+    figures: Figures,
+    scale: float,
+    sound: jax.Array,
+    step: jax.Array,
+) -> Figures:
+    """Return the sums with a term's figures [M]: a mean, or the largest value of `worst`."""
+    added = {
+        name: jnp.maximum(sums[name], value.max())
+        if name in algorithm.worst
+        else sums[name] + scale * value.sum()
+        for name, value in figures.items()
+    }
+    for name in algorithm.by_step:
+        here = jnp.stack([figures[name].sum(), sound.sum()])
+        added[name + BY_STEP] = sums[name + BY_STEP].at[:, step].add(here)
+    return added
 
 
 def without_broken(
@@ -146,6 +155,21 @@ def empty(algorithm: Algorithm, setup: Setup, policy: Params) -> Carry:
     by_step = {name + BY_STEP: jnp.zeros((2, setup.process.steps)) for name in algorithm.by_step}
     figures = {name: jnp.zeros(()) for name in algorithm.figures}
     return jax.tree.map(jnp.zeros_like, policy), figures | by_step
+
+
+def epoch_figures(algorithm: Algorithm, by_step: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return an epoch's figures from those of its optimiser steps: their means.
+
+    Of `algorithm.worst` the first step alone counts, because only before it is the policy the one
+    that drew the images.
+    """
+    first = {name: by_step[0][name] for name in algorithm.worst}
+    means = {
+        name: sum(np.asarray(figures[name], float) / len(by_step) for figures in by_step)
+        for name in by_step[0]
+        if name not in first
+    }
+    return scalars(first | means)
 
 
 def scalars(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -8,6 +8,7 @@ import numpy as np
 from linear_policy import IMAGES, SHAPE, draw, gradient_of, linear, setup_of
 
 from flowgrpo_jax import algorithms
+from flowgrpo_jax.types import Credit
 
 ROWS = {
     "refl": ("refl", {"last": 5}),
@@ -17,7 +18,7 @@ ROWS = {
     "flowbp": ("flowbp", {}),
     "srpo": ("srpo", {}),
 }
-NOTHING = jnp.zeros(IMAGES)  # the advantage, which nobody reads
+NOTHING = Credit(jnp.zeros(IMAGES))  # which nobody reads
 GOAL = np.random.default_rng(5).normal(size=SHAPE).astype(np.float32)
 
 
@@ -34,7 +35,9 @@ def load(case):
 def gradient(case, params, rollout, score=near, **more):
     algorithm = load(case) if isinstance(case, str) else case
     setup = setup_of(algorithm)
-    return gradient_of(algorithm, setup, params, {}, rollout, NOTHING, score=score, **more)
+    return gradient_of(
+        algorithm, setup, params, {}, rollout, NOTHING.advantage, score=score, **more
+    )
 
 
 def path(params, seed=0):

@@ -10,7 +10,7 @@ from flowgrpo_jax import update
 from flowgrpo_jax.algorithms import Setup, renoise
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import ODE_KEY, Process
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 KEY = jax.random.key(0)
 SIGMAS = tuple(sde.sigma_schedule(8).tolist())
@@ -70,7 +70,7 @@ def accumulated(
         params,
         read,
         rollout,
-        advantage,
+        Credit(advantage),
         algorithm.terms(setup, key),
         images or rollout.prompt.shape[0],
         update.empty(algorithm, setup, params),

@@ -8,6 +8,7 @@ import numpy as np
 from linear_policy import everywhere, finished, linear, matching, setup_of, weights
 
 from flowgrpo_jax import algorithms
+from flowgrpo_jax.types import Credit
 
 ADVANTAGE = jnp.array([1.0, -2.0, 0.4, 0.6])  # its mean is 0
 STEP = 3
@@ -19,7 +20,7 @@ def loss_of(algorithm, rollout, params, others, advantage=ADVANTAGE, term=STEP, 
     velocities = {name: partial(linear, others[name]) for name in algorithm.reads}
     velocities["policy"] = partial(linear, params)
     setup = setup_of(algorithm, group_size=group_size)
-    return algorithm.loss(setup, velocities, rollout, jnp.int32(term), advantage)
+    return algorithm.loss(setup, velocities, rollout, jnp.int32(term), Credit(advantage))
 
 
 def gradient(name, options, others=None, **given):

@@ -21,6 +21,7 @@ from flowgrpo_jax.models import attention
 from flowgrpo_jax.models.streams import Stream
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import Process
+from flowgrpo_jax.types import Credit
 
 INTERPRETED = pltpu.force_tpu_interpret_mode
 KERNELS = {"xla": contextlib.nullcontext, "flash": INTERPRETED, "joint": INTERPRETED}
@@ -70,7 +71,7 @@ def test_the_update_replays_the_kernel_exactly(name):
         drawn = sampler.rollout(lambda *a: v(weights, *a), process, x, keys, 0, zeros)
         algorithm = load_algorithm("grpo", {"clip_range": 1e-4})
         empty = update.empty(algorithm, Setup(process, 2), weights)
-        args = (algorithm, Setup(process, 2), v, weights, {}, drawn, jnp.array([1.0, -1.0]))
+        args = (algorithm, Setup(process, 2), v, weights, {}, drawn, Credit(jnp.array([1.0, -1.0])))
         return update.accumulate(*args, jnp.arange(2), 2, empty)[1]["ratio_gap"]
 
     with KERNELS[name]():
@@ -161,6 +162,7 @@ from flowgrpo_jax.costs import program_costs
 from flowgrpo_jax.costs import cost
 from flowgrpo_jax.models import attention, joint_attention, joint_kernel, kernel_check
 from flowgrpo_jax.models.streams import Stream
+from flowgrpo_jax.types import Credit
 mesh = sharding.make_mesh(devices=program_costs.topology("v5e:2x2")[1])
 rows = NamedSharding(mesh, sharding.ROWS)
 def stream(tokens):

@@ -11,6 +11,7 @@ from flowgrpo_jax import algorithms, update
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import Process
+from flowgrpo_jax.types import Credit
 
 GROUP, IMAGES, BROKEN = 4, 8, 1
 SIGMAS = tuple(map(float, sde.sigma_schedule(8)))
@@ -31,7 +32,8 @@ def gradient(algorithm, setup, rollout, advantage):
     judged = (
         (lambda x: jnp.stack([x.mean((1, 2, 3))] * texts),) if algorithm.reward_gradient else ()
     )
-    given = (algorithm, setup, velocity, policy, others, rollout, advantage, terms, IMAGES, start)
+    credit = Credit(advantage)
+    given = (algorithm, setup, velocity, policy, others, rollout, credit, terms, IMAGES, start)
     return jax.jit(lambda: update.accumulate(*given, *judged))()
 
 

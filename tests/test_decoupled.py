@@ -23,6 +23,7 @@ from scipy.optimize import approx_fprime
 
 from flowgrpo_jax import algorithms
 from flowgrpo_jax.algorithms import renoise
+from flowgrpo_jax.types import Credit
 
 
 def test_renoised_images_lie_between_the_image_and_the_noise():
@@ -89,7 +90,7 @@ def test_nft_learns_from_the_positive_policy_alone_where_the_advantage_is_full()
     algorithm, rollout = algorithms.load("nft", {"anchor": 0.0}), finished()
     setup, params = setup_of(algorithm), weights(0)
     velocities = {"policy": partial(linear, params), "old": partial(linear, weights(1, 9.0))}
-    loss, _ = algorithm.loss(setup, velocities, rollout, jnp.int32(2), jnp.full(4, 5.0))
+    loss, _ = algorithm.loss(setup, velocities, rollout, jnp.int32(2), Credit(jnp.full(4, 5.0)))
     target, v, _, s = matching(rollout, 2, jnp.full(4, SIGMAS[2]), params)
     miss = s * (target - v)
     wanted = 5 * np.square(miss).mean((1, 2, 3)) / np.abs(miss).mean((1, 2, 3))

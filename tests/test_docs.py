@@ -20,7 +20,7 @@ from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
-from flowgrpo_jax.types import Pictures
+from flowgrpo_jax.types import Credit, Pictures
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -109,7 +109,7 @@ def test_the_algorithm_of_the_page():
     np.testing.assert_array_equal(algorithm.terms(setup, jax.random.key(0)), [0, 1])
 
     def loss(velocity, advantage):
-        return algorithm.loss(setup, {"policy": velocity}, rollout, jnp.int32(1), advantage)
+        return algorithm.loss(setup, {"policy": velocity}, rollout, jnp.int32(1), Credit(advantage))
 
     def exact(x, sigma):  # x = sigma noise, whose target is the noise
         return x / sigma[:, None, None, None]

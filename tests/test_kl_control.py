@@ -176,7 +176,7 @@ def test_the_kl_of_an_image_counts_by_its_weight(name):
 
         return flat(jax.grad(total)(weights(2)))
 
-    plain = of(advantage)
+    plain = of(Credit(advantage))
     all_held, one, other, none = (of(Credit(advantage, k)) for k in (w * 0 + 1, w, 1 - w, w * 0))
     np.testing.assert_allclose(all_held, plain, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(one + other, plain + none, rtol=1e-3, atol=1e-5)

@@ -12,7 +12,7 @@ from flowgrpo_jax import algorithms, programs, sharding
 from flowgrpo_jax.algorithms import neighbor
 from flowgrpo_jax.sampling.branching import Branches
 from flowgrpo_jax.sampling.sampler import Process
-from flowgrpo_jax.types import Pictures
+from flowgrpo_jax.types import Credit, Pictures
 
 ADVANTAGE = jnp.asarray([-2.0, 1.0, 0.25, 0.75, 1.5, -0.5, -1.25, 0.25])  # two groups of four
 
@@ -83,7 +83,7 @@ def test_only_the_anchors_have_a_forward_pass():
         seen.append((x.shape[0], rows.shape))
         return linear(weights(0), x, sigma)
 
-    algorithm.loss(setup, {"policy": velocity}, rollout, jnp.int32(3), ADVANTAGE)
+    algorithm.loss(setup, {"policy": velocity}, rollout, jnp.int32(3), Credit(ADVANTAGE))
     assert seen == [(IMAGES // 4, (IMAGES // 4,))]
 
 

@@ -12,6 +12,7 @@ from flowgrpo_jax.assembly import recipe
 from flowgrpo_jax.costs import cost, run_costs
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import Process
+from flowgrpo_jax.types import Credit
 
 IMAGES, SHAPE = 12, (4, 4, 2)
 SIGMAS = tuple(map(float, sde.sigma_schedule(10)))
@@ -61,7 +62,7 @@ def test_the_passes_of_a_loss(name):
             policy,
             others,
             rollout,
-            advantage,
+            Credit(advantage),
             terms,
             IMAGES,
             start,

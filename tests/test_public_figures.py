@@ -17,6 +17,7 @@ from flowgrpo_jax import advantages, algorithms
 from flowgrpo_jax.sampling import sde
 from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.scoring.scores import reward_figures
+from flowgrpo_jax.types import Credit
 
 
 def advantage(rewards, name, group_size, clip=5.0):
@@ -53,7 +54,7 @@ def test_the_kl_of_gaussians_two_apart():
 def nft_loss(advantage, old):
     algorithm, rollout = algorithms.load("nft", {"anchor": 0.0}), finished()
     velocities = {"policy": partial(linear, weights(0)), "old": partial(linear, old)}
-    given = jnp.full(4, advantage)
+    given = Credit(jnp.full(4, advantage))
     return algorithm.loss(setup_of(algorithm), velocities, rollout, jnp.int32(2), given)[0]
 
 

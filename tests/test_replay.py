@@ -17,6 +17,7 @@ from flowgrpo_jax.models.layers import functional
 from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import Process
+from flowgrpo_jax.types import Credit
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_the_update_replays_what_the_sampler_recorded(mmdit, kernel, guidance):
     @jax.jit
     def replay(adapter, drawn):
         setup = Setup(process, 2)
-        args = (algorithm, setup, v, adapter, {}, drawn, advantage)
+        args = (algorithm, setup, v, adapter, {}, drawn, Credit(advantage))
         return update.accumulate(*args, jnp.arange(3), 4, update.empty(algorithm, setup, adapter))
 
     drawn = rollout(adapter)

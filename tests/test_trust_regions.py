@@ -24,6 +24,7 @@ from flowgrpo_jax.algorithms import step_weights, trust_regions
 from flowgrpo_jax.algorithms.trust_regions import Move
 from flowgrpo_jax.sampling import sde
 from flowgrpo_jax.sampling.sampler import Process
+from flowgrpo_jax.types import Credit
 
 ADVANTAGE = jnp.linspace(-2, 1, IMAGES)
 FLASH = sde.Kernel(  # the diffusion sigma_max sigma; the mean plays no part in a weight
@@ -76,7 +77,7 @@ def test_a_weight_multiplies_the_loss(name):
     setup = setup_of(plain)
     rollout = draw(partial(linear, weights(1)), setup.process)
     term = jnp.int32(2)
-    args = (setup, {"policy": partial(linear, params)}, rollout, term, ADVANTAGE)
+    args = (setup, {"policy": partial(linear, params)}, rollout, term, Credit(ADVANTAGE))
     factor = step_weights.TABLE[name](setup.process, rollout.start, term)
     np.testing.assert_allclose(other.loss(*args)[0], factor * plain.loss(*args)[0], rtol=1e-6)
 
@@ -212,7 +213,9 @@ def test_kl_of_velocities_is_their_squared_distance():
         "policy": partial(linear, params),
         "reference": lambda x, sigma: linear(params, x, sigma) + 3,
     }
-    loss, figures = algorithm.loss(setup, velocities, rollout, jnp.int32(1), jnp.zeros(IMAGES))
+    loss, figures = algorithm.loss(
+        setup, velocities, rollout, jnp.int32(1), Credit(jnp.zeros(IMAGES))
+    )
     np.testing.assert_allclose(figures["kl"], 9, rtol=1e-5)
     np.testing.assert_allclose(loss, 4.5, rtol=1e-5)
 

@@ -21,7 +21,7 @@ from flowgrpo_jax import advantages, sharding, update
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import ODE_KEY, Process
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 PLACES = jnp.arange(IMAGES, dtype=jnp.int32)
 ADVANTAGE = jnp.linspace(-2, 1, IMAGES)
@@ -37,7 +37,7 @@ def share(process, algorithm, params, reference, rollout, advantage, terms, carr
     """One micro-batch's gradient and figures of an update of IMAGES images, added to `carry`."""
     setup, others = Setup(process, IMAGES), {"reference": reference}
     return update.accumulate(
-        algorithm, setup, linear, params, others, rollout, advantage, terms, IMAGES, carry
+        algorithm, setup, linear, params, others, rollout, Credit(advantage), terms, IMAGES, carry
     )
 
 
@@ -112,7 +112,9 @@ def test_gradient_by_finite_differences_of_scipys_densities(kernel, weighting, r
                 name: partial(linear, p)
                 for name, p in {"policy": trained, "reference": params(theta_ref)}.items()
             }
-            loss, figures = algorithm.loss(Setup(process, 2), velocities, rollout, 0, advantage)
+            loss, figures = algorithm.loss(
+                Setup(process, 2), velocities, rollout, 0, Credit(advantage)
+            )
             return loss.sum(), figures
 
         (value, figures), gradient = jax.value_and_grad(total, has_aux=True)(params(theta))

@@ -22,7 +22,6 @@ import jax
 from flowgrpo_jax import tables
 from flowgrpo_jax.command_line import recipe_files
 from flowgrpo_jax.sampling.sampler import Process
-from flowgrpo_jax.types import Credit
 
 # v(x [M, H, W, C], sigma scalar or [M]) -> f32 [M, H, W, C]: the guided velocity of one policy. A
 # third argument, i32 [N], says which N of the micro-batch's images x and the velocity are of.
@@ -40,10 +39,8 @@ class Setup:
     shards: int = 1  # equal parts that a micro-batch is cut into, each on devices of its own
 
 
-# loss(setup, velocities, rollout, term i32, advantage) -> loss [M], {figure: [M]}
-# The advantage is f32 [M], or f32 [W, M] with one value for each transition of the window; with a
-# weight of each image's KL beside it, it is a Credit. With `reward_gradient` there is a last
-# argument, a Score.
+# loss(setup, velocities, rollout, term i32, credit of the term) -> loss [M], {figure: [M]}
+# With `reward_gradient` there is a last argument, a Score.
 Loss = Callable[..., tuple[jax.Array, Figures]]
 # score(latents [M, H, W, C]) -> f32 [N, M], differentiable: the weighted sum of the rewards of the
 # decoded images, for each of the algorithm's `texts`
@@ -74,11 +71,11 @@ class Algorithm:
         together: "group", "update" (all images of an update), or "" where the cut is free.
       unscored: the advantage of an image without a valid score. 0 teaches nothing where a loss is
         proportional to it; a loss with weights exp(A) has -inf.
-      weighs_kl: whether the loss has a KL to "reference" that `weigh_kl` weighs; it is the figure
-        "kl", unweighted.
+      weighs_kl: whether the loss has a KL to "reference" that `Credit.weigh` weighs. The figure
+        "kl" is without this weight.
       worst: figures of which the largest value counts, and not the mean.
       by_step: figures that a run also reports for each step of the rollout.
-      warning: (figures of an epoch's first update) -> a sentence, or "" when all is well.
+      warning: (figures of an epoch) -> a sentence, or "" when all is well.
       summary: one line about the options, for the first lines that a run prints.
     """
 
@@ -166,14 +163,3 @@ def keep_reference(algorithm: Algorithm) -> Algorithm:
     """Return the algorithm with its reference as a copy, which others move (kl_control.py)."""
     kept = {**algorithm.copies, "reference": lambda begun, step: 1.0}
     return replace(algorithm, copies=kept)
-
-
-def advantage_of(advantage: jax.Array | Credit, term: jax.Array) -> jax.Array:
-    """Return a term's advantage f32 [M], of advantages [M] or [W, M]."""
-    a = advantage.advantage if isinstance(advantage, Credit) else advantage
-    return a[term] if a.ndim == 2 else a
-
-
-def weigh_kl(advantage: jax.Array | Credit, kl: jax.Array) -> jax.Array:
-    """Return the KL [M] of a loss, times each image's own weight where the run gives it one."""
-    return advantage.kl * kl if isinstance(advantage, Credit) else kl

@@ -27,9 +27,7 @@ from flowgrpo_jax.algorithms import (
     Figures,
     Setup,
     Velocities,
-    advantage_of,
     copies,
-    weigh_kl,
 )
 from flowgrpo_jax.algorithms.matching import distance, velocity_error
 from flowgrpo_jax.algorithms.renoise import Renoised, renoise_stratum, strata
@@ -72,7 +70,7 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array | Credit,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
         noised = renoise_stratum(setup, rollout, term, levels, first=first, share=share)
         velocity = v["policy"](noised.x, noised.sigma)
@@ -80,7 +78,7 @@ def make(
         old = jax.lax.stop_gradient(new)
         if clip_range:
             old = log_prob(v["old"](noised.x, noised.sigma), noised, power)
-        weight = advantage_scale * advantage_of(advantage, term)
+        weight = advantage_scale * credit.advantage
         value, ratio = clipped(new - old, weight, clip_range or jnp.inf)
         to_anchor = distance(v, "anchor", anchor_beta, velocity, noised)
         to_reference = distance(v, "reference", kl_beta, velocity, noised)
@@ -90,7 +88,7 @@ def make(
             "anchor_distance": to_anchor,
             "ratio_gap": jnp.abs(ratio - 1),
         }
-        held = kl_beta * weigh_kl(advantage, to_reference)
+        held = kl_beta * credit.weigh(to_reference)
         return value + held + anchor_beta * to_anchor, figures
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:

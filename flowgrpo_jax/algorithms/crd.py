@@ -36,9 +36,7 @@ from flowgrpo_jax.algorithms import (
     Figures,
     Setup,
     Velocities,
-    advantage_of,
     copies,
-    weigh_kl,
 )
 from flowgrpo_jax.algorithms.matching import distance, normalised_velocity_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise
@@ -87,14 +85,14 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array | Credit,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
         sigma = jnp.asarray(setup.process.sigmas, jnp.float32)[term % setup.process.steps]
         noised = renoise(rollout, jnp.broadcast_to(sigma, rollout.prompt.shape), term)
         velocity, old = (v[name](noised.x, noised.sigma) for name in ("policy", "old"))
         errors = [normalised_velocity_error(u, noised) for u in (old, velocity)]
         implicit = errors[0] - errors[1]
-        a = advantage_of(advantage, term)
+        a = credit.advantage
         reward = jnp.clip(a / (2 * advantage_clip) + 0.5, 0, 1)
         size = setup.group_size if center == "group" else len(reward)
         directions = WEIGHTS[center_weights](
@@ -111,7 +109,7 @@ def make(
             "old_distance": mean(jnp.square(velocity - old)),
         }
         least = min(LEAST_KL, kl_beta)  # kl_beta x m
-        held = (least + reward * (kl_beta - least)) * weigh_kl(advantage, to_reference)
+        held = (least + reward * (kl_beta - least)) * credit.weigh(to_reference)
         return value + held, figures
 
     return Algorithm(

@@ -26,9 +26,7 @@ from flowgrpo_jax.algorithms import (
     Figures,
     Setup,
     Velocities,
-    advantage_of,
     copies,
-    weigh_kl,
 )
 from flowgrpo_jax.algorithms.matching import group_sum, velocity_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise, share_keys
@@ -64,9 +62,9 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array | Credit,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
-        size, a = setup.group_size, advantage_of(advantage, term)
+        size, a = setup.group_size, credit.advantage
         sigma = jnp.asarray(setup.process.sigmas, jnp.float32)[term]
         level = jnp.broadcast_to(sigma, rollout.prompt.shape)
         noised = renoise(share_keys(rollout, size), level, term)
@@ -87,7 +85,7 @@ def make(
             "clip_fraction": outside.astype(jnp.float32),
             "group_weight": weight,
         }
-        return value + kl_beta * weigh_kl(advantage, to_reference), figures
+        return value + kl_beta * credit.weigh(to_reference), figures
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         if first_steps > setup.process.steps:

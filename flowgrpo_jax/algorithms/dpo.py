@@ -15,11 +15,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, copies
 from flowgrpo_jax.algorithms.matching import velocity_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise_logit_normal, share_keys
 from flowgrpo_jax.algorithms.selection import best_and_worst
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 
 def make(beta: float = 100.0, levels: int = 1, reset_every: int = 0) -> Algorithm:
@@ -44,9 +44,9 @@ def make(beta: float = 100.0, levels: int = 1, reset_every: int = 0) -> Algorith
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
-        a = advantage_of(advantage, term)
+        a = credit.advantage
         pairs, weight = best_and_worst(rollout, a, setup.group_size)
         noised = renoise_logit_normal(setup, share_keys(pairs, 2), term)
         velocity, reference = (v[name](noised.x, noised.sigma) for name in ("policy", "reference"))

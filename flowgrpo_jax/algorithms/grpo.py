@@ -25,11 +25,9 @@ from flowgrpo_jax.algorithms import (
     Figures,
     Setup,
     Velocities,
-    advantage_of,
     copies,
     step_weights,
     trust_regions,
-    weigh_kl,
 )
 from flowgrpo_jax.sampling import sde
 from flowgrpo_jax.sampling.branching import Branches, shared
@@ -79,7 +77,7 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array | Credit,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
         process = setup.process
         sigmas = jnp.asarray(process.sigmas, jnp.float32)
@@ -88,7 +86,7 @@ def make(
         velocity = v["policy"](x, sigmas[step])
         new = process.transition(x, velocity, step, x_next=x_next)
         move = trust_regions.measure(process, rollout, term, new, centering)
-        value, ratio, outside = bound(move, advantage_of(advantage, term), limit)
+        value, ratio, outside = bound(move, credit.advantage, limit)
         value *= weigh(process, rollout.start, step)
         kl = jnp.zeros_like(value)
         if kl_beta:
@@ -102,7 +100,7 @@ def make(
             "clip_fraction": outside.astype(jnp.float32),
             "ratio_gap": jnp.abs(ratio - 1),
         }
-        return value + kl_beta * weigh_kl(advantage, kl), figures
+        return value + kl_beta * credit.weigh(kl), figures
 
     weights = "" if step_weight == "none" else f", {step_weight} weights"
     return Algorithm(

@@ -29,10 +29,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, copies
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, copies
 from flowgrpo_jax.algorithms.trust_regions import clipped
 from flowgrpo_jax.sampling import sampler, sde
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 
 def make(anchors: int = 4, steps: int = 4, clip_range: float = 0.0) -> Algorithm:
@@ -54,7 +54,7 @@ def make(anchors: int = 4, steps: int = 4, clip_range: float = 0.0) -> Algorithm
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
         size = setup.group_size
         sigmas = jnp.asarray(setup.process.sigmas, jnp.float32)
@@ -68,7 +68,7 @@ def make(anchors: int = 4, steps: int = 4, clip_range: float = 0.0) -> Algorithm
 
         new = log_policy("policy")
         old = log_policy("old") if clip_range else jax.lax.stop_gradient(new)
-        weight = advantage_of(advantage, term).reshape(-1, 1, size)
+        weight = credit.advantage.reshape(-1, 1, size)
         value, ratio = clipped(new - old, weight, clip_range or jnp.inf)
 
         def by_image(x: jax.Array) -> jax.Array:

@@ -25,9 +25,7 @@ from flowgrpo_jax.algorithms import (
     Figures,
     Setup,
     Velocities,
-    advantage_of,
     copies,
-    weigh_kl,
 )
 from flowgrpo_jax.algorithms.matching import distance, image_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise
@@ -59,14 +57,14 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array | Credit,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
         sigmas = jnp.asarray(setup.process.sigmas, jnp.float32)
         level = jnp.broadcast_to(sigmas[term], rollout.prompt.shape)
         noised = renoise(rollout, level, term)
         x, sigma, _ = noised
         new, old = v["policy"](x, sigma), v["old"](x, sigma)
-        good = jnp.clip(advantage_of(advantage, term) / (2 * advantage_clip) + 0.5, 0, 1)
+        good = jnp.clip(credit.advantage / (2 * advantage_clip) + 0.5, 0, 1)
         positive = image_error((1 - beta) * old + beta * new, x, sigma, rollout.latents)
         negative = image_error((1 + beta) * old - beta * new, x, sigma, rollout.latents)
         value = (good * positive + (1 - good) * negative) * advantage_clip / beta
@@ -76,7 +74,7 @@ def make(
             "kl": to_reference,
             "old_distance": mean(jnp.square(new - old)),
         }
-        return value + anchor * weigh_kl(advantage, to_reference), figures
+        return value + anchor * credit.weigh(to_reference), figures
 
     return Algorithm(
         loss,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities
 from flowgrpo_jax.algorithms.renoise import mean, renoise_stratum, spread, strata
 from flowgrpo_jax.types import Credit, Rollout
 
@@ -41,14 +41,14 @@ def make(levels: int = 4, share: float = 0.9, scale: float = 1.0) -> Algorithm:
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array | Credit,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
         x, sigma, target = renoise_stratum(setup, rollout, term, levels, share=share)
         velocity, reference = v["policy"](x, sigma), v["reference"](x, sigma)
         to_reference = mean(jnp.square(velocity - reference))
-        push = spread(scale * advantage_of(advantage, term), x) * (target - velocity)
-        if isinstance(advantage, Credit):  # w |v - v_ref|^2 in place of |v - v_ref|^2
-            reference += spread(1 - advantage.kl, x) * (velocity - reference)
+        push = spread(scale * credit.advantage, x) * (target - velocity)
+        if credit.kl is not None:  # w |v - v_ref|^2 in place of |v - v_ref|^2
+            reference += spread(1 - credit.kl, x) * (velocity - reference)
         moved = jax.lax.stop_gradient(reference + push)
         value = mean(jnp.square(velocity - moved))
         figures = {"policy_loss": value, "kl": to_reference}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocities
 from flowgrpo_jax.sampling import solvers
-from flowgrpo_jax.types import Rollout
+from flowgrpo_jax.types import Credit, Rollout
 
 FIGURES = ("policy_loss", "below_threshold")
 # (setup, velocities, rollout, term i32, score) -> f32 [M]: the reward, with its gradient
@@ -49,7 +49,7 @@ def algorithm(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array,
+        credit: Credit,
         score: Score,
     ) -> tuple[jax.Array, Figures]:
         return shortfall(rewarded(setup, v, rollout, term, score), threshold)

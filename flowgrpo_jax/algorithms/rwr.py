@@ -22,7 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, weigh_kl
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities
 from flowgrpo_jax.algorithms.matching import distance, velocity_error
 from flowgrpo_jax.algorithms.renoise import Renoised, renoise_logit_normal
 from flowgrpo_jax.types import Credit, Rollout
@@ -82,15 +82,15 @@ def regression(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array | Credit,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
         noised = noise(setup, rollout, term)
         velocity = v["policy"](noised.x, noised.sigma)
-        weight = weigh(advantage_of(advantage, term), setup.group_size)
+        weight = weigh(credit.advantage, setup.group_size)
         value = weight * velocity_error(velocity, noised)
         to_reference = distance(v, "reference", kl_beta, velocity, noised)
         figures = {"policy_loss": value, "kl": to_reference}
-        return value + kl_beta * weigh_kl(advantage, to_reference), figures
+        return value + kl_beta * credit.weigh(to_reference), figures
 
     return Algorithm(
         loss,

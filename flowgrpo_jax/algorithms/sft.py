@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, advantage_of, weigh_kl
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities
 from flowgrpo_jax.algorithms.matching import distance, velocity_error
 from flowgrpo_jax.algorithms.renoise import renoise_logit_normal
 from flowgrpo_jax.algorithms.selection import best
@@ -37,15 +37,15 @@ def make(levels: int = 1, kl_beta: float = 0.0) -> Algorithm:
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array | Credit,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
-        chosen, weight = best(rollout, advantage_of(advantage, term), setup.group_size)
+        chosen, weight = best(rollout, credit.advantage, setup.group_size)
         noised = renoise_logit_normal(setup, chosen, term)
         velocity = v["policy"](noised.x, noised.sigma)
         value = weight * velocity_error(velocity, noised)
         to_reference = distance(v, "reference", kl_beta, velocity, noised)
         figures = {"policy_loss": value, "kl": to_reference}
-        return value + kl_beta * weigh_kl(advantage, to_reference), figures
+        return value + kl_beta * credit.weigh(to_reference), figures
 
     return Algorithm(
         loss,

@@ -25,9 +25,7 @@ from flowgrpo_jax.algorithms import (
     Figures,
     Setup,
     Velocities,
-    advantage_of,
     copies,
-    weigh_kl,
 )
 from flowgrpo_jax.algorithms.matching import distance, image_error
 from flowgrpo_jax.algorithms.renoise import renoise_stratum, share_keys, strata
@@ -63,7 +61,7 @@ def make(
         v: Velocities,
         rollout: Rollout,
         term: jax.Array,
-        advantage: jax.Array | Credit,
+        credit: Credit,
     ) -> tuple[jax.Array, Figures]:
         shared = share_keys(rollout, setup.group_size)
         noised = renoise_stratum(setup, shared, term, levels, first=0)
@@ -73,7 +71,7 @@ def make(
         old = jax.lax.stop_gradient(new)
         if clip_range:
             old = image_error(v["old"](x, sigma), x, sigma, rollout.latents)
-        a = advantage_of(advantage, term)
+        a = credit.advantage
         a = soft_clip * jnp.tanh(a / soft_clip) if soft_clip else a
         value, ratio = clipped(old - new, a, clip_range or jnp.inf)
         to_reference = jnp.square(sigma) * distance(v, "reference", kl_beta, velocity, noised)
@@ -82,7 +80,7 @@ def make(
             "kl": to_reference,
             "ratio_gap": jnp.abs(ratio - 1),
         }
-        return value + kl_beta * weigh_kl(advantage, to_reference), figures
+        return value + kl_beta * credit.weigh(to_reference), figures
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         strata(setup, levels, first=0)

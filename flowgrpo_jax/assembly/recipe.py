@@ -114,7 +114,7 @@ class Recipe:
     def encode(self, texts: list[str]) -> Conditioning:
         return parts.encode(self.config, self.model, self.mesh, texts)
 
-    def judged(self, ids: np.ndarray) -> dict[str, Any]:
+    def reward_inputs(self, ids: np.ndarray) -> dict[str, Any]:
         """Return the judge's inputs for an epoch's prompts, i32 [P]; nothing without a judge."""
         if not self.algorithm.reward_gradient:
             return {}

@@ -14,6 +14,7 @@ from flowgrpo_jax import advantages, sharding
 from flowgrpo_jax.advantages import diversity
 from flowgrpo_jax.assembly.recipe import Recipe
 from flowgrpo_jax.regularisation import kl_control
+from flowgrpo_jax.scoring.scores import Scores
 from flowgrpo_jax.types import Credit, Rollout, TrainState
 
 KL = "kl"  # the part of the memory that belongs to the control of the KL
@@ -25,42 +26,46 @@ def initial(run: Recipe) -> dict[str, Any]:
     return {**memory, KL: _arrays(run.control.initial())} if run.control else memory
 
 
+def rewards(scores: Scores) -> np.ndarray:
+    """Return the weighted sum of each image's scores, f32 [B]; NaN where one of them failed."""
+    total, valid = advantages.weighted(jnp.asarray(scores.values), jnp.asarray(scores.weights))
+    return np.where(valid, total, np.nan)
+
+
 def assign(
     run: Recipe,
     state: TrainState,
-    values: np.ndarray,
-    weights: np.ndarray,
+    scores: Scores,
     ids: np.ndarray,
     rollouts: Sequence[Rollout],
     pixels: np.ndarray,
-) -> tuple[TrainState, jax.Array | Credit]:
+) -> tuple[TrainState, Credit]:
     """Return the state with its new memory, and the credit of B images.
 
     Args:
-      values, weights: f32 [K, B], of `Scores`; ids: i32 [P] of the prompts.
+      ids: i32 [P] of the prompts.
       rollouts: of each micro-batch; pixels: uint8 [B, H, W, 3], where the features read them.
     """
     own = {name: part for name, part in state.memory.items() if name != KL}
     paths = [_log_probs(rollouts)] if run.advantage.reads_log_prob else []
-    scores = map(jnp.asarray, (values, weights, ids))
-    advantage, memory = run.advantage.compute(own, *scores, *paths)
+    values, weights = jnp.asarray(scores.values), jnp.asarray(scores.weights)
+    advantage, memory = run.advantage.compute(own, values, weights, jnp.asarray(ids), *paths)
     if run.features:
         features = run.features(rollouts, pixels)
         clip = run.config.advantage.clip
         advantage = diversity.favour(advantage, features, group_size=run.plan.group_size, clip=clip)
     if unscored := run.algorithm.unscored:
-        _, valid = advantages.weighted(jnp.asarray(values), jnp.asarray(weights))
-        advantage = jnp.where(valid, advantage, unscored)
+        advantage = jnp.where(advantages.weighted(values, weights)[1], advantage, unscored)
     if run.control is None:
-        return dataclasses.replace(state, memory=run.put(memory)), advantage
-    kl, held = run.control.weigh(_host(state), values, weights)
+        return dataclasses.replace(state, memory=run.put(memory)), Credit(advantage)
+    kl, held = run.control.weigh(_host(state), scores.values, scores.weights)
     state = dataclasses.replace(state, memory=run.put({**memory, KL: _arrays(held)}))
     return state, Credit(advantage, jnp.asarray(kl))
 
 
-def cut(given: jax.Array | Credit, parts: int) -> list[Any]:
+def cut(credit: Credit, parts: int) -> list[Credit]:
     """Cut a credit of B images into equal parts, on the host of every process."""
-    leaves, shape = jax.tree.flatten(given)
+    leaves, shape = jax.tree.flatten(credit)
     cuts = [np.split(np.asarray(x), parts, axis=-1) for x in leaves]
     return [jax.tree.unflatten(shape, part) for part in zip(*cuts)]
 
@@ -68,7 +73,8 @@ def cut(given: jax.Array | Credit, parts: int) -> list[Any]:
 def settle(
     run: Recipe, state: TrainState, figures: Mapping[str, float]
 ) -> tuple[TrainState, dict[str, float]]:
-    """Let the control of the KL learn of an epoch's KL. Returns the state and further figures."""
+    """Update the KL's control with the KL that the epoch measured, and reset the reference where
+    the control says so. Returns the state and further figures."""
     if run.control is None:
         return state, {}
     memory = run.control.settle(_host(state), figures["kl"])

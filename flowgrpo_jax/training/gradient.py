@@ -1,4 +1,4 @@
-"""The gradient of one policy step, summed over the micro-batches of an update."""
+"""The gradient of one optimiser step, summed over the micro-batches of an update."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def of_update(
     state: TrainState,
     cond: Conditioning,
     rollouts: Sequence[Rollout],
-    credits: Sequence[jax.Array | Credit],
+    credits: Sequence[Credit],
     terms: jax.Array,
-    judged: dict[str, Any],
+    reward_inputs: dict[str, Any],
     number: int,
     check: Callable[[], None],
 ) -> update.Carry:
@@ -28,7 +28,7 @@ def of_update(
     Args:
       rollouts, credits: of each micro-batch of the epoch, as `credit.cut` cuts it.
       terms: i32 [K], what the algorithm sums its loss over.
-      judged: what an algorithm that differentiates the rewards takes them from.
+      reward_inputs: what an algorithm that differentiates the rewards takes them from.
       check: called before each micro-batch; raises cli.Stopped where the run is to stop.
     """
     plan = run.plan
@@ -36,7 +36,7 @@ def of_update(
     gradient, sums = update.empty(run.algorithm, run.setup, state.policy)
     for m in range(number * plan.micro_batches, (number + 1) * plan.micro_batches):
         check()
-        # A program may leave them cut in another way, and would be compiled once more for that.
+        # The program may return them in another layout, for which it would be compiled again.
         gradient, sums = run.put((gradient, sums))
         before = sums
         gradient, sums = run.programs.accumulate(
@@ -50,7 +50,7 @@ def of_update(
             rollouts[m],
             sharding.split_rows(run.mesh, credits[m], axis=-1),
             terms,
-            judged,
+            reward_inputs,
         )
         jax.block_until_ready(before)  # two at a time, as in sampling
     return gradient, sums

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,6 @@ from flowgrpo_jax.training.lifecycle import offer_best
 from flowgrpo_jax.training.run_output import RunOutput
 from flowgrpo_jax.types import Credit, PromptBatch, TrainState
 
-# What is given an epoch's prompts, scores and advantages, f32 [B] or, by step, [W, B]
-Record = Callable[[PromptBatch, Scores, jax.Array | Credit], None]
 PROMPTS, REPEATS = 6, 4  # whose pictures tell the diversity, where the evaluation repeats none
 SHEET = "samples"  # the name of an evaluation's pictures in TensorBoard and Weights & Biases
 
@@ -177,19 +174,15 @@ def repeated(batch: PromptBatch, n: int) -> tuple[PromptBatch, np.ndarray]:
     return again, np.tile(np.arange(REPEATS, dtype=np.int32), n)
 
 
-def nobody(batch: PromptBatch, scores: Scores, given: jax.Array | Credit) -> None:
-    """Record nothing."""
-
-
-def recorder(
-    workdir: epath.Path, run: Recipe, epoch: int, evaluated: Mapping[str, float]
-) -> Record:
-    """Return what leaves some of the pictures of an epoch after an evaluation, else nobody."""
-
-    def record(batch: PromptBatch, scores: Scores, given: jax.Array | Credit) -> None:
-        with logs.warn_on_error("the training pictures of the run's page"):
-            advantage = given.advantage if isinstance(given, Credit) else given
-            each = np.atleast_2d(np.asarray(advantage))
-            pictures.save_training(workdir, epoch, batch, run.plan.group_size, scores, each)
-
-    return record if evaluated else nobody
+def show_training(
+    workdir: epath.Path,
+    epoch: int,
+    batch: PromptBatch,
+    group_size: int,
+    scores: Scores,
+    credit: Credit,
+) -> None:
+    """Leave some of an epoch's images, with their scores and advantages, for the run's page."""
+    with logs.warn_on_error("the training pictures of the run's page"):
+        advantage = np.atleast_2d(np.asarray(credit.advantage))
+        pictures.save_training(workdir, epoch, batch, group_size, scores, advantage)
