@@ -100,7 +100,7 @@ def test_shortfall():
     "name, options, problem",
     [
         ("refl", {"last": 0}, r"last=0: must be at least 1"),
-        ("draft", {"last": -1}, r"last=-1: must be at least 1, or 0 for all steps"),
+        ("draft", {"last": -1}, r"last=-1: must be at least 0, which means all steps"),
         ("draft", {"threshold": float("nan")}, r"threshold=nan: must be a number, or inf"),
         ("draft_lv", {"noised": -1}, r"noised=-1: must be at least 0"),
         ("flowbp", {"active": 0}, r"active=0: must be at least 1"),

@@ -136,26 +136,12 @@ def _load(name: str, options: tuple[tuple[str, Any], ...]) -> Algorithm:
         if (recipe := f"algorithms/{name}") not in recipe_files.names():
             raise
         raise ValueError(f"{error}; the recipe --config {recipe} sets its options") from None
-    _check_ranges(dict(options))
     return tables.check(algorithm, Algorithm, name)
 
 
-# The end of an option's name: the range that it has in every row, and in one of the user's own
-NOT_NEGATIVE = ("beta", "_rate", "_flat", "_after", "_scale", "anchor")
-SHARES = ("_most", "_first")
-
-
-def _check_ranges(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for a weight or a rate below 0, and for a share that is not in [0, 1).
-
-    A copy that kept more than all of itself, or less than nothing, would diverge without a word.
-    """
-    for name, value in options.items():
-        number = isinstance(value, float | int)
-        if number and name.endswith(NOT_NEGATIVE) and not value >= 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be at least 0")
-        if number and name.endswith(SHARES) and not 0 <= value < 1:
-            raise ValueError(f"algorithm.options.{name}={value}: must be in [0, 1)")
+def used(**weights: float) -> tuple[str, ...]:
+    """Return the names of policies whose weight in a loss is not 0, to be read by it."""
+    return tuple(name for name, weight in weights.items() if weight)
 
 
 @lru_cache(maxsize=32)  # as in `_load`

@@ -28,9 +28,11 @@ from flowgrpo_jax.algorithms import (
     Setup,
     Velocities,
     copies,
+    options,
+    used,
 )
 from flowgrpo_jax.algorithms.matching import distance, velocity_error
-from flowgrpo_jax.algorithms.renoise import Renoised, renoise_stratum, strata
+from flowgrpo_jax.algorithms.renoise import Renoised, renoise_stratum, stratified
 from flowgrpo_jax.algorithms.trust_regions import clipped
 from flowgrpo_jax.types import Credit, Rollout
 
@@ -63,7 +65,12 @@ def make(
       anchor_beta: weight of the squared distance to the anchor, which keeps
         min(anchor_rate x optimiser steps, anchor_most) of itself at the end of an epoch.
     """
-    _check(levels, first, share, power, clip_range)
+    options.at_least(1, levels=levels)
+    options.positive(share=share, power=power)
+    options.at_most(1, share=share)
+    options.at_least(0, first=first, advantage_scale=advantage_scale, clip_range=clip_range)
+    options.at_least(0, kl_beta=kl_beta, anchor_beta=anchor_beta, anchor_rate=anchor_rate)
+    options.below_one(anchor_most=anchor_most)
 
     def loss(
         setup: Setup,
@@ -91,18 +98,14 @@ def make(
         held = kl_beta * credit.weigh(to_reference)
         return value + held + anchor_beta * to_anchor, figures
 
-    def terms(setup: Setup, key: jax.Array) -> jax.Array:
-        strata(setup, levels, first=first, share=share)
-        return jnp.arange(levels)
-
-    uses = {"old": clip_range, "anchor": anchor_beta, "reference": kl_beta}
+    reads = used(old=clip_range, anchor=anchor_beta, reference=kl_beta)
     decays = {"old": copies.fresh, "anchor": copies.rising(anchor_rate, anchor_most)}
     return Algorithm(
         loss,
-        terms,
+        terms=stratified(levels, first=first, share=share),
         figures=("policy_loss", "kl", "anchor_distance", "ratio_gap"),
-        reads=tuple(name for name, used in uses.items() if used),
-        copies={name: decay for name, decay in decays.items() if uses[name]},
+        reads=reads,
+        copies={name: decay for name, decay in decays.items() if name in reads},
         weighs_kl=kl_beta > 0,
         worst=("ratio_gap",),
         summary=f"AWM, {levels} noise levels an image, KL {kl_beta:g}, anchor {anchor_beta:g}",
@@ -113,14 +116,3 @@ def log_prob(velocity: jax.Array, noised: Renoised, power: float) -> jax.Array:
     """Return what stands for the log-prob of M images, f32 [M]: the equation at the top."""
     error = velocity_error(velocity, noised)
     return -noised.sigma * ((error + TINY) ** power - TINY**power) / power
-
-
-def _check(levels: int, first: int, share: float, power: float, clip_range: float) -> None:
-    for name, value in {"levels": levels, "power": power, "share": share}.items():
-        if not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    if share > 1:
-        raise ValueError(f"algorithm.options.share={share}: must be at most 1")
-    for name, value in {"first": first, "clip_range": clip_range}.items():
-        if not value >= 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be at least 0")

@@ -26,7 +26,7 @@ reference has the guidance of the rollout, and 4.5 there; errors are f32 in plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from flowgrpo_jax.algorithms import (
     Setup,
     Velocities,
     copies,
+    options,
 )
 from flowgrpo_jax.algorithms.matching import distance, normalised_velocity_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise
@@ -76,9 +77,13 @@ def make(
       drawer_flat, drawer_rate, drawer_most: the same for "drawer", which keeps
         min(max(n - drawer_flat, 0) x drawer_rate, drawer_most).
     """
-    numbers = {"levels": levels, "beta": beta, "temperature": temperature}
-    _check({**numbers, "advantage_clip": advantage_clip}, (old_first, old_most, drawer_most))
-    _check_choices(center=(center, ("update", "group")), center_weights=(center_weights, WEIGHTS))
+    options.at_least(1, levels=levels)
+    options.positive(beta=beta, temperature=temperature, advantage_clip=advantage_clip)
+    options.at_least(0, kl_beta=kl_beta, old_rate=old_rate)
+    options.at_least(0, drawer_flat=drawer_flat, drawer_rate=drawer_rate)
+    options.below_one(old_first=old_first, old_most=old_most, drawer_most=drawer_most)
+    options.one_of(("update", "group"), center=center)
+    options.one_of(WEIGHTS, center_weights=center_weights)
 
     def loss(
         setup: Setup,
@@ -90,18 +95,14 @@ def make(
         sigma = jnp.asarray(setup.process.sigmas, jnp.float32)[term % setup.process.steps]
         noised = renoise(rollout, jnp.broadcast_to(sigma, rollout.prompt.shape), term)
         velocity, old = (v[name](noised.x, noised.sigma) for name in ("policy", "old"))
-        errors = [normalised_velocity_error(u, noised) for u in (old, velocity)]
-        implicit = errors[0] - errors[1]
+        implicit = normalised_velocity_error(old, noised)
+        implicit -= normalised_velocity_error(velocity, noised)
         a = credit.advantage
         reward = jnp.clip(a / (2 * advantage_clip) + 0.5, 0, 1)
         size = setup.group_size if center == "group" else len(reward)
-        directions = WEIGHTS[center_weights](
-            reward.reshape(-1, size), a.reshape(-1, size), temperature
-        )
-        squares = [
-            jnp.square(beta * _centred(implicit, p) - _centred(reward, p)) for p in directions
-        ]
-        value = jnp.stack(squares).mean(0) * advantage_clip / beta
+        rows = reward.reshape(-1, size), a.reshape(-1, size)
+        directions = WEIGHTS[center_weights](*rows, temperature)
+        value = squared_gap(implicit, reward, directions, beta) * advantage_clip / beta
         to_reference = distance(v, "reference", kl_beta, velocity, noised)
         figures = {
             "policy_loss": value,
@@ -129,6 +130,14 @@ def make(
     )
 
 
+def squared_gap(
+    implicit: jax.Array, reward: jax.Array, directions: Sequence[jax.Array], beta: float
+) -> jax.Array:
+    """Return (beta (r - mean r) - (R - mean R))^2 [M], averaged over the means' directions."""
+    gaps = [beta * _centred(implicit, p) - _centred(reward, p) for p in directions]
+    return jnp.stack([jnp.square(gap) for gap in gaps]).mean(0)
+
+
 def _centred(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Subtract from x [M] its weighted mean, as a constant, over each row of weights [M / N, N]."""
     rows = x.reshape(weights.shape)
@@ -153,19 +162,3 @@ WEIGHTS: dict[str, Callable[[jax.Array, jax.Array, float], tuple[jax.Array, ...]
     "hard": lambda r, a, t: (_pool(r, a > 0), _pool(-r, a < 0)),
     "softmax": lambda r, a, t: (jax.nn.softmax(r / t, axis=1), jax.nn.softmax(-r / t, axis=1)),
 }
-
-
-def _check(positive: Mapping[str, float], kept: tuple[float, ...]) -> None:
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    for name, value in zip(("old_first", "old_most", "drawer_most"), kept):
-        if not 0 <= value < 1:
-            raise ValueError(f"algorithm.options.{name}={value}: must be in [0, 1)")
-
-
-def _check_choices(**chosen: tuple[str, Iterable[str]]) -> None:
-    for name, (value, known) in chosen.items():
-        if value not in known:
-            choices = ", ".join(map(repr, known))
-            raise ValueError(f"algorithm.options.{name}={value!r}: choose from {choices}")

@@ -27,6 +27,8 @@ from flowgrpo_jax.algorithms import (
     Setup,
     Velocities,
     copies,
+    options,
+    trust_regions,
 )
 from flowgrpo_jax.algorithms.matching import group_sum, velocity_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise, share_keys
@@ -55,7 +57,15 @@ def make(
       average_after: optimiser steps after which a copy that moves like the average draws the
         images. The paper has 500 for GenEval and 200 otherwise.
     """
-    _check(levels, first_steps, beta, clip_range)
+    options.at_least(1, levels=levels)
+    options.positive(beta=beta)
+    options.at_least(0, clip_range=clip_range, kl_beta=kl_beta)
+    options.at_least(0, average_rate=average_rate, average_after=average_after)
+    options.below_one(average_most=average_most)
+    if first_steps < levels:
+        raise ValueError(
+            f"algorithm.options.first_steps={first_steps}: must be at least levels={levels}"
+        )
 
     def loss(
         setup: Setup,
@@ -75,7 +85,7 @@ def make(
         outside = jnp.zeros_like(error, bool)
         if clip_range:
             average = velocity_error(v["average"](noised.x, noised.sigma), noised)
-            ratio = jnp.exp(jnp.minimum(average - error, 20.0))
+            ratio = trust_regions.exp(average - error)
             outside = jnp.where(a > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
         value = weight * a * jnp.where(outside, jax.lax.stop_gradient(error), error)
         to_reference = mean(jnp.square(velocity - reference))
@@ -111,15 +121,3 @@ def make(
         weighs_kl=kl_beta > 0,
         summary=f"DGPO, {levels} noise levels, beta {beta:g}, KL {kl_beta:g}",
     )
-
-
-def _check(levels: int, first_steps: int, beta: float, clip_range: float) -> None:
-    for name, value in {"levels": levels, "beta": beta}.items():
-        if not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    if first_steps < levels:
-        raise ValueError(
-            f"algorithm.options.first_steps={first_steps}: must be at least levels={levels}"
-        )
-    if not clip_range >= 0:
-        raise ValueError(f"algorithm.options.clip_range={clip_range}: must be at least 0")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, copies
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, copies, options
 from flowgrpo_jax.algorithms.matching import velocity_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise_logit_normal, share_keys
 from flowgrpo_jax.algorithms.selection import best_and_worst
@@ -31,13 +31,9 @@ def make(beta: float = 100.0, levels: int = 1, reset_every: int = 0) -> Algorith
       reset_every: optimiser steps after which the policy becomes its own reference, at the end of
         an epoch; 0 means never.
     """
-    for name, value in {"beta": beta, "levels": levels}.items():
-        if not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    if reset_every < 0:
-        raise ValueError(
-            f"algorithm.options.reset_every={reset_every}: must be at least 0, which means never"
-        )
+    options.positive(beta=beta)
+    options.at_least(1, levels=levels)
+    options.at_least(0, reset_every=reset_every, meaning="never")
 
     def loss(
         setup: Setup,

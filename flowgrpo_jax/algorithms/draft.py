@@ -16,7 +16,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities, options
 from flowgrpo_jax.algorithms.reward_gradients import (
     algorithm,
     check_euler,
@@ -32,8 +32,7 @@ def make(last: int = 1, threshold: float = jnp.inf) -> Algorithm:
       last: K, the steps at the end of the rollout that are differentiated; 0 means all.
       threshold: reward from which on nothing is learned; inf means none, as in the paper.
     """
-    if last < 0:
-        raise ValueError(f"algorithm.options.last={last}: must be at least 1, or 0 for all steps")
+    options.at_least(0, last=last, meaning="all steps")
 
     def rewarded(
         setup: Setup, v: Velocities, rollout: Rollout, term: jax.Array, score: Score

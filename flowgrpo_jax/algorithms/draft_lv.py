@@ -19,7 +19,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities, options
 from flowgrpo_jax.algorithms.renoise import renoise
 from flowgrpo_jax.algorithms.reward_gradients import (
     algorithm,
@@ -36,9 +36,8 @@ def make(noised: int = 2, last: int = 1, threshold: float = jnp.inf) -> Algorith
       last: the step, counted from the rollout's end.
       threshold: reward from which on nothing is learned; inf means none, as in the paper.
     """
-    for name, value, least in (("noised", noised, 0), ("last", last, 1)):
-        if value < least:
-            raise ValueError(f"algorithm.options.{name}={value}: must be at least {least}")
+    options.at_least(0, noised=noised)
+    options.at_least(1, last=last)
 
     def rewarded(
         setup: Setup, v: Velocities, rollout: Rollout, term: jax.Array, score: Score

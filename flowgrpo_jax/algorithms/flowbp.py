@@ -23,7 +23,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities, options
 from flowgrpo_jax.algorithms.reward_gradients import (
     algorithm,
     check_euler,
@@ -41,10 +41,8 @@ def make(
       rescale: how far the gradient makes up for the steps that are left out, 0 to 1.
       threshold: reward from which on nothing is learned; inf means none.
     """
-    if active < 1:
-        raise ValueError(f"algorithm.options.active={active}: must be at least 1")
-    if not late_bias >= 0:
-        raise ValueError(f"algorithm.options.late_bias={late_bias}: must be at least 0")
+    options.at_least(1, active=active)
+    options.at_least(0, late_bias=late_bias)
     if not 0 <= rescale <= 1:
         raise ValueError(
             f"algorithm.options.rescale={rescale}: must be in [0, 1], from no steps that are left"

@@ -14,7 +14,7 @@ Deviation from yifan123/flow_grpo: images whose group has no spread keep their p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -26,8 +26,10 @@ from flowgrpo_jax.algorithms import (
     Setup,
     Velocities,
     copies,
+    options,
     step_weights,
     trust_regions,
+    used,
 )
 from flowgrpo_jax.sampling import sde
 from flowgrpo_jax.sampling.branching import Branches, shared
@@ -35,6 +37,14 @@ from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.types import Credit, Rollout
 
 STEP_CHOICES = ("random", "first")
+FIGURES = (
+    "policy_loss",
+    "kl",
+    "approx_kl",
+    "log_prob_change",
+    "clip_fraction",
+    "ratio_gap",
+)
 KL_WEIGHTINGS = (*sde.KL_WEIGHTINGS, "velocity")
 
 
@@ -67,55 +77,33 @@ def make(
       reset_every: optimiser steps after which the policy becomes its own reference, at the end of
         an epoch; 0 means never, so that the reference is the policy before training.
     """
-    _check_numbers(clip_range, kl_beta, steps, kl_threshold, reset_every)
-    _check_choices(kl_weighting, step_choice, step_weight, trust_region, centering)
-    weigh, bound = step_weights.TABLE[step_weight], trust_regions.TABLE[trust_region]
+    options.positive(clip_range=clip_range, kl_threshold=kl_threshold)
+    options.at_least(0, kl_beta=kl_beta)
+    options.at_least(0, steps=steps, meaning="all")
+    options.at_least(0, reset_every=reset_every, meaning="never")
+    options.one_of(KL_WEIGHTINGS, kl_weighting=kl_weighting)
+    options.one_of(STEP_CHOICES, step_choice=step_choice)
+    options.one_of(step_weights.TABLE, step_weight=step_weight)
+    options.one_of(trust_regions.TABLE, trust_region=trust_region)
+    _check_together(kl_beta, reset_every, trust_region, centering)
     limit = kl_threshold if trust_region == "dppo" else clip_range
-
-    def loss(
-        setup: Setup,
-        v: Velocities,
-        rollout: Rollout,
-        term: jax.Array,
-        credit: Credit,
-    ) -> tuple[jax.Array, Figures]:
-        process = setup.process
-        sigmas = jnp.asarray(process.sigmas, jnp.float32)
-        step, x, x_next = rollout.start + term, rollout.x[term], rollout.x[term + 1]
-        v = shared(v, process.branches, process.window, setup.shards, step, rollout.start)
-        velocity = v["policy"](x, sigmas[step])
-        new = process.transition(x, velocity, step, x_next=x_next)
-        move = trust_regions.measure(process, rollout, term, new, centering)
-        value, ratio, outside = bound(move, credit.advantage, limit)
-        value *= weigh(process, rollout.start, step)
-        kl = jnp.zeros_like(value)
-        if kl_beta:
-            reference = v["reference"](x, sigmas[step])
-            kl = _kl(kl_weighting, process, x, velocity, reference, step)
-        figures = {
-            "policy_loss": value,
-            "kl": kl,
-            "approx_kl": 0.5 * jnp.square(move.log_ratio),
-            "log_prob_change": jnp.abs(move.log_ratio),
-            "clip_fraction": outside.astype(jnp.float32),
-            "ratio_gap": jnp.abs(ratio - 1),
-        }
-        return value + kl_beta * credit.weigh(kl), figures
-
+    loss = partial(
+        _loss,
+        bound=trust_regions.TABLE[trust_region],
+        limit=limit,
+        weigh=step_weights.TABLE[step_weight],
+        kl_beta=kl_beta,
+        kl_weighting=kl_weighting,
+        centering=centering,
+    )
+    redraws = "centering" if centering else "" if trust_region == "clip" else trust_region
     weights = "" if step_weight == "none" else f", {step_weight} weights"
     return Algorithm(
         loss,
-        terms=partial(_terms, steps, step_choice, "centering" if centering else trust_region),
-        figures=(
-            "policy_loss",
-            "kl",
-            "approx_kl",
-            "log_prob_change",
-            "clip_fraction",
-            "ratio_gap",
-        ),
+        terms=partial(_terms, steps, step_choice, redraws),
+        figures=FIGURES,
         records="window",
-        reads=("reference",) if kl_beta else (),
+        reads=used(reference=kl_beta),
         copies={"reference": copies.reset(reset_every)} if reset_every else {},
         weighs_kl=kl_beta > 0,
         worst=("ratio_gap",),
@@ -124,6 +112,44 @@ def make(
         summary=f"{steps or 'all'} steps of the window{weights}, {trust_region} {limit:g},"
         f" KL {kl_beta:g}",
     )
+
+
+def _loss(
+    setup: Setup,
+    v: Velocities,
+    rollout: Rollout,
+    term: jax.Array,
+    credit: Credit,
+    *,
+    bound: Callable[..., trust_regions.Bounded],
+    limit: float,
+    weigh: Callable[..., jax.Array],
+    kl_beta: float,
+    kl_weighting: str,
+    centering: bool,
+) -> tuple[jax.Array, Figures]:
+    """Return the loss [M] of a recorded transition, and its figures."""
+    process, step = setup.process, rollout.start + term
+    sigma = jnp.asarray(process.sigmas, jnp.float32)[step]
+    x, x_next = rollout.x[term], rollout.x[term + 1]
+    v = shared(v, process.branches, process.window, setup.shards, step, rollout.start)
+    velocity = v["policy"](x, sigma)
+    new = process.transition(x, velocity, step, x_next=x_next)
+    move = trust_regions.measure(process, rollout, term, new, centering)
+    value, ratio, outside = bound(move, credit.advantage, limit)
+    value *= weigh(process, rollout.start, step)
+    kl = jnp.zeros_like(value)
+    if kl_beta:
+        kl = _kl(kl_weighting, process, x, velocity, v["reference"](x, sigma), step)
+    figures = {
+        "policy_loss": value,
+        "kl": kl,
+        "approx_kl": 0.5 * jnp.square(move.log_ratio),
+        "log_prob_change": jnp.abs(move.log_ratio),
+        "clip_fraction": outside.astype(jnp.float32),
+        "ratio_gap": jnp.abs(ratio - 1),
+    }
+    return value + kl_beta * credit.weigh(kl), figures
 
 
 def _kl(
@@ -144,34 +170,36 @@ def _kl(
     return sde.kl(new.mean, ref.mean, new.std, dt, **forms)
 
 
-def _terms(
-    steps: int, step_choice: str, trust_region: str, setup: Setup, key: jax.Array
-) -> jax.Array:
-    """Return the transitions that an epoch trains, as places in the window."""
+def _terms(steps: int, step_choice: str, redraws: str, setup: Setup, key: jax.Array) -> jax.Array:
+    """Return the transitions that an epoch trains, as places in the window.
+
+    Args:
+      redraws: the option by which the noise of transitions is drawn anew; "" for none.
+    """
     size = setup.process.window
     if steps > size:
         raise ValueError(
             f"algorithm.options.steps={steps}: the window has {size} steps to train; choose 1"
             f" to {size}, or 0 for all of them"
         )
-    if trust_region != "clip":
-        _check_noise(trust_region, setup.process.branches)
+    if redraws:
+        _check_noise(redraws, setup.process.branches)
     if steps in (0, size) or step_choice == "first":
         return jnp.arange(steps or size)
     return jnp.sort(jax.random.permutation(key, size)[:steps])
 
 
-def _check_noise(trust_region: str, branches: Branches) -> None:
+def _check_noise(redraws: str, branches: Branches) -> None:
     """Raise ValueError where the noise of an image's own key is not what its transitions drew."""
     instead = "set algorithm.options.trust_region to 'clip' and centering to False"
     if branches.splits:
         raise ValueError(
-            f"sample.splits={branches.splits}: {trust_region} draws the noise of each image anew,"
+            f"sample.splits={branches.splits}: {redraws} draws the noise of each image anew,"
             f" which in a tree is that of others; {instead}"
         )
     if branches.leaves > 1 and branches.noise != 1:
         raise ValueError(
-            f"sample.split_noise={branches.noise}: {trust_region} draws the noise of each image"
+            f"sample.split_noise={branches.noise}: {redraws} draws the noise of each image"
             " anew, which at the split was multiplied by that; set sample.split_noise to 1, or"
             f" {instead}"
         )
@@ -188,39 +216,13 @@ def _warning(clip_range: float, figures: Mapping[str, float]) -> str:
     )
 
 
-def _check_numbers(
-    clip_range: float, kl_beta: float, steps: int, kl_threshold: float, reset_every: int
-) -> None:
-    for name, value in {"clip_range": clip_range, "kl_threshold": kl_threshold}.items():
-        if not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    if not kl_beta >= 0:
-        raise ValueError(f"algorithm.options.kl_beta={kl_beta}: must be at least 0")
-    if steps < 0:
-        raise ValueError(f"algorithm.options.steps={steps}: must be at least 0, which means all")
-    if reset_every < 0:
-        raise ValueError(
-            f"algorithm.options.reset_every={reset_every}: must be at least 0, which means never"
-        )
+def _check_together(kl_beta: float, reset_every: int, trust_region: str, centering: bool) -> None:
+    """Raise ValueError for options that do not go together."""
     if reset_every and not kl_beta:
         raise ValueError(
             f"algorithm.options.reset_every={reset_every}: with kl_beta=0 nothing reads the"
             " reference; set kl_beta, or reset_every to 0"
         )
-
-
-def _check_choices(
-    kl_weighting: str, step_choice: str, step_weight: str, trust_region: str, centering: bool
-) -> None:
-    for name, value, known in (
-        ("kl_weighting", kl_weighting, KL_WEIGHTINGS),
-        ("step_choice", step_choice, STEP_CHOICES),
-        ("step_weight", step_weight, step_weights.TABLE),
-        ("trust_region", trust_region, trust_regions.TABLE),
-    ):
-        if value not in known:
-            choices = ", ".join(map(repr, known))
-            raise ValueError(f"algorithm.options.{name}={value!r}: choose from {choices}")
     if centering and trust_region == "guard":
         raise ValueError(
             "algorithm.options.centering=True: trust_region='guard' has a centred ratio already;"

@@ -29,7 +29,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, copies
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, copies, options, used
 from flowgrpo_jax.algorithms.trust_regions import clipped
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.types import Credit, Rollout
@@ -43,11 +43,8 @@ def make(anchors: int = 4, steps: int = 4, clip_range: float = 0.0) -> Algorithm
       clip_range: how far the ratio may move from 1; 0 means that the ratio is 1, which it is with
         one update an epoch, and spares the forward pass of the policy before the epoch.
     """
-    for name, value, least in (("anchors", anchors, 1), ("steps", steps, 0)):
-        if value < least:
-            raise ValueError(f"algorithm.options.{name}={value}: must be at least {least}")
-    if not clip_range >= 0:
-        raise ValueError(f"algorithm.options.clip_range={clip_range}: must be at least 0")
+    options.at_least(1, anchors=anchors)
+    options.at_least(0, steps=steps, clip_range=clip_range)
 
     def loss(
         setup: Setup,
@@ -70,14 +67,8 @@ def make(anchors: int = 4, steps: int = 4, clip_range: float = 0.0) -> Algorithm
         old = log_policy("old") if clip_range else jax.lax.stop_gradient(new)
         weight = credit.advantage.reshape(-1, 1, size)
         value, ratio = clipped(new - old, weight, clip_range or jnp.inf)
-
-        def by_image(x: jax.Array) -> jax.Array:
-            return jnp.repeat(x, size, total_repeat_length=rollout.prompt.shape[0])
-
-        figures = {
-            "policy_loss": by_image(value.mean((1, 2))),
-            "ratio_gap": by_image(jnp.abs(ratio - 1).max((1, 2))),
-        }
+        figures = {"policy_loss": value.mean((1, 2)), "ratio_gap": jnp.abs(ratio - 1).max((1, 2))}
+        figures = {name: jnp.repeat(of_group, size) for name, of_group in figures.items()}
         return figures["policy_loss"], figures
 
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
@@ -98,7 +89,7 @@ def make(anchors: int = 4, steps: int = 4, clip_range: float = 0.0) -> Algorithm
         figures=("policy_loss", "ratio_gap"),
         records="path",
         passes=lambda setup: anchors / setup.group_size,
-        reads=("old",) if clip_range else (),
+        reads=used(old=clip_range),
         copies={"old": copies.fresh} if clip_range else {},
         whole="group",
         worst=("ratio_gap",),

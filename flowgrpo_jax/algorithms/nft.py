@@ -26,6 +26,8 @@ from flowgrpo_jax.algorithms import (
     Setup,
     Velocities,
     copies,
+    options,
+    used,
 )
 from flowgrpo_jax.algorithms.matching import distance, image_error
 from flowgrpo_jax.algorithms.renoise import mean, renoise
@@ -50,7 +52,9 @@ def make(
         min(max(n - old_flat, 0) x old_rate, old_most) of itself at the end of an epoch. The paper's
         three schedules are (0, 0, 0), the default, and (75, 0.0075, 0.999).
     """
-    _check(beta, advantage_clip, old_most)
+    options.positive(beta=beta, advantage_clip=advantage_clip)
+    options.at_least(0, anchor=anchor, old_flat=old_flat, old_rate=old_rate)
+    options.below_one(old_most=old_most)
 
     def loss(
         setup: Setup,
@@ -81,16 +85,8 @@ def make(
         terms=lambda setup, key: jnp.arange(max(setup.process.steps - 1, 1)),
         figures=("policy_loss", "kl", "old_distance"),
         draws="old",
-        reads=("old", "reference") if anchor else ("old",),
+        reads=("old", *used(reference=anchor)),
         copies={"old": copies.rising(old_rate, old_most, flat=old_flat)},
         weighs_kl=anchor > 0,
         summary=f"DiffusionNFT, beta {beta:g}, anchor {anchor:g}, old policy keeps {old_most:g}",
     )
-
-
-def _check(beta: float, advantage_clip: float, old_most: float) -> None:
-    for name, value in {"beta": beta, "advantage_clip": advantage_clip}.items():
-        if not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    if not 0 <= old_most < 1:
-        raise ValueError(f"algorithm.options.old_most={old_most}: must be in [0, 1)")

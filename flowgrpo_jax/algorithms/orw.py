@@ -16,9 +16,9 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm
-from flowgrpo_jax.algorithms.renoise import renoise_stratum, strata
-from flowgrpo_jax.algorithms.rwr import check, regression
+from flowgrpo_jax.algorithms import Algorithm, options
+from flowgrpo_jax.algorithms.renoise import renoise_stratum, stratified
+from flowgrpo_jax.algorithms.rwr import regression
 
 
 def make(temperature: float = 1.0, alpha: float = 1.0, levels: int = 4) -> Algorithm:
@@ -29,17 +29,14 @@ def make(temperature: float = 1.0, alpha: float = 1.0, levels: int = 4) -> Algor
         collapse onto a few images.
       levels: noise levels of an image an update, each drawn from its own part of the schedule.
     """
-    check(temperature=temperature, levels=levels)
-    check(least=0, alpha=alpha)
-
-    def terms(setup, key):
-        strata(setup, levels, first=0)
-        return jnp.arange(levels)
+    options.at_least(1, levels=levels)
+    options.positive(temperature=temperature)
+    options.at_least(0, alpha=alpha)
 
     return regression(
         lambda advantage, group_size: jnp.exp(advantage / temperature),
         partial(renoise_stratum, levels=levels, first=0),
-        terms,
+        stratified(levels, first=0),
         alpha,
         whole="",
         summary=f"ORW-CFM-W2, temperature {temperature:g}, alpha {alpha:g}",

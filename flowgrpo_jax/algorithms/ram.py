@@ -18,8 +18,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities
-from flowgrpo_jax.algorithms.renoise import mean, renoise_stratum, spread, strata
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, options
+from flowgrpo_jax.algorithms.renoise import mean, renoise_stratum, spread, stratified
 from flowgrpo_jax.types import Credit, Rollout
 
 
@@ -30,11 +30,9 @@ def make(levels: int = 4, share: float = 0.9, scale: float = 1.0) -> Algorithm:
         steps, from the second one to the end of `share` of them all.
       scale: what advantages are multiplied by: the larger, the further the policy may go.
     """
-    for name, value in {"levels": levels, "share": share, "scale": scale}.items():
-        if not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-    if share > 1:
-        raise ValueError(f"algorithm.options.share={share}: must be at most 1")
+    options.at_least(1, levels=levels)
+    options.positive(share=share, scale=scale)
+    options.at_most(1, share=share)
 
     def loss(
         setup: Setup,
@@ -54,13 +52,9 @@ def make(levels: int = 4, share: float = 0.9, scale: float = 1.0) -> Algorithm:
         figures = {"policy_loss": value, "kl": to_reference}
         return value, figures
 
-    def terms(setup: Setup, key: jax.Array) -> jax.Array:
-        strata(setup, levels, share=share)
-        return jnp.arange(levels)
-
     return Algorithm(
         loss,
-        terms,
+        terms=stratified(levels, share=share),
         figures=("policy_loss", "kl"),
         reads=("reference",),
         weighs_kl=True,

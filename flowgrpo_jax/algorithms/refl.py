@@ -17,7 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities, options
 from flowgrpo_jax.algorithms.reward_gradients import (
     algorithm,
     check_last,
@@ -32,8 +32,7 @@ def make(last: int = 11, threshold: float = jnp.inf) -> Algorithm:
       last: the step is one of so many at the end of the rollout.
       threshold: reward from which on nothing is learned; inf means none.
     """
-    if last < 1:
-        raise ValueError(f"algorithm.options.last={last}: must be at least 1")
+    options.at_least(1, last=last)
 
     def rewarded(
         setup: Setup, v: Velocities, rollout: Rollout, term: jax.Array, score: Score

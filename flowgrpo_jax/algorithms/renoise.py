@@ -6,6 +6,7 @@ to x = (1 - sigma) x_0 + sigma noise and looks at the velocity there, whose targ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -69,6 +70,19 @@ def strata(setup: Setup, levels: int, *, first: int = 1, share: float = 1.0) -> 
             f" {max(high - low, 0)} noise levels; choose fewer levels or more steps"
         )
     return low, high
+
+
+def stratified(
+    levels: int, *, first: int = 1, share: float = 1.0
+) -> Callable[[Setup, jax.Array], jax.Array]:
+    """Return the `terms` of a loss by `renoise_stratum`, one for each level. They raise what
+    `strata` raises."""
+
+    def terms(setup: Setup, key: jax.Array) -> jax.Array:
+        strata(setup, levels, first=first, share=share)
+        return jnp.arange(levels)
+
+    return terms
 
 
 def renoise_stratum(

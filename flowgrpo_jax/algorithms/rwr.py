@@ -22,7 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, options, used
 from flowgrpo_jax.algorithms.matching import distance, velocity_error
 from flowgrpo_jax.algorithms.renoise import Renoised, renoise_logit_normal
 from flowgrpo_jax.types import Credit, Rollout
@@ -40,11 +40,10 @@ def make(
       levels: draws of a noise level and noise for an image an update.
       kl_beta: weight of the squared distance to the velocity before training; 0 spares its forward.
     """
-    if weighting not in WEIGHTINGS:
-        choices = ", ".join(map(repr, WEIGHTINGS))
-        raise ValueError(f"algorithm.options.weighting={weighting!r}: choose from {choices}")
-    check(temperature=temperature, levels=levels)
-    check(least=0, kl_beta=kl_beta)
+    options.one_of(WEIGHTINGS, weighting=weighting)
+    options.at_least(1, levels=levels)
+    options.positive(temperature=temperature)
+    options.at_least(0, kl_beta=kl_beta)
 
     def weigh(advantage: jax.Array, group_size: int) -> jax.Array:
         if weighting == "exp":
@@ -96,18 +95,9 @@ def regression(
         loss,
         terms,
         figures=("policy_loss", "kl"),
-        reads=("reference",) if kl_beta else (),
+        reads=used(reference=kl_beta),
         whole=whole,
         unscored=-math.inf,
         weighs_kl=kl_beta > 0,
         summary=summary,
     )
-
-
-def check(least: float | None = None, **values: float) -> None:
-    """Raise ValueError for an option below `least`, or not above 0 without it."""
-    for name, value in values.items():
-        if least is None and not value > 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be above 0")
-        if least is not None and not value >= least:
-            raise ValueError(f"algorithm.options.{name}={value}: must be at least {least}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Figures, Setup, Velocities, options, used
 from flowgrpo_jax.algorithms.matching import distance, velocity_error
 from flowgrpo_jax.algorithms.renoise import renoise_logit_normal
 from flowgrpo_jax.algorithms.selection import best
@@ -27,10 +27,8 @@ def make(levels: int = 1, kl_beta: float = 0.0) -> Algorithm:
       levels: draws of noise for each place an update; the best image has G places.
       kl_beta: weight of the squared distance to the velocity before training; 0 spares its forward.
     """
-    if levels < 1:
-        raise ValueError(f"algorithm.options.levels={levels}: must be at least 1")
-    if not kl_beta >= 0:
-        raise ValueError(f"algorithm.options.kl_beta={kl_beta}: must be at least 0")
+    options.at_least(1, levels=levels)
+    options.at_least(0, kl_beta=kl_beta)
 
     def loss(
         setup: Setup,
@@ -51,7 +49,7 @@ def make(levels: int = 1, kl_beta: float = 0.0) -> Algorithm:
         loss,
         terms=lambda setup, key: jnp.arange(levels),
         figures=("policy_loss", "kl"),
-        reads=("reference",) if kl_beta else (),
+        reads=used(reference=kl_beta),
         whole="group",
         weighs_kl=kl_beta > 0,
         summary=f"fine-tuning on the best of each group, KL {kl_beta:g}",

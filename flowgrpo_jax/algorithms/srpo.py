@@ -31,7 +31,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities
+from flowgrpo_jax.algorithms import Algorithm, Score, Setup, Velocities, options
 from flowgrpo_jax.algorithms.renoise import spread, stratum
 from flowgrpo_jax.algorithms.reward_gradients import algorithm
 from flowgrpo_jax.types import Rollout
@@ -54,8 +54,7 @@ def make(
       inversion: whether steps to more noise are trained as well.
       threshold: contrast from which on nothing is learned; inf means none.
     """
-    if levels < 1:
-        raise ValueError(f"algorithm.options.levels={levels}: must be at least 1")
+    options.at_least(1, levels=levels)
     for name, word in {"good": good, "bad": bad}.items():
         if not word.strip():
             raise ValueError(f"algorithm.options.{name}={word!r}: must be a word or more")

@@ -26,9 +26,11 @@ from flowgrpo_jax.algorithms import (
     Setup,
     Velocities,
     copies,
+    options,
+    used,
 )
 from flowgrpo_jax.algorithms.matching import distance, image_error
-from flowgrpo_jax.algorithms.renoise import renoise_stratum, share_keys, strata
+from flowgrpo_jax.algorithms.renoise import renoise_stratum, share_keys, stratified
 from flowgrpo_jax.algorithms.trust_regions import clipped
 from flowgrpo_jax.types import Credit, Rollout
 
@@ -46,15 +48,8 @@ def make(
       kl_beta: weight of the squared distance of the predicted image to that of the policy before
         training, 0.3 where the paper has one.
     """
-    for name, value in {
-        "soft_clip": soft_clip,
-        "clip_range": clip_range,
-        "kl_beta": kl_beta,
-    }.items():
-        if not value >= 0:
-            raise ValueError(f"algorithm.options.{name}={value}: must be at least 0")
-    if levels < 1:
-        raise ValueError(f"algorithm.options.levels={levels}: must be at least 1")
+    options.at_least(1, levels=levels)
+    options.at_least(0, soft_clip=soft_clip, clip_range=clip_range, kl_beta=kl_beta)
 
     def loss(
         setup: Setup,
@@ -82,16 +77,11 @@ def make(
         }
         return value + kl_beta * credit.weigh(to_reference), figures
 
-    def terms(setup: Setup, key: jax.Array) -> jax.Array:
-        strata(setup, levels, first=0)
-        return jnp.arange(levels)
-
-    uses = {"old": clip_range, "reference": kl_beta}
     return Algorithm(
         loss,
-        terms,
+        terms=stratified(levels, first=0),
         figures=("policy_loss", "kl", "ratio_gap"),
-        reads=tuple(name for name, used in uses.items() if used),
+        reads=used(old=clip_range, reference=kl_beta),
         copies={"old": copies.fresh} if clip_range else {},
         whole="group",
         weighs_kl=kl_beta > 0,
