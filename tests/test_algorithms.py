@@ -33,7 +33,7 @@ ROWS = {  # case: row, options that suit a rollout of eight steps
     "dgpo": ("dgpo", {}),
     "vgrpo": ("vgrpo", {}),
     "vgrpo_clipped": ("vgrpo", {"clip_range": 0.2, "kl_beta": 0.3}),
-    "ram": ("ram", {}),
+    "ram": ("ram", {"levels": 3}),
     "crd": ("crd", {"levels": 8}),
     "crd_by_group": ("crd", {"levels": 8, "center": "group"}),
     "crd_softmax": ("crd", {"levels": 8, "center_weights": "softmax"}),
@@ -137,7 +137,7 @@ def test_an_advantage_may_differ_by_term(name):
 OPTIMISED = {  # where the row's own options hold the policy back, or need more than five steps
     "grpo_flow_sde": ("grpo", {"clip_range": 0.2}),
     "dgpo": ("dgpo", {"levels": 2, "first_steps": 4, "beta": 0.1, "kl_beta": 0.0}),
-    "ram": ("ram", {"scale": 30.0}),
+    "ram": ("ram", {"scale": 30.0, "levels": 3}),
     "crd": ("crd", {"levels": 5, "kl_beta": 0.0}),
     "crd_by_group": ("crd", {"levels": 5, "kl_beta": 0.0, "center": "group"}),
     "dpo": ("dpo", {"beta": 0.1}),
