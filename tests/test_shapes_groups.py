@@ -18,9 +18,9 @@ def circles(*colors):
     return np.stack([render(grammar.sample_scene(by_color[color], rng)) for color in colors])
 
 
-def call(name, images, record):
+def call(name, images, record, scope="group"):
     reward = rewards.load([name])[name]
-    assert scope_of(reward) == "group"
+    assert scope_of(reward) == scope
     return reward(images, [record["prompt"]] * len(images), [record] * len(images))
 
 
@@ -51,3 +51,26 @@ def test_colours_are_balanced_when_each_is_used_alike():
 def test_pictures_without_an_object_have_no_balance():
     blank = np.full((3, 64, 64, 3), 255, np.uint8)
     assert not call("shapes_balance", blank, CIRCLES[0])[1].any()
+
+
+def test_fairness_is_what_an_image_adds_to_the_balance():
+    """By the balance of the pictures with and without each one."""
+    pictures = circles(*COLORS[:1] * 4, COLORS[1], COLORS[2], COLORS[2])
+    found, valid = call("shapes_fairness", pictures, CIRCLES[0], "epoch")
+
+    def balance(pictures):
+        return call("shapes_balance", pictures, CIRCLES[0])[0][0]
+
+    alone = [balance(np.delete(pictures, i, axis=0)) for i in range(7)]
+    np.testing.assert_allclose(found, 7 * (balance(pictures) - np.array(alone)), atol=1e-5)
+    assert valid.all() and found[4] > found[5] > 0 > found[0]
+
+
+def test_a_picture_without_an_object_adds_nothing_to_the_balance():
+    blank = np.full((2, 64, 64, 3), 255, np.uint8)
+    found, valid = call("shapes_fairness", blank, CIRCLES[0], "epoch")
+    assert valid.all() and not found.any()
+    pictures = circles(COLORS[0], COLORS[0], COLORS[1])
+    mixed, _ = call("shapes_fairness", np.concatenate([pictures, blank]), CIRCLES[0], "epoch")
+    rest, _ = call("shapes_fairness", pictures, CIRCLES[0], "epoch")
+    np.testing.assert_allclose(mixed, [*rest, 0, 0], atol=1e-6)

@@ -28,6 +28,7 @@ TABLE = {
     "shapes_colors": "flowgrpo_jax.rewards.shapes_colors:REWARD",
     "shapes_wins": "flowgrpo_jax.rewards.shapes_groups:wins",
     "shapes_balance": "flowgrpo_jax.rewards.shapes_groups:balance",
+    "shapes_fairness": "flowgrpo_jax.rewards.shapes_groups:fairness",
     "geneval": "flowgrpo_jax.rewards.geneval:graded()",
     "geneval_strict": "flowgrpo_jax.rewards.geneval:strict()",
     "geneval_official": "flowgrpo_jax.rewards.geneval:official()",

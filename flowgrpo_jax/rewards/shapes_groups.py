@@ -1,9 +1,11 @@
-"""Rewards of the shapes world that judge all images of a prompt together.
+"""Rewards of the shapes world that judge all images of a prompt, or of an epoch, together.
 
 `wins` is Pref-GRPO's win rate (arXiv 2508.20751) with the verifier as the judge of each pair.
 `balance` is the distribution reward of Pinterest's large-scale RL (arXiv 2401.12244, section 4.2)
 with the colours of the world in place of skin tones. It gives all images of a prompt one score, so
-that it needs an advantage that compares prompts: `advantage.name="batch"`.
+that it needs an advantage that compares prompts: `advantage.name="batch"`. `fairness` is the same
+distribution over all images of an epoch, and tells what each image adds to it; this division among
+the images is ours.
 """
 
 from __future__ import annotations
@@ -34,14 +36,43 @@ def balance(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metad
 
     An image counts with the colour of its first clear object. No image is valid where none has one.
     """
-    found = [next((d.color for d in verify.detect(i) if d.color), None) for i in images]
-    seen = [COLORS.index(color) for color in found if color]
-    if not seen:
+    used = _colours(images)
+    if not any(found := used >= 0):
         return np.zeros(len(images), np.float32), np.zeros(len(images), bool)
-    shares = np.bincount(seen, minlength=len(COLORS)) / len(seen)
-    score = -np.square(shares - 1 / len(COLORS)).sum()
-    return np.full(len(images), score, np.float32), np.ones(len(images), bool)
+    counts = np.bincount(used[found], minlength=len(COLORS))
+    return np.full(len(images), _balance(counts), np.float32), np.ones(len(images), bool)
+
+
+def fairness(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
+    """What each image adds to the balance of all images of the epoch: the balance with it minus
+    that without it, times the number of images that count.
+
+    An image of a rare colour scores above 0 and one of a common colour below. An image without a
+    clear object adds nothing.
+    """
+    used = _colours(images)
+    counts = np.bincount(used[used >= 0], minlength=len(COLORS))
+    total, score = counts.sum(), np.zeros(len(images), np.float32)
+    if total > 1:
+        without = [_balance(counts - one) if count else 0.0 for count, one in zip(counts, _EACH)]
+        score = total * (_balance(counts) - np.array([*without, _balance(counts)])[used])
+    return score.astype(np.float32), np.ones(len(images), bool)
+
+
+_EACH = np.eye(len(COLORS), dtype=int)  # one image of each colour
+
+
+def _colours(images: np.ndarray) -> np.ndarray:
+    """Return the place in COLORS of each image's first clear object, i64 [B]; -1 where none is."""
+    found = [next((d.color for d in verify.detect(image) if d.color), None) for image in images]
+    return np.array([COLORS.index(color) if color else -1 for color in found])
+
+
+def _balance(counts: np.ndarray) -> float:
+    """Return the balance of so many images of each colour."""
+    return -float(np.square(counts / counts.sum() - 1 / len(COLORS)).sum())
 
 
 wins.scope = balance.scope = "group"  # type: ignore[attr-defined]
+fairness.scope = "epoch"  # type: ignore[attr-defined]
 wins.check = check  # type: ignore[attr-defined]
