@@ -120,7 +120,10 @@ class Checkpoints:
         """
         steps = self.steps() if among is None else among
         if not steps:
-            raise FileNotFoundError(f"no checkpoint in {self.directory}")
+            raise FileNotFoundError(
+                f"no checkpoint in {self.directory}: give the work directory of a run that has"
+                " saved one"
+            )
         problem: Exception | None = None
         for step in reversed(steps):
             found, failed = None, None
