@@ -222,7 +222,7 @@ def get_config() -> ConfigDict:
     c.data.own_step = False
 
     c.train = ConfigDict()
-    # Optimiser steps an epoch, each on its own groups.
+    # Updates an epoch, each on its own groups: an optimiser step, or with step_each_term several.
     c.train.updates_per_epoch = 2
     # Take an optimiser step after each term that an algorithm trains (GRPO: each step of the
     # window), and not after all of them.
