@@ -158,8 +158,11 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
     def figures(self) -> dict[str, float]:
-        """Return the seconds since the start, those of each stage, and which share of the time that
-        rewards on the host took nobody had to wait for."""
+        """Return the seconds since the start and of each stage.
+
+        `hidden_rewards` is the share of the time of the rewards on the host, summed over their
+        threads, for which the epoch did not wait.
+        """
         figures = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
         figures["seconds"] = time.perf_counter() - self.begun
         if rewards := self.seconds.get("rewards"):
