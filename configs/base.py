@@ -101,8 +101,8 @@ def get_config() -> ConfigDict:
     c.sample.window = 0
     # Steps among which the window lies, the second not included; (0, 0): fixed at 0.
     c.sample.window_range = (0, 0)
-    # Where in the range an epoch's window lies: random, frozen, progressive, decay, exp_decay, or
-    # where several do, which see, each and distinct too.
+    # Where in the range a window lies: random, frozen, progressive, decay or exp_decay; each and
+    # distinct give an epoch's windows different places (flowgrpo_jax/sampling/windows.py).
     c.sample.window_schedule = "random"
     # Keyword arguments of the schedule, such as {"every": 25} for "progressive".
     c.sample.window_options = ConfigDict()
@@ -118,12 +118,12 @@ def get_config() -> ConfigDict:
     c.sample.strides = (1,)
     # Images of a group that start from the same noise, and share all up to the first split; 0: all.
     c.sample.branches = 1
-    # Steps at which those that share their path part, two of one; (): all do at the window's start.
+    # Steps at which each shared path splits into equal branches; (): once, at the window's start.
     c.sample.splits = ()
     # Factor of the noise at a split; the log-prob does not have it.
     c.sample.split_noise = 1.0
-    # How far an image's first noise lies from one that its group shares, s: it is sqrt(1 - s^2) of
-    # that one and s of its own; 0: its own.
+    # Share s of an image's own noise in its first noise, sqrt(1 - s^2) shared + s own; 0: no shared
+    # noise.
     c.sample.neighbor_noise = 0.0
     # Form of the log-prob: gaussian, or squared_error (upstream's for cps)
     c.sample.density = "gaussian"
@@ -222,7 +222,7 @@ def get_config() -> ConfigDict:
     c.data.own_step = False
 
     c.train = ConfigDict()
-    # Optimiser steps an epoch, each on its own groups.
+    # Updates an epoch, each on its own groups: an optimiser step, or with step_each_term several.
     c.train.updates_per_epoch = 2
     # Take an optimiser step after each term that an algorithm trains (GRPO: each step of the
     # window), and not after all of them.

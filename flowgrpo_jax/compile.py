@@ -12,7 +12,8 @@ chip's peak in that time, and the operations that take longest.
 
 With `config.model.text_cache` the cache is taken to be full, and no text encoder to be there. Left
 out: rewards on the host, its other work, and a loss on data. Times are lower bounds: `program_time`
-says what they count. Over the links goes what takes longer than all else, or nothing.
+says what they count. Communication is taken to run beside everything else: it adds time only where
+it takes longer.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ def draw(
             keys = sampler.image_keys(key, 0, batch.ids[part], repeats[part])
             row, keys = sharding.split_rows(run.mesh, (row.astype(np.int32), keys))
             pictures = run.programs.generate(policy, run.weights, cond, run.empty, row, keys)
-            pending.add(pictures, prepared, row)  # waits for the pictures before these
+            # This fetches the previous micro-batch, and so keeps at most two in flight.
+            pending.add(pictures, prepared, row)
         scores = pending.collect(stop.wait)
         return pending.pictures.pixels, scores
 

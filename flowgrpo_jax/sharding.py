@@ -129,7 +129,10 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Partiti
     (cut,) = matching
     stack = (None,) * (len(shape) - len(cut))
     if len(stack) != (":" in path):
-        raise ValueError(f"parameter {path!r} of shape {shape} does not fit its rule {cut}")
+        raise ValueError(
+            f"parameter {path!r} of shape {shape} does not fit its rule {cut}: give the rule one"
+            " entry for each axis of one layer"
+        )
     axes = (*stack, *cut)
     return PartitionSpec(
         *(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape))

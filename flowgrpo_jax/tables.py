@@ -52,7 +52,7 @@ def make(factory: Callable[..., Any], options: Mapping[str, Any], what: str, **g
     of another type than the option's default.
     """
     if not callable(factory):
-        raise ValueError(f"{what}: {factory!r} is no function that makes one")
+        raise ValueError(f"{what}: {factory!r} is no function: name one, as 'package.module:make'")
     known = {k: p for k, p in inspect.signature(factory).parameters.items() if k not in given}
     if unknown := sorted(set(options) - set(known)):
         takes = ", ".join(

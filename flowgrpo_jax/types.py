@@ -43,7 +43,11 @@ class PromptBatch(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Decoded images. One whose pixels were not all finite shows something, and must not count."""
+    """Decoded images.
+
+    An image with pixels that are not finite is decoded to something visible all the same; `finite`
+    says that it must not count.
+    """
 
     pixels: jax.Array  # uint8 [M, H, W, 3]
     finite: jax.Array  # bool [M]
@@ -135,19 +139,25 @@ def scope_of(reward: Any) -> str:
 class GraphReward:
     """A reward computed on the devices, where the images are. It judges each image by itself.
 
-    prepare runs on the host, once per prompt; score is pure and jitted by the caller, which hands
-    it rows: entry i of every array belongs to image i.
+    `prepare` runs on the host, once per prompt. `score` is pure and jitted by the caller, which
+    hands it rows: entry i of every array belongs to image i.
+
+    Attributes:
+      weights: a tree of arrays, which the caller places.
+      prepare: (P prompts, P records) -> arrays [P, ...], on the host.
+      score: (weights, images uint8 [M, H, W, 3], prepared rows [M, ...]) -> f32 [M]; a score that
+        is not finite counts as failed.
+      check: raises ValueError for a record that the reward cannot judge.
+      differentiable: whether `score` takes f32 images from 0 to 255 too, with a useful gradient.
+      embed: (weights, images uint8 [M, H, W, 3]) -> unit vectors f32 [M, V] of what its tower
+        sees; None without one.
     """
 
-    weights: Any  # pytree of arrays, placed by the caller
-    prepare: Callable[[Sequence[str], Sequence[Metadata]], Any]  # P prompts -> arrays [P, ...]
-    score: Callable[[Any, jax.Array, Any], jax.Array]  # weights, images uint8 [M, H, W, 3],
-    # prepared rows [M, ...] -> scores f32 [M]; a score that is not finite counts as failed
-    check: Callable[[Metadata], None] = lambda record: None  # raises ValueError for a record that
-    # the reward cannot judge
-    differentiable: bool = False  # `score` also takes f32 images, from 0 to 255, and has a useful
-    # gradient there
-    # weights, images uint8 [M, H, W, 3] -> unit vectors f32 [M, V] of what its tower sees, if any
+    weights: Any
+    prepare: Callable[[Sequence[str], Sequence[Metadata]], Any]
+    score: Callable[[Any, jax.Array, Any], jax.Array]
+    check: Callable[[Metadata], None] = lambda record: None
+    differentiable: bool = False
     embed: Callable[[Any, jax.Array], jax.Array] | None = None
 
 

@@ -150,7 +150,7 @@ def test_the_loss_of_true_pictures_is_that_of_the_flow():
 
 
 def test_true_pictures_come_from_a_folder_or_a_function(tmp_path):
-    for name, size in (("a", (20, 10)), ("b", (8, 8)), ("none", (8, 8))):
+    for name, size in (("a", (20, 10)), ("b", (8, 8))):
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("a red wall\n")
     (tmp_path / "b.txt").write_text("a square")
@@ -160,12 +160,14 @@ def test_true_pictures_come_from_a_folder_or_a_function(tmp_path):
     box = "flowgrpo_jax.worlds.shapes.world:true_pictures"
     shown, texts = true_loss.load(box, 64, 64)
     assert shown.shape == (32, 64, 64, 3) and len(set(texts)) == 32
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=r"pictures='.*gone': there is no such folder"):
         true_loss.load(str(tmp_path / "gone"), 8, 16)
-    with pytest.raises(ValueError, match=r"no picture with a caption: put the caption"):
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.png has no caption: write it to b\.txt"):
         true_loss.load(str(tmp_path), 8, 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"gives no picture: a folder needs NAME\.png"):
+        true_loss.load(str(tmp_path / "empty"), 8, 8)
 
 
 def test_an_alarm_stops_the_run_and_the_last_good_state_is_kept(runs, tmp_path, monkeypatch):

@@ -14,9 +14,9 @@ from flowgrpo_jax.assembly.settings import require
 from flowgrpo_jax.regularisation import training_data
 from flowgrpo_jax.sampling import branching, tails
 
-AT_ONCE = (
-    4 * 512 * 512
-)  # px a device: an update of 2.2 G parameters takes 12 of 16 GB (docs/scaling.md)
+# Pixels that a device handles at once. An update of 2.2 G parameters in bfloat16 then takes 9 of
+# 16 GB (docs/memory.md).
+AT_ONCE = 4 * 512 * 512
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from flowgrpo_jax.monitors import true_loss
 
 
 def check_monitors(config: ConfigDict) -> None:
-    """Raise ValueError where an alarm of the monitors is to raise a KL that there cannot be, or
-    where there are no true pictures to watch."""
+    """Raise ValueError where an alarm of the monitors is to raise a KL that there cannot be, and
+    for true pictures that cannot be watched what `true_loss.load` raises."""
     name, rank, weight = config.algorithm.name, config.lora.rank, config.monitor.kl_beta
     if config.monitor.on_alarm == "raise_kl":
         require(

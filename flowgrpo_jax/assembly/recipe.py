@@ -274,7 +274,7 @@ def summary(recipe: Recipe) -> str:
     frozen -= 0 if model.lora_spec.rank else trained  # in full fine-tuning they are among them
     layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
     after = config.train.decay_steps
-    decay = f", falling after {after} updates" if after else ""
+    decay = f", falling after {after} optimiser steps" if after else ""
     chosen = window(config, recipe.algorithm)
     problem = excess_noise.warning(config.sample.kernel, recipe.setup.process, chosen)
     return "\n".join(

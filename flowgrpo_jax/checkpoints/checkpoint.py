@@ -25,9 +25,9 @@ class Checkpoints:
     """The checkpoints of one run by step: named trees of arrays and a JSON record each.
 
     Args:
-      keep: the last ones of them; all without it.
-      own: of the run that writes them, which removes what a killed one left half-written. Others
-        may read beside it.
+      keep: how many of the last checkpoints are kept; None keeps all.
+      own: whether this run writes them; it then removes what a killed run left half-written. Who
+        only reads must not, for the run may be writing meanwhile.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int | None = None, *, own: bool = False):
@@ -89,8 +89,8 @@ class Checkpoints:
     def read(self, step: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The named trees with the shapes, dtypes and shardings of `like`, and the record.
 
-        By Orbax's handlers, where the manager would wait for all processes at the end: those that
-        can read it for ever, if one cannot.
+        This uses Orbax's handlers. The manager would wait for all processes at the end, and for
+        ever if one of them cannot read.
         """
         import orbax.checkpoint as ocp
 
@@ -120,7 +120,10 @@ class Checkpoints:
         """
         steps = self.steps() if among is None else among
         if not steps:
-            raise FileNotFoundError(f"no checkpoint in {self.directory}")
+            raise FileNotFoundError(
+                f"no checkpoint in {self.directory}: give the work directory of a run that has"
+                " saved one"
+            )
         problem: Exception | None = None
         for step in reversed(steps):
             found, failed = None, None

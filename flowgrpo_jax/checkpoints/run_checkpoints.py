@@ -27,8 +27,10 @@ LIBRARIES = ("flowgrpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 
 
 def rescue(epoch: int, state: TrainState, record: dict[str, Any], error: OSError) -> OSError:
-    """Write the state to a temporary directory; `error`, which kept it from its place, with the way
-    back. For one process: several have no directory in common but the one that failed."""
+    """Write the state to a temporary directory, and return `error` with the way back from there.
+
+    With several processes return `error` as it is: they share no other directory.
+    """
     if jax.process_count() > 1:
         return error
     spare = Checkpoints(epath.Path(tempfile.mkdtemp()) / "checkpoints")

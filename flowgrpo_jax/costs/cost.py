@@ -40,7 +40,10 @@ def _equation(eqn: Any) -> float:
         case "while":
             inside = flops(params["body_jaxpr"])
             if inside:
-                raise ValueError("a while loop with products inside: its length is not known")
+                raise ValueError(
+                    "a while loop with products inside: its length is not known; write it as"
+                    " lax.scan, or as lax.fori_loop with a fixed count"
+                )
             return 0.0
         case "shard_map":  # a device's share of the work
             return params["mesh"].size * flops(params["jaxpr"])

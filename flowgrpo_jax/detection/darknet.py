@@ -39,7 +39,9 @@ def sections(text: str) -> list[Section]:
             key, _, value = line.partition("=")
             found[-1][1][key.strip()] = value.strip()
     if not found or found[0][0] not in ("net", "network"):
-        raise ValueError("a Darknet cfg begins with a [net] section, this one does not")
+        raise ValueError(
+            "a Darknet cfg begins with a [net] section, and this one does not: give another .cfg"
+        )
     return found
 
 
@@ -60,7 +62,10 @@ def to_onnx(cfg: Path, weights: Path) -> tuple[Any, list[Head], tuple[int, int]]
             raise ValueError(f"{cfg}: no support for [{kind}], only for {', '.join(_KINDS)}")
         _KINDS[kind](graph, settings)
     if graph.read != len(graph.numbers):
-        raise ValueError(f"{cfg} needs {graph.read} weights, {weights} has {len(graph.numbers)}")
+        raise ValueError(
+            f"{cfg} needs {graph.read} weights, {weights} has {len(graph.numbers)}: give the two"
+            " files of one network"
+        )
     shape: list[str | int | None] = ["batch", int(net["channels"]), *size]
     described = helper.make_graph(
         graph.nodes,
@@ -88,7 +93,10 @@ class _Graph:
         """The next weights of the file."""
         start, self.read = self.read, self.read + int(np.prod(shape))
         if self.read > len(self.numbers):
-            raise ValueError(f"the weights end after {len(self.numbers)} numbers, more are needed")
+            raise ValueError(
+                f"the weights end after {len(self.numbers)} numbers, more are needed: give the"
+                " .weights that belong to the .cfg, whole"
+            )
         return self.numbers[start : self.read].reshape(shape)
 
     def constant(self, value: np.ndarray) -> str:

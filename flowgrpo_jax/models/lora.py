@@ -57,7 +57,10 @@ def add(model: nnx.Module, spec: LoRASpec) -> None:
         module.lora_a, module.lora_b = LoRAParam(a), LoRAParam(b)
         module.lora_scale = spec.scale
     if unused:
-        raise ValueError(f"LoRA targets {sorted(unused)} match no linear of the model")
+        raise ValueError(
+            f"LoRA targets {sorted(unused)} match no linear of the model: lora.targets takes the"
+            " ends of their dotted names, in whole parts, such as 'attn.to_q'"
+        )
 
 
 def split(shapes: Params) -> tuple[Params, Params]:

@@ -169,7 +169,9 @@ def _header(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(header)
     except ValueError as error:
-        raise ValueError(f"the {HEADER} header of {file} is damaged: {error}") from error
+        raise ValueError(
+            f"the {HEADER} header of {file} is damaged: {error}. Copy or export the file again"
+        ) from error
     if not isinstance(config, dict):
         raise ValueError(f"the {HEADER} header of {file} is {header}, it must be a JSON object")
     return {k.removeprefix("transformer."): v for k, v in config.items()}
@@ -232,13 +234,22 @@ def _alpha(
     if not values:
         return said
     if len(values) > 1:
-        raise ValueError(f"{file} has .alpha tensors of {values}: only one alpha is supported")
+        raise ValueError(
+            f"{file} has .alpha tensors of {values}: only one alpha is supported; multiply each"
+            " module's lora_B by its alpha, and give all of them the alpha 1"
+        )
     if said is not None:
         if not (isinstance(said, int | float) and np.isclose(said, values[0], rtol=1e-2)):
-            raise ValueError(f"{file} has lora_alpha={said!r} and .alpha tensors of {values[0]}")
+            raise ValueError(
+                f"{file} has lora_alpha={said!r} and .alpha tensors of {values[0]}: they must be"
+                " the same; correct lora_alpha, or leave it out"
+            )
         return said
     if bare := sorted(set(ranks) - set(alphas)):
-        raise ValueError(f"{file} lacks the .alpha tensors of {', '.join(bare)}")
+        raise ValueError(
+            f"{file} lacks the .alpha tensors of {', '.join(bare)}: every adapted module needs"
+            " one; export the adapter again"
+        )
     return values[0]
 
 

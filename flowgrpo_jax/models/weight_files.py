@@ -160,7 +160,10 @@ def from_torch(file: Path) -> Tensors:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping):
-        raise ValueError(f"{file} holds a {type(found).__name__}, expected a state dict")
+        raise ValueError(
+            f"{file} holds a {type(found).__name__}, expected a state dict: save"
+            " model.state_dict() alone"
+        )
     return {str(name): x for name, x in found.items() if isinstance(x, Tensor)}
 
 

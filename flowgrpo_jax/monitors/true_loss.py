@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image, ImageOps
+from PIL import Image
 
 from flowgrpo_jax import sharding, tables
 from flowgrpo_jax.sampling import sampler
@@ -25,7 +25,6 @@ from flowgrpo_jax.storage import pictures
 
 PICTURES = 32  # at most
 LEVELS = (0.2, 0.4, 0.6, 0.8)  # of sigma
-FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def load(source: str, height: int, width: int) -> tuple[np.ndarray, list[str]]:
@@ -36,14 +35,12 @@ def load(source: str, height: int, width: int) -> tuple[np.ndarray, list[str]]:
         "package.module:name", a function that is given PICTURES and returns (picture, caption)
         pairs. Pictures are cut to the shape, around their centre, and resized.
 
-    Raises ValueError where there is no such folder, or no picture with a caption.
+    Raises ValueError where there is no such folder or no picture, FileNotFoundError for a picture
+    without a caption.
     """
     if Path(source).is_dir():
-        found = [
-            (pictures.read(file), file.with_suffix(".txt").read_text().strip())
-            for file in sorted(Path(source).iterdir())
-            if file.suffix.lower() in FORMATS and file.with_suffix(".txt").exists()
-        ]
+        listed = list(pictures.with_captions(Path(source)))
+        found = [(pictures.read(file), caption) for file, caption in listed[:PICTURES]]
     elif ":" not in source:
         raise ValueError(
             f"monitor.pictures={source!r}: there is no such folder; name a folder of NAME.png and"
@@ -53,17 +50,12 @@ def load(source: str, height: int, width: int) -> tuple[np.ndarray, list[str]]:
         found = list(tables.find({}, source, "source of true pictures")(PICTURES))
     if not found:
         raise ValueError(
-            f"monitor.pictures={source!r} holds no picture with a caption: put the caption of"
-            " NAME.png into NAME.txt"
+            f"monitor.pictures={source!r} gives no picture: a folder needs NAME.png and its caption"
+            " in NAME.txt, and a function must return one or more (picture, caption)"
         )
-    chosen = found[:PICTURES]
-    return np.stack([_fitted(p, height, width) for p, _ in chosen]), [text for _, text in chosen]
-
-
-def _fitted(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    if picture.shape[:2] == (height, width):
-        return picture
-    return np.asarray(ImageOps.fit(Image.fromarray(picture), (width, height)))
+    images, captions = zip(*found[:PICTURES])
+    bicubic = Image.Resampling.BICUBIC
+    return np.stack([pictures.fitted(p, height, width, bicubic) for p in images]), list(captions)
 
 
 @lru_cache(maxsize=32)

@@ -65,7 +65,7 @@ def load(source: str, exclude: Iterable[Metadata] = ()) -> list[Metadata]:
     for _, record in prompt_file.records(path):
         unique.setdefault(json.dumps(record, sort_keys=True), record)
     if not unique:
-        raise ValueError(f"prompt source {source!r} holds no prompt")
+        raise ValueError(f"prompt source {source!r} holds no prompt: write one a line")
     return list(unique.values())
 
 
@@ -80,7 +80,9 @@ def _own(source: str, exclude: Iterable[Metadata]) -> list[Metadata]:
                 " of the prompt under 'prompt'"
             )
     if not records:
-        raise ValueError(f"prompt source {source!r} holds no prompt")
+        raise ValueError(
+            f"prompt source {source!r} holds no prompt: its function must return one or more"
+        )
     return records
 
 

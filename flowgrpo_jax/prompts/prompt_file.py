@@ -6,12 +6,12 @@ a record does not have, count as absent.
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flowgrpo_jax.storage import files
 from flowgrpo_jax.types import Metadata
 
 
@@ -22,36 +22,12 @@ def records(path: Path) -> Iterator[tuple[int, Metadata]]:
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"prompt source {str(path)!r}: the suffix must be .txt or .jsonl")
-    for number, line in enumerate(text(path).split("\n"), 1):
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):
         if line.strip():
             yield (
                 number,
                 parse(path, number, line) if path.suffix == ".jsonl" else {"prompt": line.strip()},
             )
-
-
-def text(path: Path) -> str:
-    """Read a UTF-8 file, with or without a byte order mark.
-
-    Raises ValueError that names the line, and how to convert the file, where it is in another
-    encoding.
-    """
-    data = path.read_bytes()
-    # UTF-16 has its own mark, or, in Latin script, a zero byte in every letter.
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        raise ValueError(
-            f"{path}: line 1 is not UTF-8 but looks like UTF-16: save the file as UTF-8, for"
-            f" example with `iconv -f UTF-16 -t UTF-8 {path}`"
-        )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        wrong = error.object[error.start : error.start + 1]
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}: line {line} is not UTF-8, for it has a byte 0x{wrong.hex()}: save the file as"
-            f" UTF-8; one in Windows' encoding is converted by `iconv -f CP1252 -t UTF-8 {path}`"
-        ) from error
 
 
 def parse(path: Path, number: int, line: str) -> Metadata:

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from flowgrpo_jax import tables
 from flowgrpo_jax.prompts import prompt_file
-from flowgrpo_jax.storage import pictures
+from flowgrpo_jax.storage import files, pictures
 from flowgrpo_jax.worlds.pretraining import data
 
 WORLDS = ("shapes", "signs")
 BASE = "base"  # the base model's own samples, for the prompts of the epoch
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LISTING = "metadata.jsonl"
 
 
@@ -44,7 +43,8 @@ class Data:
     Attributes:
       source: of the pictures; None for the base model's own samples.
       weight: of the loss beside the algorithm's.
-      images: an update, or in a step of its own; micro_batch: of them at once.
+      images: how many pictures an update (or its own step) takes; micro_batch: how many the
+        devices handle at once.
       every: epochs from one to the next.
       own_step: whether it has an optimiser step of its own, after the updates of the epoch.
     """
@@ -129,14 +129,8 @@ def _of_folder(
 
 def fitted(images: list[np.ndarray] | np.ndarray, height: int, width: int) -> np.ndarray:
     """Return pictures uint8 [h, w, 3] of any size as uint8 [N, height, width, 3]."""
-
-    def fit(image: np.ndarray) -> np.ndarray:
-        if image.shape[:2] == (height, width):
-            return image
-        resized = ImageOps.fit(Image.fromarray(image), (width, height), Image.Resampling.LANCZOS)
-        return np.asarray(resized)
-
-    return np.stack([fit(image) for image in images])
+    lanczos = Image.Resampling.LANCZOS
+    return np.stack([pictures.fitted(image, height, width, lanczos) for image in images])
 
 
 def pairs(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -151,7 +145,7 @@ def pairs(folder: Path) -> Iterator[tuple[Path, str]]:
             f" choose from {', '.join(map(repr, (BASE, *WORLDS)))}"
         )
     listing = folder / LISTING
-    found = list(_listed(listing) if listing.is_file() else _side_by_side(folder))
+    found = list(_listed(listing) if listing.is_file() else pictures.with_captions(folder))
     if not found:
         raise FileNotFoundError(
             f"{folder} holds no picture: put NAME.png and NAME.txt into it, or {LISTING} with"
@@ -161,12 +155,14 @@ def pairs(folder: Path) -> Iterator[tuple[Path, str]]:
         try:
             pictures.probe(file)
         except OSError as error:
-            raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+            raise ValueError(
+                f"{file} cannot be read as a picture: {error}. Save it again, or remove it"
+            ) from error
         yield file, caption
 
 
 def _listed(listing: Path) -> Iterator[tuple[Path, str]]:
-    for number, line in enumerate(prompt_file.text(listing).split("\n"), 1):
+    for number, line in enumerate(files.read_text(listing).split("\n"), 1):
         if not line.strip():
             continue
         record = prompt_file.json_object(listing, number, line, "file_name")
@@ -174,13 +170,8 @@ def _listed(listing: Path) -> Iterator[tuple[Path, str]]:
         if not isinstance(file, str) or not isinstance(text, str):
             raise ValueError(f'{listing}: line {number} needs texts "file_name" and "text"')
         if not (listing.parent / file).is_file():
-            raise FileNotFoundError(f"{listing}: line {number}: {file} is not in {listing.parent}")
+            raise FileNotFoundError(
+                f"{listing}: line {number}: {file} is not in {listing.parent}: copy it there, or"
+                ' correct "file_name"'
+            )
         yield listing.parent / file, text
-
-
-def _side_by_side(folder: Path) -> Iterator[tuple[Path, str]]:
-    for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES):
-        caption = file.with_suffix(".txt")
-        if not caption.is_file():
-            raise FileNotFoundError(f"{file} has no caption: write it to {caption.name} beside it")
-        yield file, prompt_file.text(caption).strip()

@@ -194,7 +194,10 @@ class Judge:
         try:
             found = self.detect(images)
             if len(found) != len(images):
-                raise ValueError(f"the detector answered {len(found)} times to {len(images)}")
+                raise ValueError(
+                    f"the detector answered {len(found)} times to {len(images)} images: it must"
+                    " return a list of coco.Found for each"
+                )
             return list(found)
         except Exception:
             if len(images) == 1:

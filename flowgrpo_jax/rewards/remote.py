@@ -42,14 +42,18 @@ class Remote:
                 state = json.loads(answer)
                 authorised, most = state["authorised"], state["limits"]["images"]
             except (ValueError, KeyError, TypeError) as error:
-                raise http_client.Failed(f"{url} is no flowgrpo_jax reward server") from error
+                raise http_client.Failed(
+                    f"{url} is no flowgrpo_jax reward server: give `urls` the addresses at which"
+                    " `python -m flowgrpo_jax.serve` runs"
+                ) from error
             if not authorised:
                 raise http_client.Failed(
                     f"{url} wants another secret: check secret_env on both sides"
                 )
             if self.batch > most:
                 raise http_client.Failed(
-                    f"{url} takes {most} images a request, but batch={self.batch}"
+                    f"{url} takes {most} images a request, but batch={self.batch}: lower batch, or"
+                    " raise the server's --max_images"
                 )
             if (scope := state.get("scope", "image")) != self.scope:
                 raise http_client.Failed(

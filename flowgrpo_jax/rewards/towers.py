@@ -158,7 +158,9 @@ def read_clip(file: Path, dtype: str, default: DualConfig | None) -> Tower:
     if config.is_file():
         shape = DualConfig.read(read_object(config))
     elif default is None:
-        raise FileNotFoundError(f"{config} does not exist: it says what shape {file.name} has")
+        raise FileNotFoundError(
+            f"{config} does not exist, which says what shape {file.name} has: download it as well"
+        )
     else:
         shape = default
     tensors = open_file(file)

@@ -49,7 +49,10 @@ def guarded(
         raw_scores, raw_valid = reward(images, prompts, metadata)
         scores, valid = np.asarray(raw_scores, np.float32), np.asarray(raw_valid, bool)
         if scores.shape != (n,) or valid.shape != (n,):
-            raise ValueError(f"returned shapes {scores.shape} and {valid.shape} for {n} images")
+            raise ValueError(
+                f"returned shapes {scores.shape} and {valid.shape} for {n} images: return a score"
+                f" and a bool for each, both of shape ({n},)"
+            )
     except NeedsOverlap:
         raise
     except (Exception, SystemExit):  # a library that ends the process ends no run
@@ -115,13 +118,20 @@ class Limited:
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, np.ndarray]:
         if self._last and not wait([self._last], self._patience - time.monotonic()).done:
-            raise TimeoutError("an earlier call has not returned yet")
+            raise TimeoutError(
+                "an earlier call of the reward has not returned yet: see why it hangs, or raise"
+                " reward.timeout"
+            )
         result: Future[Any] = _track(Future())
         work = (self._call, result, images, prompts, metadata)
         threading.Thread(target=copy_context().run, args=work, daemon=True).start()
         if not wait([result], self.seconds).done:
             self._last, self._patience = result, time.monotonic() + (self.seconds or 0.0)
-            raise TimeoutError(f"no scores after reward.timeout={self.seconds:g} seconds")
+            fewer = ", or lower sample.micro_batch, so that a call has fewer images"
+            raise TimeoutError(
+                f"no scores after reward.timeout={self.seconds:g} seconds: raise it"
+                f"{fewer if self.scope == 'image' else ''}"
+            )
         return result.result()
 
     def _call(self, result: Future[Any], *batch: Any) -> None:

@@ -1,7 +1,8 @@
-"""Files: paths that may lie in a bucket (`gs://...`, through etils and Orbax), and JSON."""
+"""Files: paths that may lie in a bucket (`gs://...`, through etils and Orbax), text and JSON."""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from pathlib import Path
@@ -29,6 +30,30 @@ def replace(file: epath.Path, text: str) -> None:
     part = file.with_name(f"{file.name}.part")
     part.write_text(text)
     part.replace(file)
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, with or without a byte order mark.
+
+    Raises ValueError that names the line, and how to convert the file, where it is in another
+    encoding.
+    """
+    data = path.read_bytes()
+    # UTF-16 has its own mark, or, in Latin script, a zero byte in every letter.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ValueError(
+            f"{path}: line 1 is not UTF-8 but looks like UTF-16: save the file as UTF-8, for"
+            f" example with `iconv -f UTF-16 -t UTF-8 {path}`"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wrong = error.object[error.start : error.start + 1]
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}: line {line} is not UTF-8, for it has a byte 0x{wrong.hex()}: save the file as"
+            f" UTF-8; one in Windows' encoding is converted by `iconv -f CP1252 -t UTF-8 {path}`"
+        ) from error
 
 
 def read_json(file: epath.Path | Path) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from flowgrpo_jax.storage import files
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of the pictures in a folder
 BACKGROUND = "white"  # behind what is transparent, as most viewers and browsers show it
 
 
@@ -23,6 +27,30 @@ def probe(path: str | Path) -> None:
     """Read a file's header alone. Raises OSError for what is no picture that Pillow knows."""
     with Image.open(path):
         pass
+
+
+def with_captions(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the file of each picture NAME.png (or .jpg, .webp) of a folder with its caption, the
+    text of NAME.txt, in the order of their names.
+
+    Raises FileNotFoundError for a picture without a caption, which would otherwise go unused
+    without a word, and ValueError for a caption that is not UTF-8.
+    """
+    for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES):
+        caption = file.with_suffix(".txt")
+        if not caption.is_file():
+            raise FileNotFoundError(f"{file} has no caption: write it to {caption.name} beside it")
+        yield file, files.read_text(caption).strip()
+
+
+def fitted(
+    picture: np.ndarray, height: int, width: int, resampling: Image.Resampling
+) -> np.ndarray:
+    """A picture uint8 [h, w, 3] as uint8 [height, width, 3]: the largest part of the wanted aspect
+    from its middle, resized."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (width, height), resampling))
 
 
 def pixels(image: Image.Image) -> np.ndarray:

@@ -30,7 +30,7 @@ def count_lost(lost: int, skipped: float, most: int) -> int:
 
     Args:
       lost: the count before this epoch.
-      skipped: the share of this epoch's updates that were skipped, 0 to 1.
+      skipped: the share of this epoch's optimiser steps that were skipped, 0 to 1.
       most: the highest count with which a run goes on.
 
     Raises RunFailed when the new count is higher than `most`.
@@ -38,7 +38,7 @@ def count_lost(lost: int, skipped: float, most: int) -> int:
     lost = lost + 1 if skipped > 1 - 1e-6 else 0
     if lost > most:
         raise RunFailed(
-            f"no update of the last {lost} epochs had a finite gradient, more than"
+            f"no optimiser step of the last {lost} epochs had a finite gradient, more than"
             f" train.max_skipped={most}: resume with a lower train.learning_rate or in float32, if"
             " need be from an earlier checkpoint, by deleting the newest ones in checkpoints/"
         )
@@ -158,8 +158,11 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
     def figures(self) -> dict[str, float]:
-        """Return the seconds since the start, those of each stage, and which share of the time that
-        rewards on the host took nobody had to wait for."""
+        """Return the seconds since the start and of each stage.
+
+        `hidden_rewards` is the share of the time of the rewards on the host, summed over their
+        threads, for which the epoch did not wait.
+        """
         figures = {f"seconds/{name}": seconds for name, seconds in self.seconds.items()}
         figures["seconds"] = time.perf_counter() - self.begun
         if rewards := self.seconds.get("rewards"):

@@ -14,7 +14,8 @@ def initial_state(run: Recipe) -> TrainState:
     """The state before the first update, on the devices."""
     key = jax.random.key(run.config.seed)
     memory = credit.initial(run)
-    # Not named, so that nothing holds on to the first weights: in full fine-tuning they are large.
+    # The first weights get no name: in full fine-tuning they are large, and a name would keep them
+    # alive.
     state = update.init(
         run.put(run.model.init_trained(key)),
         run.algorithm.copies,

@@ -169,10 +169,12 @@ class Chat:
                 served = [model["id"] for model in json.loads(answer)["data"]]
             except (ValueError, KeyError, TypeError) as error:
                 raise http_client.Failed(
-                    f"{url}/models is not what OpenAI's interface says"
+                    f"{url}/models is not what OpenAI's interface says: give `url` up to its /v1"
                 ) from error
             if self.model not in served:
-                raise http_client.Failed(f"{url} serves {served}, not model={self.model!r}")
+                raise http_client.Failed(
+                    f"{url} serves {served}, not model={self.model!r}: set `model` to one of them"
+                )
             try:
                 self._try(url, body, parse)
             except http_client.Refused as error:

@@ -137,7 +137,10 @@ def secret(option: str, variable: str) -> str:
     """Return the secret in an environment variable. Errors do not show the secret."""
     value = os.environ.get(variable, "")
     if not value:
-        raise ValueError(f"{option}={variable!r}: the environment variable {variable} is empty")
+        raise ValueError(
+            f"{option}={variable!r}: the environment variable {variable} is empty; set it to the"
+            " secret"
+        )
     if value != value.strip() or not value.isprintable() or not value.isascii():
         raise ValueError(
             f"{option}={variable!r}: the environment variable {variable} has white space at an end,"

@@ -98,7 +98,10 @@ class Worker(threading.Thread):
             raw_scores, raw_valid = reward(images, prompts, metadata)
             scores, valid = np.asarray(raw_scores, np.float32), np.asarray(raw_valid, bool)
             if scores.shape != (len(images),) or valid.shape != (len(images),):
-                raise ValueError(f"the reward returned shapes {scores.shape} and {valid.shape}")
+                raise ValueError(
+                    f"the reward returned shapes {scores.shape} and {valid.shape} for"
+                    f" {len(images)} images: it must return a score and a bool for each"
+                )
         except Exception as error:
             if len(jobs) > 1:  # one of them may be at fault: the others should not pay for it
                 for job in jobs:

@@ -157,7 +157,9 @@ def config(directory: Path, component: str, kind: type) -> Any:
     """
     file = directory / component / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist: {directory} is no complete SD3 model")
+        raise FileNotFoundError(
+            f"{file} does not exist: {directory} is no complete SD3 model; download all of it"
+        )
     fields = {f.name for f in dataclasses.fields(kind)}
     written = read_object(file)
     for field, known in getattr(kind, "known", {}).items():
@@ -210,7 +212,9 @@ def _shift(directory: Path) -> float:
     """
     file = directory / "scheduler" / "scheduler_config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist: {directory} is no complete SD3 model")
+        raise FileNotFoundError(
+            f"{file} does not exist: {directory} is no complete SD3 model; download all of it"
+        )
     written = read_object(file)
     for field, known in SCHEDULER.items():
         value = written.get(field, known)
