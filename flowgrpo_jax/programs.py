@@ -49,27 +49,48 @@ def sample(
         """
 
         def v(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            rows = prompt.reshape(x.shape[0], -1)[:, 0]  # of the first of every M / rows images
+            rows = rows_of(prompt, x)
             return guided(policy, weights["transformer"], x, sigma, cond, empty, rows)
 
-        keys = first = sampler.image_keys(key, epoch, ids, image)
-        sets = None
+        keys_of = partial(sampler.image_keys, key, epoch, ids)
+        keys = first = keys_of(image)
+        nodes = None
         if process.branches.leaves > 1:
-            keys_of = partial(sampler.image_keys, key, epoch, ids)
-            sets = branching.sets(process.branches, keys_of, image, sharding.row_shards(mesh))
-            first = sets.keys[0]
+            nodes = branching.nodes(process.branches, keys_of, image, sharding.row_shards(mesh))
+            first = nodes.keys[0]
         if neighbor_noise:
-            first = sampler.image_keys(key, epoch, ids, jnp.zeros_like(image))
-        x = sharding.constrain_rows(mesh, sampler.normal(first, sampler.ODE_KEY, latent))
-        if neighbor_noise:
-            own = sharding.constrain_rows(mesh, sampler.normal(keys, sampler.OWN_KEY, latent))
-            x = math.sqrt(1 - neighbor_noise**2) * x + neighbor_noise * own
-        rollout = sampler.rollout(v, process, x, keys, start, prompt, tail, sets)
+            first = keys_of(jnp.zeros_like(image))
+        x = first_noise(mesh, latent, first, keys, neighbor_noise)
+        rollout = sampler.rollout(v, process, x, keys, start, prompt, tail, nodes)
         pixels, finite = decode(weights["vae"], rollout.latents)
         pictures = Pictures(sharding.constrain_rows(mesh, pixels), finite)
         return rollout, pictures, score(pictures.pixels, ids) if score else {}
 
     return draw_rollouts
+
+
+def rows_of(prompt: jax.Array, x: jax.Array) -> jax.Array:
+    """Return the rows in `cond` i32 [N] of images x [N, H, W, C], from those of M images, i32 [M].
+
+    The N images are the first of every M / N in a row, for which a shared velocity is computed.
+    """
+    return prompt.reshape(x.shape[0], -1)[:, 0]
+
+
+def first_noise(
+    mesh: Mesh, latent: tuple[int, int, int], shared: jax.Array, own: jax.Array, share: float
+) -> jax.Array:
+    """Return the noise f32 [M, H, W, C] that rollouts start from, of unit variance.
+
+    Args:
+      shared, own: keys [M]: of the noise that images may have in common, and of each image's own.
+      share: the factor of an image's own noise, from 0 to 1.
+    """
+    x = sharding.constrain_rows(mesh, sampler.normal(shared, sampler.ODE_KEY, latent))
+    if not share:
+        return x
+    noise = sharding.constrain_rows(mesh, sampler.normal(own, sampler.OWN_KEY, latent))
+    return math.sqrt(1 - share**2) * x + share * noise
 
 
 @cached
@@ -95,8 +116,7 @@ def accumulate(
 
         def v(params: Params, x: jax.Array, sigma: jax.Array, rows: Any = None) -> jax.Array:
             drawn = rollout.prompt if rows is None else rollout.prompt[rows]
-            prompt = drawn.reshape(x.shape[0], -1)[:, 0]  # as in sampling
-            return guided(params, frozen, x, sigma, cond, empty, prompt)
+            return guided(params, frozen, x, sigma, cond, empty, rows_of(drawn, x))
 
         score = judge and (lambda latents: judge(judged, latents, rollout.prompt))
         carry = gradient, figures

@@ -28,10 +28,10 @@ def velocity(ids, x, sigma):
 @partial(jax.jit, static_argnums=(0, 4))
 def shared(process, start, ids, places, shards=1):
     keys_of = partial(sampler.image_keys, KEY, 0, ids)
-    sets = branching.sets(process.branches, keys_of, places, shards)
-    x = sampler.normal(sets.keys[0], ODE_KEY, SHAPE)
+    nodes = branching.nodes(process.branches, keys_of, places, shards)
+    x = sampler.normal(nodes.keys[0], ODE_KEY, SHAPE)
     v = partial(velocity, ids)
-    return sampler.rollout(v, process, x, keys_of(places), start, ids, 0, sets)
+    return sampler.rollout(v, process, x, keys_of(places), start, ids, 0, nodes)
 
 
 def alone(process, start, ids, places):
@@ -88,7 +88,7 @@ def test_what_is_shared_is_what_each_image_would_have_had(case):
 
 @pytest.mark.parametrize("case", ["one_split", "a_tree"])
 def test_the_cut_does_not_matter(case):
-    """Through sets too, and on several devices."""
+    """Through nodes too, and on several devices."""
     branches, window, start = CASES[case]
     process = Process(SIGMAS, sde.CPS, 0.8, window=window, branches=branches)
     whole = shared(process, start, IDS, PLACES)
@@ -126,8 +126,8 @@ def test_forwards_are_counted():
             return velocity(IDS, x, sigma)
 
         keys_of = partial(sampler.image_keys, KEY, 0, IDS)
-        sets = branching.sets(branches, keys_of, PLACES, 1)
-        draw = jax.jit(partial(sampler.rollout, counting, process, sets=sets))
+        nodes = branching.nodes(branches, keys_of, PLACES, 1)
+        draw = jax.jit(partial(sampler.rollout, counting, process, nodes=nodes))
         draw(jnp.zeros((16, *SHAPE)), keys_of(PLACES), start, IDS)
         jax.effects_barrier()
         assert sum(rows) / 16 == branching.forwards(branches, SIGMAS, start, 16), case

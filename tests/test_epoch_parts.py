@@ -115,10 +115,10 @@ STRIDED = Process(
 def draw(params, tail):
     places = jnp.arange(8)
     keys_of = partial(sampler.image_keys, KEY, 0, jnp.zeros_like(places))
-    sets = branching.sets(STRIDED.branches, keys_of, places, 1)
-    x = sampler.normal(sets.keys[0], ODE_KEY, SHAPE)
+    nodes = branching.nodes(STRIDED.branches, keys_of, places, 1)
+    x = sampler.normal(nodes.keys[0], ODE_KEY, SHAPE)
     v = partial(linear, params)
-    return sampler.rollout(v, STRIDED, x, keys_of(places), 2, places, tail, sets)
+    return sampler.rollout(v, STRIDED, x, keys_of(places), 2, places, tail, nodes)
 
 
 def test_tails_differ_after_the_same_transitions():
@@ -166,11 +166,11 @@ def test_one_noisy_step_after_a_shared_path_finds_a_known_optimum(strides):
 
     def epoch(state, number):
         keys_of = partial(sampler.image_keys, KEY, number, group)
-        sets = branching.sets(process.branches, keys_of, image, 1)
-        x, keys = sampler.normal(sets.keys[0], ODE_KEY, (1, 1, 2)), keys_of(image)
+        nodes = branching.nodes(process.branches, keys_of, image, 1)
+        x, keys = sampler.normal(nodes.keys[0], ODE_KEY, (1, 1, 2)), keys_of(image)
         gradients = []
         for tail in range(len(strides)):
-            given = process, x, keys, number % 4, group, tail, sets
+            given = process, x, keys, number % 4, group, tail, nodes
             rollout = sampler.rollout(partial(velocity, state.policy), *given)
             reward = -jnp.square(rollout.latents - target).sum((1, 2, 3))
             advantage = advantages.normalised(reward, jnp.ones(len(group), bool), group_size=size)

@@ -135,7 +135,7 @@ def test_a_group_is_scored_while_the_next_one_is_drawn():
     assert seen == ["5"]
 
 
-def test_every_set_is_given_to_one_process(monkeypatch):
+def test_every_joint_call_is_given_to_one_process(monkeypatch):
     """Between them the processes score each group and the epoch once."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     done = []
@@ -143,7 +143,7 @@ def test_every_set_is_given_to_one_process(monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         with PendingScores(make(LOADED), TESTED) as pending:
             done.append([(call.reward, *call.rows) for call in pending._calls])
-    whole = [(call.reward, *call.rows) for call in calls_of(make(LOADED).set_rewards, TESTED)]
+    whole = [(call.reward, *call.rows) for call in calls_of(make(LOADED).joint_rewards, TESTED)]
     assert sorted(done[0] + done[1]) == sorted(whole) and abs(len(done[0]) - len(done[1])) <= 1
     assert len(whole) == 5 + 1 and ("distance", *range(12)) in whole
 

@@ -141,9 +141,10 @@ GRPO = algorithms.load("grpo", {"clip_range": 0.2})
 def draw(process, params):
     places = jnp.arange(8)
     keys_of = partial(sampler.image_keys, KEY, 0, jnp.zeros_like(places))
-    sets = branching.sets(process.branches, keys_of, places, 1)
-    x = sampler.normal(sets.keys[0], ODE_KEY, SHAPE)
-    return sampler.rollout(partial(linear, params), process, x, keys_of(places), 0, places, 0, sets)
+    nodes = branching.nodes(process.branches, keys_of, places, 1)
+    x = sampler.normal(nodes.keys[0], ODE_KEY, SHAPE)
+    v = partial(linear, params)
+    return sampler.rollout(v, process, x, keys_of(places), 0, places, 0, nodes)
 
 
 def test_every_edge_counts_once():

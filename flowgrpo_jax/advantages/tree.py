@@ -14,6 +14,8 @@ Source: Fredreic1849/BranchGRPO. Deviations from there:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,25 +59,10 @@ def tree(
     _check(fusion, alpha, prune, prune_every, keep_leaves, steps, leaves)
     splits = np.asarray(branches.splits, int)
     sizes = branches.sizes if branches.splits else (1,)  # leaves below a node of each level
-    reached = (np.arange(steps)[:, None] >= splits).sum(1)  # [W], the level that a step ends at
-    below = np.array(sizes)[reached]
-    once = (1 / below) / np.mean(1 / below)
+    level_of_step = (np.arange(steps)[:, None] >= splits).sum(1)  # [W], of the node it leads to
+    below = np.array(sizes)[level_of_step]
+    edge_weight = (1 / below) / np.mean(1 / below)  # [W], so that each edge counts once
     after_splits = np.arange(steps) > max(branches.splits, default=-1)
-
-    def edges(level: int, log_prob: jax.Array | None) -> jax.Array | None:
-        """The log-weights of the nodes of a level [trees, N] in their parents' worth."""
-        if fusion == "mean" or log_prob is None:
-            return None
-        return alpha * log_prob[splits[level - 1]].reshape(-1, leaves)[:, :: sizes[level]]
-
-    def by_level(worth: jax.Array, known: jax.Array, log_prob: jax.Array | None) -> jax.Array:
-        """The advantages of the nodes above each leaf, f32 [levels, trees, leaves]."""
-        found = []
-        for level in reversed(range(len(sizes))):
-            found.append(jnp.repeat(_compared(worth, known, clip), sizes[level], axis=1))
-            if level:
-                worth, known = fused(worth, known, branches.factor, edges(level, log_prob))
-        return jnp.stack(found[::-1])
 
     def compute(
         memory: Memory,
@@ -87,8 +74,10 @@ def tree(
         total, valid = weighted(scores, weights)
         worth = jnp.where(valid, total, 0.0).reshape(-1, leaves)
         known = valid.reshape(-1, leaves).astype(jnp.float32)
-        levels = by_level(worth, known, log_prob)
-        advantage = levels[reached] * once[:, None, None]
+        # There are log-probs with the fusion "softmax" alone.
+        log_weights = [] if log_prob is None else _log_weights(log_prob, splits, sizes, alpha)
+        levels = _by_level(worth, known, sizes, branches.factor, log_weights, clip)
+        advantage = levels[level_of_step] * edge_weight[:, None, None]
         if keep_leaves:
             extreme = _extreme(levels[-1], keep_leaves)
             advantage *= jnp.where(after_splits[:, None, None], extreme, 1.0)
@@ -123,6 +112,41 @@ def fused(
         shares = jnp.nan_to_num(jax.nn.softmax(logs, axis=2))
     total = jnp.maximum(shares.sum(2), jnp.finfo(jnp.float32).tiny)
     return (shares * values).sum(2) / total, counts.sum(2)
+
+
+def _log_weights(
+    log_prob: jax.Array, splits: np.ndarray, sizes: Sequence[int], alpha: float
+) -> list[jax.Array]:
+    """Return alpha x the log-probs [W, B] of the edges that lead to the nodes of each level but the
+    root's, [trees, N]."""
+    return [
+        alpha * log_prob[step].reshape(-1, sizes[0])[:, ::size]
+        for step, size in zip(splits, sizes[1:])
+    ]
+
+
+def _by_level(
+    worth: jax.Array,
+    known: jax.Array,
+    sizes: Sequence[int],
+    factor: int,
+    log_weights: Sequence[jax.Array],
+    clip: float,
+) -> jax.Array:
+    """Return the advantages of the nodes above each leaf, f32 [levels, trees, leaves].
+
+    Args:
+      worth, known: of the leaves, f32 [trees, leaves], as in `fused`.
+      sizes: leaves below a node of each level, from the root; factor: the children of a node.
+      log_weights: those of `fused` for each level but the root's; empty: none.
+    """
+    found = []
+    for level in reversed(range(len(sizes))):
+        found.append(jnp.repeat(_compared(worth, known, clip), sizes[level], axis=1))
+        if level:
+            weights = log_weights[level - 1] if log_weights else None
+            worth, known = fused(worth, known, factor, weights)
+    return jnp.stack(found[::-1])
 
 
 def _compared(worth: jax.Array, known: jax.Array, clip: float) -> jax.Array:

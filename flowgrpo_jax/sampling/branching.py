@@ -1,15 +1,16 @@
 """Branches: images of a group that share the first part of their path.
 
-A *set* is `leaves` images in a row, by their places in the group, that start from the same noise.
-At a *split* every set falls into `factor` equal ones, each with noise of its own from there on,
-until each image is a set of one. What the images of a set have in common is computed once.
+A *node* is a set of images in a row, by their places in the group, that have had the same path so
+far. At first it is `leaves` images, which start from the same noise. At a *split* every node falls
+into `factor` nodes, each with noise of its own from there on, until every image is a node of its
+own. What the images of a node have in common is computed once.
 
   one split, at the window's first step   TempFlow-GRPO (arXiv 2508.04324): a path of the ODE, and
                                           branches of it that differ by one stochastic step
   several, at given steps                 BranchGRPO (2509.06040): a tree of stochastic steps
 
-The noise of a set's step is that of its first image. It is drawn from that image's own key, so that
-a tree does not depend on how the batch is cut; a cut through a set only computes it twice.
+The noise of a node's step is that of its first image. It is drawn from that image's own key, so
+that a tree does not depend on how the batch is cut; a cut through a node only computes it twice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,11 +30,11 @@ Velocity = Callable[..., jax.Array]
 
 @dataclass(frozen=True)
 class Branches:
-    """Static under jit. The size of a set at a *level*, after so many splits, is `sizes[level]`.
+    """Static under jit. A node at a *level*, after so many splits, has `sizes[level]` images.
 
     Attributes:
       leaves: images that start from the same noise; 1: each has its own.
-      splits: the steps that split the sets, ascending; (): the first step of the window alone.
+      splits: the steps that split the nodes, ascending; (): the first step of the window alone.
       noise: factor of the noise that is drawn at a split; log-probs do not know of it, so that
         they are not those of what was drawn where it is not 1 (as in BranchGRPO's code).
     """
@@ -43,18 +45,18 @@ class Branches:
 
     @property
     def factor(self) -> int:
-        """The sets that a set is split into."""
+        """The nodes that a node is split into."""
         return round(self.leaves ** (1 / max(len(self.splits), 1)))
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Images of a set at each level, from `leaves` to 1."""
+        """Images of a node at each level, from `leaves` to 1."""
         if self.leaves == 1:
             return (1,)
         return tuple(self.factor**n for n in range(max(len(self.splits), 1), -1, -1))
 
     def split_steps(self, start: jax.Array | int) -> jax.Array:
-        """Return the steps that split the sets, i32 [splits], for a window that begins at start."""
+        """Return the steps that split nodes, i32 [splits], for a window that begins at start."""
         if self.leaves == 1:
             return jnp.zeros(0, jnp.int32)
         return jnp.asarray(self.splits, jnp.int32) if self.splits else jnp.reshape(start, (1,))
@@ -98,16 +100,16 @@ def check(branches: Branches, group_size: int, low: int, high: int, window: int)
         )
 
 
-class Sets(NamedTuple):
+class Nodes(NamedTuple):
     """How a micro-batch of M images shares its forward passes."""
 
-    keys: jax.Array  # [levels, M], at each level the key of the first image of the image's set
+    keys: jax.Array  # [levels, M], at each level the key of the first image of the image's node
     sizes: tuple[int, ...]  # images in a row that a forward pass serves, at each level
 
 
-def sets(
+def nodes(
     branches: Branches, keys_of: Callable[[jax.Array], jax.Array], image: jax.Array, shards: int
-) -> Sets:
+) -> Nodes:
     """
     Args:
       keys_of: places in the group i32 [M] -> the keys of these images [M].
@@ -115,7 +117,7 @@ def sets(
       shards: equal parts that the M images are cut into, each on devices of its own.
     """
     keys = jnp.stack([keys_of(image // size * size) for size in branches.sizes])
-    return Sets(keys, served(branches, image.shape[0] // shards))
+    return Nodes(keys, served(branches, image.shape[0] // shards))
 
 
 def served(branches: Branches, images: int) -> tuple[int, ...]:
@@ -123,7 +125,7 @@ def served(branches: Branches, images: int) -> tuple[int, ...]:
     return tuple(math.gcd(size, images) for size in branches.sizes)
 
 
-def once_a_set(
+def once_a_node(
     velocity: Velocity,
     sizes: Sequence[int],
     level: jax.Array,
@@ -137,14 +139,11 @@ def once_a_set(
       velocity: takes M / size images, the first of every `size`.
     """
 
-    def of(size: int) -> Velocity:
-        def repeated(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            first = x.reshape(-1, size, *x.shape[1:])[:, 0]
-            return jnp.repeat(velocity(first, sigma), size, axis=0)
+    def computed(size: int, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        first = x.reshape(-1, size, *x.shape[1:])[:, 0]
+        return jnp.repeat(velocity(first, sigma), size, axis=0)
 
-        return repeated
-
-    return jax.lax.switch(level, [of(size) for size in sizes], x, sigma)
+    return jax.lax.switch(level, [partial(computed, size) for size in sizes], x, sigma)
 
 
 def shared(
@@ -155,23 +154,21 @@ def shared(
     step: jax.Array,
     start: jax.Array,
 ) -> Mapping[str, Velocity]:
-    """Return the velocities at the states before a step of the window, computed once a set.
+    """Return the velocities at the states before a step of the window, computed once a node.
 
     Args:
-      window: the steps of the window, which begins at `start`; shards: as in `sets`.
+      window: the steps of the window, which begins at `start`; shards: as in `nodes`.
     """
     if branches.leaves == 1:
         return velocities
-    within = sum(s < window - 1 for s in branches.splits or (0,))  # splits that a state may follow
+    # A split at the window's last step is followed by no further state before a step.
+    levels = 1 + sum(split < window - 1 for split in branches.splits or (0,))
 
-    def once(velocity: Velocity) -> Velocity:
-        def computed(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            sizes = served(branches, x.shape[0] // shards)[: within + 1]
-            return once_a_set(velocity, sizes, branches.level(step, start), x, sigma)
+    def once(velocity: Velocity, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        sizes = served(branches, x.shape[0] // shards)[:levels]
+        return once_a_node(velocity, sizes, branches.level(step, start), x, sigma)
 
-        return computed
-
-    return {name: once(velocity) for name, velocity in velocities.items()}
+    return {name: partial(once, velocity) for name, velocity in velocities.items()}
 
 
 def forwards(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgrpo_jax.sampling import sde, solvers
-from flowgrpo_jax.sampling.branching import ALONE, Branches, Sets, once_a_set
+from flowgrpo_jax.sampling.branching import ALONE, Branches, Nodes, once_a_node
 from flowgrpo_jax.types import Rollout
 
 # What keys are folded with. An image's key: for its first noise, for the noise of step t
@@ -152,7 +152,7 @@ def rollout(
     start: jax.Array,
     prompt: jax.Array,
     tail: jax.Array | int = 0,
-    sets: Sets | None = None,
+    nodes: Nodes | None = None,
 ) -> Rollout:
     """Sample M images and record the window's transitions; without a window, by the plain ODE,
     and with `process.path` all of its latents.
@@ -164,7 +164,7 @@ def rollout(
       start: i32, first stochastic step; the window is [start, start + process.window).
       prompt: i32 [M], kept with the rollout.
       tail: i32, which of the process's ways goes on after the window.
-      sets: the images that share a part of their path, of a process with branches; `velocity` is
+      nodes: the images that share a part of their path, of a process with branches; `velocity` is
         then also given M / n images, the first of every n.
     """
     start = jnp.asarray(start, jnp.int32)
@@ -175,12 +175,12 @@ def rollout(
     sigmas, branches = process.schedule(start, tail), process.branches
 
     def velocity_and_noise(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if sets is None:
+        if nodes is None:
             return velocity(x, sigmas[t]), normal(keys, SDE_KEY + t, x.shape[1:])
         level, after = (branches.level(step, start) for step in (t, t + 1))
-        v = once_a_set(velocity, sets.sizes, level, x, sigmas[t])
+        v = once_a_node(velocity, nodes.sizes, level, x, sigmas[t])
         scale = jnp.where(after > level, branches.noise, 1.0)
-        return v, scale * normal(sets.keys[after], SDE_KEY + t, x.shape[1:])
+        return v, scale * normal(nodes.keys[after], SDE_KEY + t, x.shape[1:])
 
     def step(carry: tuple[jax.Array, solvers.Memory], t: jax.Array):
         x, memory = carry

@@ -14,11 +14,10 @@ from flowgrpo_jax import sharding
 from flowgrpo_jax.scoring import host
 from flowgrpo_jax.scoring.host_pictures import HostPictures
 from flowgrpo_jax.scoring.scorer import Scorer
-from flowgrpo_jax.scoring.scores import Sample, Scores
+from flowgrpo_jax.scoring.scores import RowScores, Scores, merged, sample_of
 from flowgrpo_jax.types import NamedScores, Pictures
 
 SAMPLE = 24  # images that are kept for people to look at
-RowScores = tuple[np.ndarray, NamedScores]  # rows i64 [n] of the B images, scores f32 [n] each
 
 
 class Call(NamedTuple):
@@ -48,9 +47,9 @@ class PendingScores:
           keep_pixels: keep the pixels in `pictures` even if no reward needs them there.
         """
         self.scorer, self.ids = scorer, ids
-        keep_pixels = keep_pixels or bool(scorer.set_rewards)
+        keep_pixels = keep_pixels or bool(scorer.joint_rewards)
         self.pictures = HostPictures(len(ids), scorer.mesh, keep_pixels=keep_pixels)
-        calls = calls_of(scorer.set_rewards, ids)[jax.process_index() :: jax.process_count()]
+        calls = calls_of(scorer.joint_rewards, ids)[jax.process_index() :: jax.process_count()]
         self._calls = sorted(calls, key=lambda call: call.rows[-1])  # of this process
         self._added = 0  # images, with their padding
         self._sample: list[jax.Array] = []  # pixels of the first micro-batches
@@ -95,36 +94,16 @@ class PendingScores:
         """
         self.pictures.fetch()
         self._score_complete()
-        names = self.scorer.weights.names
-        values = np.full((len(names), len(self.ids)), np.nan, np.float32)
-        for rows, part in [*wait(self._futures), *self._scored]:
-            for name, scores in part.items():
-                values[names.index(name), rows] = sharding.to_host(scores)[: len(rows)]
-        values = np.fmax.reduce(sharding.allgather(values))  # NaN: another process scored it
+        names, images = self.scorer.weights.names, len(self.ids)
+        values = merged(names, images, [*wait(self._futures), *self._scored])
         weights = self.scorer.weights.table(self.scorer.lookup(self.ids))
         valid = ~np.isnan(weights) & self.pictures.finite
         values = np.where(valid, values, np.nan)
-        return Scores(names, values, weights, self.pictures.finite, self._own_sample())
-
-    def _own_sample(self) -> Sample:
-        """Return those of the first SAMPLE images that this process holds."""
-        parts, begin = [], 0
-        for pixels in self._sample:
-            rows, own = sharding.own_rows(pixels)
-            kept = begin + rows < min(SAMPLE, len(self.ids))
-            parts.append(Sample(begin + rows[kept], own[kept]))
-            begin += len(pixels)
-        return Sample(*map(np.concatenate, zip(*parts)))
+        sample = sample_of(self._sample, min(SAMPLE, images))
+        return Scores(names, values, weights, self.pictures.finite, sample)
 
     def _submit(self, work: Callable[..., RowScores], *batch: Any) -> None:
-        def timed(*batch: Any) -> RowScores:
-            begun = time.perf_counter()
-            try:
-                return work(*batch)
-            finally:
-                self.busy.append(time.perf_counter() - begun)
-
-        self._futures.append(host.submit(self._pool, timed, *batch))
+        self._futures.append(host.submit(self._pool, timed, self.busy, work, *batch))
 
     def _score_own(self, here: np.ndarray, images: jax.Array) -> RowScores:
         """Score the images of a micro-batch that this process holds with the image rewards."""
@@ -136,12 +115,21 @@ class PendingScores:
     def _score_complete(self) -> None:
         """Begin the calls whose images are all here."""
         while self._calls and self._calls[0].rows[-1] < self.pictures.count:
-            self._submit(self._score_set, self._calls.pop(0))
+            self._submit(self._score_joint, self._calls.pop(0))
 
-    def _score_set(self, call: Call) -> RowScores:
+    def _score_joint(self, call: Call) -> RowScores:
         rows = call.rows[self.pictures.finite[call.rows]]
         score = self.scorer.on_host((call.reward,))
         return rows, score(self.pictures.pixels[rows], self.ids[rows])
+
+
+def timed(seconds: list[float], work: Callable[..., RowScores], *batch: Any) -> RowScores:
+    """Return work(*batch), and append to `seconds` how long it took, even where it raises."""
+    begun = time.perf_counter()
+    try:
+        return work(*batch)
+    finally:
+        seconds.append(time.perf_counter() - begun)
 
 
 def calls_of(scopes: Mapping[str, str], ids: np.ndarray) -> list[Call]:
@@ -150,5 +138,5 @@ def calls_of(scopes: Mapping[str, str], ids: np.ndarray) -> list[Call]:
     Images of equal ids, i32 [B], are a group, wherever they are.
     """
     groups = [np.flatnonzero(ids == i) for i in np.unique(ids)]
-    sets = {"group": groups, "epoch": [np.arange(len(ids))]}
-    return [Call(name, rows) for name, scope in scopes.items() for rows in sets[scope]]
+    together = {"group": groups, "epoch": [np.arange(len(ids))]}
+    return [Call(name, rows) for name, scope in scopes.items() for rows in together[scope]]

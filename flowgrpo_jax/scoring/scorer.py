@@ -24,7 +24,7 @@ class Scorer:
       weights: the rewards' weights, and which of them apply to a prompt.
       in_graph: the rewards on the devices.
       image_rewards: names of the host's rewards that judge each image by itself.
-      set_rewards: {name: "group" or "epoch"} of the host's rewards that are given all images of a
+      joint_rewards: {name: "group" or "epoch"} of the host's rewards that are given all images of a
         prompt or of an epoch in one call.
     """
 
@@ -57,7 +57,7 @@ class Scorer:
         self.in_graph = graph.GraphRewards(in_graph, place)
         scopes = {name: scope_of(reward) for name, reward in self._on_host.items()}
         self.image_rewards = tuple(name for name, scope in scopes.items() if scope == "image")
-        self.set_rewards = {name: scope for name, scope in scopes.items() if scope != "image"}
+        self.joint_rewards = {name: scope for name, scope in scopes.items() if scope != "image"}
 
     @property
     def trained(self) -> dict[str, GraphReward]:

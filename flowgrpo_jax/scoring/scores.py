@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+
+from flowgrpo_jax import sharding
+from flowgrpo_jax.types import NamedScores
+
+RowScores = tuple[np.ndarray, NamedScores]  # rows i64 [n] of the B images, scores f32 [n] each
 
 
 class Sample(NamedTuple):
@@ -47,6 +54,36 @@ class Scores(NamedTuple):
     def errors(self) -> dict[str, float]:
         """Return the standard error of each mean: how far it is from that of endless images."""
         return {name: standard_error(values) for name, values in zip(self.names, self.values)}
+
+
+def sample_of(parts: Iterable[jax.Array], most: int) -> Sample:
+    """Return those of the first `most` images that this process holds.
+
+    Args:
+      parts: their pixels, uint8 [M, H, W, 3] of each micro-batch in order; there is at least one.
+    """
+    samples, begin = [], 0
+    for pixels in parts:
+        rows, own = sharding.own_rows(pixels)
+        kept = begin + rows < most
+        samples.append(Sample(begin + rows[kept], own[kept]))
+        begin += len(pixels)
+    return Sample(*map(np.concatenate, zip(*samples)))
+
+
+def merged(names: Sequence[str], images: int, parts: Iterable[RowScores]) -> np.ndarray:
+    """Return the scores f32 [K, B] of B images by K rewards, from the parts of all processes, which
+    call this together; NaN where none of them has a score.
+
+    Args:
+      parts: those of this process. An array that is spread over processes is a part of each of
+        them; scores beyond the rows are those of padding.
+    """
+    values = np.full((len(names), images), np.nan, np.float32)
+    for rows, part in parts:
+        for name, scores in part.items():
+            values[names.index(name), rows] = sharding.to_host(scores)[: len(rows)]
+    return np.fmax.reduce(sharding.allgather(values))  # NaN: another process scored it
 
 
 def mean(scores: np.ndarray) -> float:

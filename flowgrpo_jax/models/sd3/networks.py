@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from flowgrpo_jax import sharding
@@ -24,7 +23,7 @@ from flowgrpo_jax.models.streams import Kernel
 from flowgrpo_jax.models.text import CLIPText, T5Encoder
 from flowgrpo_jax.models.vae import VAE, to_levels, to_pictures
 from flowgrpo_jax.sampling import sde
-from flowgrpo_jax.types import Conditioning
+from flowgrpo_jax.types import Conditioning, Pictures
 
 CONSTANTS = ("pos_embed/pos_embed",)  # stored with the weights, never trained
 BASE_DTYPES = (quantised.INT8,)
@@ -81,37 +80,22 @@ def describe(
     spec = lora_spec or LoRASpec(rank=1, alpha=1.0, targets=("attn.to_q",))
     quantised.setting(base_dtype, spec.rank, BASE_DTYPES)
     velocity, base, trained = _transformer(
-        parts,
-        spec,
-        base_dtype,
-        dtype=dtype,
-        remat=remat,
-        attention=attention,
-        product=product,
-        gather=gather,
+        parts, spec, base_dtype, dtype, remat, gather, attention=attention, product=product
     )
-    vae, vae_shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
+    decode, levels, to_latents, vae_shapes = _autoencoder(parts)
     encode_text, text_shapes = _encoders(parts, dtype, t5_length)
     lengths = [min(parts.text_encoder.max_position_embeddings, CLIP_LENGTH)] * 2
     lengths += [t5_length] if parts.text_encoder_3 else []
 
-    def sigmas(steps: int, height: int, width: int) -> np.ndarray:
-        del height, width
-        return sde.sigma_schedule(steps, parts.shift)
-
-    def to_latents(params: Params, pixels: jax.Array) -> jax.Array:
-        mean, _ = vae(params, pixels.astype(jnp.float32) / 127.5 - 1, method="encode")
-        return vae(params, mean, method="scale")
-
     return Model(
         params={"transformer": base, "vae": vae_shapes},
         velocity=velocity,
-        decode=lambda params, z: to_pictures(vae(params, z, method="decode")),
+        decode=decode,
         to_latents=to_latents,
-        levels=lambda params, z: to_levels(vae(params, z, method="decode")),
+        levels=levels,
         encode_text=encode_text,
         token_shapes=lambda n: tuple(jax.ShapeDtypeStruct((n, k), jnp.int32) for k in lengths),
-        sigmas=sigmas,
+        sigmas=lambda steps, height, width: sde.sigma_schedule(steps, parts.shift),
         latent_shape=parts.latent_shape,
         # What is trained is f32, whatever the model computes in.
         trained_shapes=_as_dtype(trained, jnp.float32),
@@ -143,7 +127,6 @@ def _transformer(
     parts: Architecture,
     spec: LoRASpec,
     base_dtype: str,
-    *,
     dtype: Any,
     remat: bool,
     gather: layers.Gather | None,
@@ -188,6 +171,24 @@ def _transformer(
         return mmdit(params, x, 1000 * sigma, tokens, pooled).astype(jnp.float32)
 
     return velocity, base, trained
+
+
+def _autoencoder(
+    parts: Architecture,
+) -> tuple[Callable[..., Pictures], Callable[..., jax.Array], Callable[..., jax.Array], Params]:
+    """Return `decode`, `levels` and `to_latents` of a Model, and the shapes of their weights."""
+    vae, shapes = _part(lambda rngs: VAE(parts.vae, rngs=rngs), jnp.float32)
+
+    def to_latents(params: Params, pixels: jax.Array) -> jax.Array:
+        mean, _ = vae(params, pixels.astype(jnp.float32) / 127.5 - 1, method="encode")
+        return vae(params, mean, method="scale")
+
+    return (
+        lambda params, z: to_pictures(vae(params, z, method="decode")),
+        lambda params, z: to_levels(vae(params, z, method="decode")),
+        to_latents,
+        shapes,
+    )
 
 
 def _encoders(
