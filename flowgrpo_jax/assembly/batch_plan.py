@@ -90,7 +90,7 @@ def make_plan(config: ConfigDict, devices: int) -> Plan:
 
 
 def _check_parts(config: ConfigDict) -> None:
-    """The windows and tails of the epoch's parts, and the sets of a group."""
+    """The windows and tails of the epoch's parts, and the nodes of a group."""
     s = config.sample
     algorithm = algorithms.load(config.algorithm.name, config.algorithm.options.to_dict())
     require(s.windows >= 1, f"sample.windows={s.windows}: must be at least 1")

@@ -20,11 +20,11 @@ def forwards(run: Recipe, epoch: int) -> float:
     terms = algorithm.terms(run.setup, sampler.epoch_key(key, epoch, sampler.TERMS_KEY))
     counted = []
     for start, tail in run.places(key, epoch):
-        sets = int(start), together
+        place = int(start), together
         sigmas = np.asarray(process.schedule(start, tail))
-        drawn = branching.forwards(process.branches, sigmas, *sets)
+        drawn = branching.forwards(process.branches, sigmas, *place)
         steps = np.asarray(start + terms) if algorithm.records == "window" else terms
-        trained = branching.states(process.branches, steps, *sets)
+        trained = branching.states(process.branches, steps, *place)
         counted.append(drawn + trained * algorithm.passes(run.setup) * (3 + len(algorithm.reads)))
     return float(np.mean(counted)) + data_forwards(run, epoch, len(terms))
 
