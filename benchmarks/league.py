@@ -108,7 +108,9 @@ def run(
 def forwards(config: ConfigDict) -> float:
     """The transformer's forward passes an image of training, averaged over the first 100 epochs."""
     run = recipe.build(config.copy_and_resolve_references())
-    return float(np.mean([run_costs.forwards(run, i) for i in range(min(config.epochs, 100))]))
+    return float(
+        np.mean([run_costs.passes(run, i).forwards for i in range(min(config.epochs, 100))])
+    )
 
 
 def measure(config: ConfigDict, evaluated: int, workdir: Path | str) -> dict[str, Any]:

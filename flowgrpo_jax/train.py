@@ -119,7 +119,7 @@ def draw(
             jax.block_until_ready(rollouts[-1])
         with stages("wait"):
             scores = pending.collect(stop.wait)
-        stages.seconds["rewards"] = sum(pending.busy)
+        stages.count_rewards(pending.calls)
         return rollouts, scores, pending.pictures.pixels
 
 
@@ -174,7 +174,7 @@ def train(
     workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
     cli.prepare(workdir, resume)
     run = recipe.build(config)
-    flop = run_costs.forward_flop(run)
+    flop = run_costs.flop_of_pass(run)
     if first_process := jax.process_index() == 0:
         print(recipe.summary(run), run_costs.line(run, flop), sep="\n")
         print(page.announced(workdir, config.eval.every))

@@ -86,5 +86,5 @@ def test_data_cost_passes_too(runs):
     run = recipe.build(load(runs, **data))
     key = sampler.epoch_key(jax.random.key(run.config.seed), 0, sampler.TERMS_KEY)
     levels = len(run.algorithm.terms(run.setup, key))
-    more = [run_costs.forwards(run, i) - run_costs.forwards(plain, i) for i in (0, 1)]
+    more = [run_costs.passes(run, i).forwards - run_costs.passes(plain, i).forwards for i in (0, 1)]
     assert sorted(more) == pytest.approx([0, (run.config.sample.steps + 3 * levels) / 2])

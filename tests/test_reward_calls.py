@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,35 @@ def compare_calls(devices):
     expected = np.stack([np.where(ids != 5, 1000 * ids + mean, np.nan), mean])
     np.testing.assert_allclose(overlapped.values, expected, rtol=1e-6)
     np.testing.assert_array_equal(overlapped.values, [called[name] for name in overlapped.names])
+
+
+def test_waiting_for_a_picture_is_no_time_of_a_reward(monkeypatch):
+    """By a clock of our own: the picture takes 50 seconds to be drawn, and the reward 3."""
+    clock = SimpleNamespace(now=0.0)
+    own_rows = sharding.own_rows
+
+    def drawn_late(images):
+        clock.now += 50
+        return own_rows(images)
+
+    def reward(images, prompts, metadata):
+        clock.now += 3
+        return np.zeros(len(images), np.float32), np.ones(len(images), bool)
+
+    monkeypatch.setattr(sharding, "own_rows", drawn_late)
+    monkeypatch.setattr(
+        "flowgrpo_jax.scoring.pending.time", SimpleNamespace(perf_counter=lambda: clock.now)
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    records = [{"prompt": str(i)} for i in range(16)]
+    scorer = Scorer(RewardWeights({"late": 1.0}), {"late": reward}, records, mesh, threads=1)
+    ids = np.arange(16, dtype=np.int32)
+    images, rows = sharding.split_rows(mesh, (PICTURES, ids))
+    with PendingScores(scorer, ids) as pending:
+        pending.add(Pictures(images, jnp.ones(16, bool)), {}, rows)
+        pending.collect(cli.Stop().wait)
+    ((begun, end),) = pending.calls
+    assert end - begun == 3
 
 
 def test_a_reward_that_computes_with_jax_is_refused_inside_of_a_program():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 
@@ -20,21 +21,26 @@ TPUS = {
     "v5p": Chip(95e9, 459e12, 180e9, 2.765e12),
     "v6e": Chip(32e9, 918e12, 180e9, 1.64e12),
 }
-# What a device calls itself (`Device.device_kind`) -> its dense bf16 FLOP/s. The longest name that
-# it begins with counts.
+# What a device calls itself (`Device.device_kind`) -> its dense bf16 FLOP/s. The longest name whose
+# words it begins with counts.
 PEAKS = {
     "TPU v4": TPUS["v4"].peak,
     "TPU v5 lite": TPUS["v5e"].peak,
     "TPU v5": TPUS["v5p"].peak,
+    "TPU v5e": TPUS["v5e"].peak,
     "TPU v5p": TPUS["v5p"].peak,
     "TPU v6 lite": TPUS["v6e"].peak,
+    "TPU v6e": TPUS["v6e"].peak,
     "NVIDIA A10G": 70e12,
     "NVIDIA A100": 312e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,
     "NVIDIA GeForce RTX 3090": 71e12,
@@ -45,7 +51,7 @@ PEAKS = {
 
 def peak(device: Any) -> float | None:
     """Return the bf16 FLOP/s of a device at most, or None where they are not known."""
-    known = [kind for kind in PEAKS if device.device_kind.startswith(kind)]
+    known = [kind for kind in PEAKS if re.match(rf"{kind}\b", device.device_kind)]
     return PEAKS[max(known, key=len)] if known else None
 
 

@@ -56,7 +56,7 @@ class PendingScores:
         self._scored: list[RowScores] = []  # by programs
         self._futures: list[Future[RowScores]] = []
         self._pool = ThreadPoolExecutor(scorer.threads)
-        self.busy: list[float] = []  # seconds of each call of the host's rewards that has ended
+        self.calls: list[tuple[float, float]] = []  # when the host's rewards began and ended
 
     def __enter__(self) -> PendingScores:
         return self
@@ -103,14 +103,14 @@ class PendingScores:
         return Scores(names, values, weights, self.pictures.finite, sample)
 
     def _submit(self, work: Callable[..., RowScores], *batch: Any) -> None:
-        self._futures.append(host.submit(self._pool, timed, self.busy, work, *batch))
+        self._futures.append(host.submit(self._pool, work, *batch))
 
     def _score_own(self, here: np.ndarray, images: jax.Array) -> RowScores:
         """Score the images of a micro-batch that this process holds with the image rewards."""
         rows, pixels = sharding.own_rows(images)
         rows = here[rows[rows < len(here)]]
         score = self.scorer.on_host(self.scorer.image_rewards)
-        return rows, score(pixels[: len(rows)], self.ids[rows])
+        return rows, timed(self.calls, score, pixels[: len(rows)], self.ids[rows])
 
     def _score_complete(self) -> None:
         """Begin the calls whose images are all here."""
@@ -120,16 +120,19 @@ class PendingScores:
     def _score_joint(self, call: Call) -> RowScores:
         rows = call.rows[self.pictures.finite[call.rows]]
         score = self.scorer.on_host((call.reward,))
-        return rows, score(self.pictures.pixels[rows], self.ids[rows])
+        return rows, timed(self.calls, score, self.pictures.pixels[rows], self.ids[rows])
 
 
-def timed(seconds: list[float], work: Callable[..., RowScores], *batch: Any) -> RowScores:
-    """Return work(*batch), and append to `seconds` how long it took, even where it raises."""
+def timed(calls: list[tuple[float, float]], score: host.Score, *batch: Any) -> NamedScores:
+    """Return score(*batch), and append to `calls` when it began and ended, even where it raises.
+
+    The images are on the host by then: to wait until they are drawn is no time of a reward.
+    """
     begun = time.perf_counter()
     try:
-        return work(*batch)
+        return score(*batch)
     finally:
-        seconds.append(time.perf_counter() - begun)
+        calls.append((begun, time.perf_counter()))
 
 
 def calls_of(scopes: Mapping[str, str], ids: np.ndarray) -> list[Call]:
