@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -116,13 +117,16 @@ class Worker:
                 env=environment,
             )
 
-    def ask(self, command: str) -> dict[str, float]:
-        """Raises RuntimeError with the end of its log when the process has died."""
+    def ask(self, command: str, patience: float | None = None) -> dict[str, float]:
+        """Raises RuntimeError with the end of its log when the process has died, or when it has not
+        answered after so many seconds."""
         assert self._process.stdin and self._process.stdout
         answer = ""
         try:
             self._process.send_signal(signal.SIGCONT)
             self._process.stdin.write(command + "\n")
+            if not select.select([self._process.stdout], [], [], patience)[0]:
+                raise RuntimeError(f"{self.name} has not answered {command!r} in {patience:g} s")
             answer = self._process.stdout.readline()
             if answer:  # otherwise it is ending, and would never end if it were stopped
                 self._process.send_signal(signal.SIGSTOP)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.engine import Arrays, serve
 from flowgrpo_jax import sharding, update
-from flowgrpo_jax.assembly import recipe, settings
+from flowgrpo_jax.assembly import parts, recipe, settings
 from flowgrpo_jax.models import lora_files
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.types import Credit, PromptBatch, Rollout
@@ -39,7 +39,7 @@ class JaxEngine:
         self.advantages = np.split(inputs["advantages"], run.plan.micro_batches)
         self.start = jnp.int32(0)
         self.terms = run.algorithm.terms(run.setup, key)
-        self.decoder = jax.jit(run.model.decode)
+        self.decoder = jax.jit(parts.make_decode(run.config, run.model, run.mesh))
         self.epoch = 0
 
     def draw(self) -> Arrays:

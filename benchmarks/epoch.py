@@ -14,7 +14,8 @@ weights (random_model.py): speed does not depend on them, and they need no downl
 
 How it measures:
   * every engine is a process of its own, so that its peak memory (resident set) is its own;
-  * before any timing the engines must agree on velocity, images and gradient for one rollout;
+  * before any timing the engines are compared on velocity, images and gradient for one rollout,
+    and the command fails where they do not agree;
   * compilation and the warm-up epochs are excluded and reported apart;
   * engines take turns, one epoch each, and the waiting ones are stopped: they never compete, and a
     machine that slows down slows down all of them; reported are medians;
@@ -36,7 +37,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,8 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.agreement import check
 from benchmarks.engine import ENGINES, HUGEPAGES, Worker, environment
+from benchmarks.epoch_figures import Epochs, describe, summary, table
 from flowgrpo_jax.models import attention
-
-TIMES = ("sample", "decode", "update", "epoch")  # seconds; sampling includes decoding
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
@@ -64,10 +63,13 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     from flowgrpo_jax.models import lora, lora_files, sd3
 
     config = shapes.get_config()
-    config.model.path = str(random_model.find(args.model, folder) or sd3.resolve(args.model))
+    config.model.path = str(
+        random_model.find(args.model, args.models or folder) or sd3.resolve(args.model)
+    )
     for knob in ("remat", "dtype", "product_dtype", "attention"):
         config.model[knob] = getattr(args, knob)
     config.model.options.t5_length = args.t5_length or config.model.options.t5_length
+    config.lora.rank = args.rank or config.lora.rank
     for knob in ("groups", "group_size", "micro_batch", "steps", "window"):
         config.sample[knob] = getattr(args, knob) or config.sample[knob]
     config.sample.window_range = (0, 0)  # it begins with the first step
@@ -79,6 +81,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     length = config.model.options.t5_length
     model = sd3.load(config.model.path, lora_spec=spec, t5_length=length, texts_alone=True)
     size = args.size or model.default_size
+    if size > config.model.height:  # a model of another size decodes as the recipes of SD3.5
+        config.model.decode_batch = 0
     config.model.height = config.model.width = size
 
     s, rng = config.sample, np.random.default_rng(0)
@@ -100,93 +104,35 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def start(
-    names: list[str], folder: Path, env: dict[str, str], warmup: int
-) -> tuple[dict[str, Worker], dict[str, float], dict[str, str]]:
-    """Start, probe and warm up the engines one by one: (workers, seconds of it, failures)."""
-    workers: dict[str, Worker] = {}
-    seconds, failures = {}, {}
+    names: list[str], folder: Path, env: dict[str, str], warmup: int, patience: float | None
+) -> Iterator[tuple[str, Worker | None, dict[str, Any]]]:
+    """Start, probe and warm up the engines one by one. Yields each one's name, its worker, or None
+    where it failed, and what is to be reported: its warm-up epochs, and seconds or failure."""
     for name in names:
         print(f"{name}: loading, compiling and warming up ...", flush=True)
         begun, worker = time.perf_counter(), Worker(name, folder, env)
+        report: dict[str, Any] = {"epochs": []}
         try:
-            for command in ("probe", *["epoch"] * warmup):
-                worker.ask(command)
+            worker.ask("probe", patience)
+            for _ in range(warmup):
+                report["epochs"].append(worker.ask("epoch", patience))
         except RuntimeError as error:
             worker.close()
-            failures[name] = str(error)
             print(error, file=sys.stderr)
-            continue
-        workers[name], seconds[name] = worker, time.perf_counter() - begun
-    return workers, seconds, failures
-
-
-Epochs = dict[str, list[dict[str, float]]]  # {engine: the figures of each}
+            yield name, None, report | {"failure": str(error)}
+        else:
+            yield name, worker, report | {"seconds": time.perf_counter() - begun}
 
 
 def measure(workers: dict[str, Worker], repeats: int) -> Iterator[Epochs]:
     """Every engine's epochs, drawn in turns, each time in the other order: all so far, after each
-    turn."""
-    epochs: Epochs = {name: [] for name in workers}
+    epoch."""
+    epochs: Epochs = {}
     for i in range(repeats):
         for name, worker in reversed(workers.items()) if i % 2 else workers.items():
-            epochs[name].append(worker.ask("epoch"))
+            epochs.setdefault(name, []).append(worker.ask("epoch"))
             print(f"{name}: epoch {i + 1}/{repeats} {epochs[name][-1]['epoch']:.2f} s", flush=True)
-        yield epochs
-
-
-def summarise(epochs: list[dict[str, float]], images: int) -> dict[str, float]:
-    """Medians of the times; memory is a high-water mark, so its last value counts."""
-    result = {t: median(e[t] for e in epochs) for t in TIMES}
-    return result | {
-        "images_per_second": images / result["epoch"],
-        "peak_gib": epochs[-1]["peak_gib"],
-    }
-
-
-def table(figures: dict[str, dict[str, float]], ratio: dict[str, dict[str, float]]) -> str:
-    columns = {
-        "sample+decode s": "sample",
-        "decode s": "decode",
-        "update s": "update",
-        "epoch s": "epoch",
-        "images/s": "images_per_second",
-        "peak GiB": "peak_gib",
-        "warm-up s": "warmup",
-    }
-    lines = [f"{'':20}" + "".join(f"{title:>17}" for title in columns)]
-    for name, values in (figures | ratio).items():
-        cells = (f"{values[key]:17.2f}" if key in values else "" for key in columns.values())
-        lines.append(f"{name:20}" + "".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(lines)
-
-
-def ratios(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """{engine: {time or memory: its value / JAX's}}; above 1 JAX is ahead."""
-    if "jax" not in figures:
-        return {}
-    jax = figures["jax"]
-    return {
-        f"{name} / jax": {key: values[key] / jax[key] for key in (*TIMES, "peak_gib")}
-        for name, values in figures.items()
-        if name != "jax"
-    }
-
-
-def describe(config: dict[str, Any], hardware: dict[str, Any], env: dict[str, str]) -> str:
-    s, model = config["sample"], config["model"]
-    versions = ", ".join(f"{name} {hardware[name]}" for name in machine.PACKAGES)
-    return "\n".join(
-        [
-            f"{model['path']}, {model['height']} px, {model['dtype']}, LoRA rank"
-            f" {config['lora']['rank']}",
-            f"{s['groups']} groups x {s['group_size']} images in micro-batches of"
-            f" {s['micro_batch']}; {s['steps']} steps, {s['window']} of them stochastic and"
-            f" trained; remat in JAX: {model['remat']}",
-            f"{hardware['gpu'] or 'no GPU'}; {hardware['cpu']}, {hardware['cores']} cores,"
-            f" {hardware['memory_gib']:.0f} GiB, GLIBC_TUNABLES={env.get('GLIBC_TUNABLES', '')!r}",
-            f"Python {hardware['python']}, {versions}, commit {hardware['commit']}",
-        ]
-    )
+            yield epochs
 
 
 def parse() -> argparse.Namespace:
@@ -206,6 +152,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=1.0, help="its scale; 1 means none")
     parser.add_argument("--size", type=int, help="of the images, in pixels; the model's own")
     parser.add_argument("--t5_length", type=int, help="T5 tokens of a prompt")
+    parser.add_argument("--rank", type=int, help="of the adapter")
     parser.add_argument("--groups", type=int, help="prompts an epoch")
     parser.add_argument("--group_size", type=int, help="images of each prompt")
     parser.add_argument("--micro_batch", type=int, help="images at once")
@@ -213,6 +160,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", type=int, help="how many are stochastic and trained")
     parser.add_argument("--repeats", type=int, default=3, help="epochs measured of each engine")
     parser.add_argument("--warmup", type=int, default=2, help="epochs before them")
+    parser.add_argument("--patience", type=float, default=0.0,
+                        help="seconds for each answer of a starting engine; 0: any")  # fmt: skip
+    parser.add_argument("--models", type=Path, help="folder in which a random model is kept")
     parser.add_argument("--engines", default=",".join(ENGINES), help="the first is the reference")
     parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=False,
                         help="JAX recomputes activations in the backward pass")  # fmt: skip
@@ -240,38 +190,51 @@ def main() -> int:
         config = json.loads((folder / "config.json").read_text())
         config["model"]["path"] = args.model  # as it was named, wherever it lies
         print(describe(config, hardware, env), end="\n\n")
-        workers, warmup, failures = start(args.engines, folder, env, args.warmup)
-        if not workers:
-            return 1
-        report = {
+        report: dict[str, Any] = {
             "config": config,
             "machine": hardware,
             "glibc_tunables": env.get("GLIBC_TUNABLES", ""),
-            "failures": failures,
         }
-        try:
-            report["differences"] = check(folder, list(workers), args.product_dtype or args.device)
-            for epochs in measure(workers, args.repeats):
-                report |= summary(epochs, warmup, config)
-                if args.out:  # after each turn: a run that is cut off keeps what it had
-                    args.out.write_text(json.dumps(report, indent=2) + "\n")
-        finally:
-            for worker in workers.values():
-                worker.close()
+        for found in compare(args, folder, env, config):
+            report |= found
+            if args.out:  # a run that is cut off keeps what it had
+                args.out.write_text(json.dumps(report, indent=2) + "\n")
+    if "medians" not in report:
+        return 1
     shown = table(report["medians"], report["ratios"])
     print(f"\nmedians of {args.repeats} epochs\n{shown}")
-    return 1 if failures else 0
+    return 1 if report["failures"] or report["disagreements"] else 0
 
 
-def summary(
-    epochs: Epochs, warmup: dict[str, float], config: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Return the medians of the epochs so far, their ratios, and the epochs themselves."""
-    images = config["sample"]["groups"] * config["sample"]["group_size"]
-    figures = {
-        name: summarise(runs, images) | {"warmup": warmup[name]} for name, runs in epochs.items()
-    }
-    return {"medians": figures, "ratios": ratios(figures), "epochs": epochs}
+def compare(
+    args: argparse.Namespace, folder: Path, env: dict[str, str], config: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield what is found, as soon as it is: after each engine's start and after each epoch.
+
+    Engines that do not agree are measured all the same, and the disagreement is reported.
+    """
+    workers: dict[str, Worker] = {}
+    warmup: dict[str, Any] = {}
+    try:
+        for name, worker, found in start(
+            args.engines, folder, env, args.warmup, args.patience or None
+        ):
+            warmup[name] = found
+            if worker:
+                workers[name] = worker
+            failures = {n: w["failure"] for n, w in warmup.items() if "failure" in w}
+            yield {"warmup": warmup, "failures": failures}
+        if not workers:
+            return
+        differences, problems = check(folder, list(workers), args.product_dtype or args.device)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        yield {"differences": differences, "disagreements": problems}
+        for epochs in measure(workers, args.repeats):
+            yield summary(epochs, {n: warmup[n]["seconds"] for n in epochs}, config)
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu --out DIR [--minutes 9] [--model random:sd3.5-medium --size 512 ...]
 
-Stages, the most needed first, each a process with a limit of its own, whose results are in `--out`
-as soon as it has them:
+Stages, the most needed first, each a process with a limit of its own. All that they find is in one
+file, results.json in `--out`, a few seconds after they have found it:
 
   peak         products of bfloat16 matrices in JAX and in PyTorch: what "share of peak" refers to
   attention    the kernels against each other and against float32, forward and gradient
@@ -12,7 +12,8 @@ as soon as it has them:
   guided       the same with guidance 4.5
   shapes       `configs/shapes.py` until the time is up, evaluated every 25 epochs
 
-A stage that fails or takes too long is named in summary.json, and the next one begins.
+A stage that fails or takes too long is named there with the end of its log, and the next one
+begins.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
 
+RESULTS = "results.json"
 SIDE = 8192  # of the matrices of `peak`
 TOKENS, HEADS, CHANNELS = 1229, 24, 64  # SD3.5-medium at 512 px
 
@@ -130,10 +133,15 @@ def epoch_command(args: argparse.Namespace, out: Path, guidance: float) -> list[
         name: getattr(args, name)
         for name in ("model", "size", "groups", "group_size", "micro_batch", "steps", "window")
     }
+    if guidance > 1:  # two branches: as many rows at once as without
+        sizes["micro_batch"] = max(args.micro_batch // 2, 1)
     settings = [f"--{name}={value}" for name, value in sizes.items() if value]
     common = [f"--device={args.device}", f"--dtype={args.dtype}", f"--guidance={guidance}"]
-    limits = ["--repeats=3", "--warmup=1", f"--out={out}"]
-    return [sys.executable, "-m", "benchmarks.epoch", *common, *settings, *limits]
+    limits = ["--repeats=3", "--warmup=1", "--patience=100", f"--out={out}"]
+    made = [f"--models={out.parent}"]  # for both stages
+    if args.model.startswith("random:"):
+        made += ["--t5_length=128", "--rank=32"]  # as the recipes of SD3.5
+    return [sys.executable, "-m", "benchmarks.epoch", *common, *settings, *made, *limits]
 
 
 def shapes_command(out: Path) -> list[str]:
@@ -147,9 +155,13 @@ def own(stage: str, args: argparse.Namespace, file: Path) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu", *passed, f"--stage={stage}", f"--out={file}"]
 
 
-def stages(args: argparse.Namespace) -> list[tuple[str, list[str], float]]:
-    """(name, command, seconds that it may take) of each stage; a CPU has four times as many."""
-    out, longer = args.out, 4 if args.device == "cpu" else 1
+def stages(args: argparse.Namespace, out: Path) -> list[tuple[str, list[str], float]]:
+    """(name, command, seconds that it may take) of each stage; a CPU has four times as many.
+
+    Args:
+      out: the folder for what they write, each its own NAME.json.
+    """
+    longer = 4 if args.device == "cpu" else 1
     ratios = ["xla"] if args.device == "cpu" else ["xla", "cudnn"]
     limits = [
         ("peak", own("peak", args, out / "peak.json"), 60),
@@ -160,7 +172,7 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str], float]]:
         ),
         ("epoch", epoch_command(args, out / "epoch.json", 1.0), 240),
         ("guided", epoch_command(args, out / "guided.json", 4.5), 240),
-        ("shapes", shapes_command(Path(args.runs or tempfile.mkdtemp()) / "shapes"), 3600),
+        ("shapes", shapes_command(out / "shapes"), 3600),
     ]
     return [(name, command, longer * seconds) for name, command, seconds in limits]
 
@@ -168,59 +180,75 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str], float]]:
 def drive(args: argparse.Namespace) -> int:
     """Run the stages until the time is up. Returns the number of those that failed."""
     args.out.mkdir(parents=True, exist_ok=True)
+    work = Path(args.runs or tempfile.mkdtemp())
     end = time.monotonic() + 60 * args.minutes
-    summary: dict[str, Any] = {"machine": machine.described(args.device), "stages": {}}
+    found: dict[str, Any] = {}
+    results = {"machine": machine.described(args.device), "stages": found}
     platform = {"cpu": "cpu", "gpu": "cuda"}[args.device]
     env = dict(os.environ, JAX_PLATFORMS=platform, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-    for name, command, limit in stages(args):
+    for name, command, limit in stages(args, work):
         left = end - time.monotonic()
         if left < 10 or (args.only and name not in args.only):
-            summary["stages"][name] = {"result": "not run"}
-            _write(args.out / "summary.json", summary)
+            found[name] = {"result": "not run"}
+            _write(args.out / RESULTS, results)
             continue
         print(f"== {name}: {' '.join(command[2:])}", flush=True)
-        begun = time.monotonic()
-        with (args.out / f"{name}.log").open("w") as log:
-            result = _run(command, env, log, min(limit, left - 5))
-        if name == "shapes":
-            _keep_curve(command, args.out)
-        seconds = time.monotonic() - begun
-        summary["stages"][name] = {"result": result, "seconds": round(seconds, 1)}
+        for result, seconds in _run(command, env, work / f"{name}.log", min(limit, left - 5)):
+            took = {"result": result, "seconds": round(seconds, 1)}
+            found[name] = took | {"figures": _figures(work, name), "log": _tail(work, name)}
+            _write(args.out / RESULTS, results)
         print(f"   {result}, {seconds:.0f} s", flush=True)
-        _write(args.out / "summary.json", summary)
-    return sum(stage["result"].startswith("failed") for stage in summary["stages"].values())
+    return sum(stage["result"].startswith("failed") for stage in found.values())
 
 
 def _write(file: Path, result: Any) -> None:
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    """Write a JSON file as a whole: at no time is it half-written."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=2) + "\n")
+    part.replace(file)
 
 
-def _run(command: list[str], env: dict[str, str], log: Any, limit: float) -> str:
-    process = subprocess.Popen(
-        command,
-        cwd=machine.ROOT,
-        env=env,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+def _run(
+    command: list[str], env: dict[str, str], log: Path, limit: float
+) -> Iterator[tuple[str, float]]:
+    """Run a command. Yields its result, "running" every few seconds, and the seconds so far."""
+    begun = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=machine.ROOT,
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
-        code = process.wait(limit)
-        return "done" if code == 0 else f"failed with {code}"
-    except subprocess.TimeoutExpired:
-        return f"ended after {limit:.0f} s"
+        code = None
+        while code is None and (left := limit - (time.monotonic() - begun)) > 0:
+            try:
+                code = process.wait(min(left, 5))
+            except subprocess.TimeoutExpired:
+                yield "running", time.monotonic() - begun
     finally:
         with contextlib.suppress(ProcessLookupError):  # nothing of its group is left
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    failed = f"ended after {limit:.0f} s" if code is None else f"failed with {code}"
+    yield failed if code != 0 else "done", time.monotonic() - begun
 
 
-def _keep_curve(command: list[str], out: Path) -> None:
-    """Copy the run's figures, which are complete however it ended."""
-    workdir = next(part for part in command if part.startswith("--workdir=")).partition("=")[2]
-    figures = Path(workdir) / "metrics.jsonl"
-    if figures.exists():
-        (out / "shapes.jsonl").write_text(figures.read_text())
+def _figures(work: Path, stage: str) -> Any:
+    """Return what a stage has written so far; None for nothing. A run's figures are its rows."""
+    with contextlib.suppress(OSError, ValueError):  # it may be writing
+        if stage == "shapes":
+            rows = (work / stage / "metrics.jsonl").read_text().splitlines()
+            return [json.loads(row) for row in rows]
+        return json.loads((work / f"{stage}.json").read_text())
+    return None
+
+
+def _tail(work: Path, stage: str, length: int = 4000) -> str:
+    return (work / f"{stage}.log").read_text(errors="replace")[-length:]
 
 
 def parse() -> argparse.Namespace:
@@ -229,7 +257,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", help="run this one here; for the driver itself")
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of stages")
     parser.add_argument("--minutes", type=float, default=9.0, help="limit of all stages")
-    parser.add_argument("--runs", help="folder of the run of `shapes`")
+    parser.add_argument("--runs", help="folder of what the stages write")
     parser.add_argument(
         "--device", choices=("cpu", "gpu"), default="gpu", help="cpu tries the script"
     )

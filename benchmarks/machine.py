@@ -27,8 +27,6 @@ def described(device: str) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "gpu": gpu() if device == "gpu" else None,
         "cpu": models[0] if models else platform.processor(),
@@ -36,15 +34,30 @@ def described(device: str) -> dict[str, Any]:
         "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit(),
         **{name: version(name) for name in PACKAGES},
     }
 
 
+def commit() -> str:
+    """The commit of the checkout; that of its wheels/ (wheels.sh) where git knows of none."""
+    noted = ROOT / "wheels" / "commit"
+    said = printed("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    return said or (noted.read_text().strip() if noted.exists() else "")
+
+
 def gpu() -> str:
     """Name, memory and driver."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    query = "--query-gpu=name,memory.total,driver_version"
+    return printed("nvidia-smi", query, "--format=csv,noheader")
+
+
+def printed(*command: str) -> str:
+    """What a command prints; "" where it fails, or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def version(name: str) -> str | None:

@@ -26,7 +26,7 @@ CLIP_TOKENS = 77
 
 
 def find(model: str, folder: Path) -> Path | None:
-    """The directory of "random:NAME", made in `folder`; None where the model is another.
+    """The directory of "random:NAME", made in `folder` if it is not there; None for another model.
 
     NAME is a published model's, without organisation and with any of its usual short forms
     ("sd3.5-medium"), or its whole id. Raises ValueError for one that is not known.
@@ -37,7 +37,9 @@ def find(model: str, folder: Path) -> Path | None:
     short = {name: name.split("/")[1].replace("stable-diffusion-", "sd") for name in PUBLISHED}
     for name, parts in PUBLISHED.items():
         if wanted in (name, short[name]):
-            return write(parts, folder / short[name])
+            made = folder / short[name]
+            last = made / "text_encoder_3" / "model.safetensors"  # that `package.write` writes
+            return made if last.exists() else write(parts, made)
     raise ValueError(f"--model={model}: choose {PREFIX} and one of {', '.join(short.values())}")
 
 

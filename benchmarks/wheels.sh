@@ -19,4 +19,5 @@ python3 -m pip download -q --no-deps --only-binary=:all: --python-version "$vers
   flax==0.12.12 optax==0.2.8 orbax-checkpoint==0.12.8 treescope diffusers==0.42.1 peft==0.21.2 \
   ml_collections absl-py einops 'etils>=1.9' simplejson nest_asyncio importlib_resources \
   importlib_metadata tensorboardX zipp
+git describe --always --dirty >wheels/commit # the GPU machine may have no git
 du -sh wheels

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import engine, random_model
+from benchmarks import agreement, engine, epoch, random_model
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.models.sd3.architecture import PUBLISHED
 from flowgrpo_jax.models.sd3.mmdit import MMDiTConfig
@@ -50,6 +51,25 @@ def test_an_engine_that_dies_is_an_error_with_its_last_words(tmp_path, monkeypat
             worker.ask("probe")
 
 
+def test_an_engine_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
+    (tmp_path / "hanging.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setitem(engine.ENGINES, "hanging", "hanging")
+    monkeypatch.setattr(engine, "ROOT", tmp_path)
+    given = ["hanging"], tmp_path, dict(os.environ)
+    ((name, worker, found),) = epoch.start(*given, warmup=1, patience=0.5)
+    assert (name, worker) == ("hanging", None)
+    assert found == {"epochs": [], "failure": "hanging has not answered 'probe' in 0.5 s"}
+
+
+def test_engines_that_differ_are_told_and_measured_all_the_same(tmp_path, monkeypatch):
+    one = {"velocity": np.ones(4), "images": np.zeros(4, np.uint8), "lora.a": np.ones(2)}
+    np.savez(tmp_path / "jax.npz", **one)
+    np.savez(tmp_path / "torch.npz", **one | {"velocity": np.array([1, 1, 1, 2.0])})
+    found, (problem,) = agreement.check(tmp_path, ["jax", "torch"], "cpu")
+    assert found["torch"] == {"velocity": 0.5, "gradient": 0.0, "images": 0.0}
+    assert problem.startswith("torch and jax do not compute the same velocity: 0.5 is above 0.0001")
+
+
 def test_a_published_model_with_random_weights_loads_and_keeps_its_scale(tmp_path, monkeypatch):
     """A smaller one under the same name: the published ones take gigabytes."""
     name = "stabilityai/stable-diffusion-3.5-medium"
@@ -69,6 +89,8 @@ def test_a_published_model_with_random_weights_loads_and_keeps_its_scale(tmp_pat
     velocity = model.velocity(adapter, model.base, x, sigma, cond)
     assert 0.1 < float(velocity.std()) < 10
     assert random_model.find("shapes", tmp_path) is None
+    monkeypatch.setattr(random_model, "write", None)  # it is there already
+    random_model.find("random:sd3.5-medium", tmp_path)
     with pytest.raises(ValueError, match=r"random:sd4.*choose random: and one of .*sd3\.5-medium"):
         random_model.find("random:sd4", tmp_path)
 

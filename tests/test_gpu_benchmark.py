@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import epoch, gpu, machine
 
 
 def arguments(monkeypatch, *options):
@@ -29,12 +29,13 @@ def test_every_stage_is_recorded_however_it_ends(tmp_path, monkeypatch):
         ("after", python("print('reached')"), 60),
         ("asked-not", python("print('never')"), 60),
     ]
-    monkeypatch.setattr(gpu, "stages", lambda args: listed)
+    monkeypatch.setattr(gpu, "stages", lambda args, out: listed)
     only = "good,bad,hung,after"
     args = arguments(monkeypatch, "--out", tmp_path, "--device", "cpu", "--only", only)
     assert gpu.drive(args) == 1
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    results = {name: stage["result"] for name, stage in summary["stages"].items()}
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]  # of few files all return
+    found = json.loads((tmp_path / "results.json").read_text())
+    results = {name: stage["result"] for name, stage in found["stages"].items()}
     assert results.pop("asked-not") == "not run"
     assert results == {
         "good": "done",
@@ -42,18 +43,73 @@ def test_every_stage_is_recorded_however_it_ends(tmp_path, monkeypatch):
         "hung": "ended after 3 s",
         "after": "done",
     }
-    assert (tmp_path / "after.log").read_text() == "reached\n"
-    assert summary["machine"]["python"] and summary["machine"]["jax"]
+    assert found["stages"]["after"]["log"] == "reached\n"
+    assert found["machine"]["python"] and found["machine"]["jax"]
     time.sleep(0.2)
     left = subprocess.run(["pgrep", "-f", "sleep 98.7"], capture_output=True, text=True)
     assert left.stdout == ""
 
 
 def test_no_stage_begins_when_the_time_is_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "stages", lambda args: [("late", python("print(1)"), 60)])
+    monkeypatch.setattr(gpu, "stages", lambda args, out: [("late", python("print(1)"), 60)])
     args = arguments(monkeypatch, "--out", tmp_path, "--device", "cpu", "--minutes", 0.1)
     assert gpu.drive(args) == 0
-    assert not (tmp_path / "late.log").exists()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["stages"] == {"late": {"result": "not run"}}
+
+
+def test_what_a_stage_has_found_is_there_before_it_ends(tmp_path, monkeypatch):
+    """So that a machine that is taken away costs seconds."""
+    code = """
+import json, pathlib, sys, time
+pathlib.Path(sys.argv[1]).write_text(json.dumps({"so far": 1}))
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+    def stages(args, out):
+        return [("slow", [*python(code), str(out / "slow.json")], 600)]
+
+    class Taken(Exception):
+        pass
+
+    def write(file, result):
+        written(file, result)
+        if json.loads(file.read_text())["stages"]["slow"]["figures"]:
+            raise Taken
+
+    written = gpu._write
+    monkeypatch.setattr(gpu, "stages", stages)
+    monkeypatch.setattr(gpu, "_write", write)
+    with pytest.raises(Taken):
+        gpu.drive(arguments(monkeypatch, "--out", tmp_path, "--device", "cpu"))
+    (slow,) = json.loads((tmp_path / "results.json").read_text())["stages"].values()
+    assert slow["result"] == "running" and slow["figures"] == {"so far": 1}
+    assert slow["log"] == "begun\n"
+
+
+def test_the_commands_of_all_stages_are_understood(tmp_path, monkeypatch):
+    args = arguments(monkeypatch, "--out", tmp_path)
+    listed = {name: command for name, command, _ in gpu.stages(args, tmp_path)}
+    for name in ("epoch", "guided"):
+        monkeypatch.setattr(sys, "argv", listed[name][2:])
+        parsed = epoch.parse()
+        assert (parsed.device, parsed.t5_length, parsed.rank, parsed.out) == (
+            "gpu",
+            128,
+            32,
+            tmp_path / f"{name}.json",
+        )
+        assert parsed.micro_batch == (8 if name == "epoch" else 4)
+    monkeypatch.setattr(sys, "argv", listed["peak"][2:])
+    assert gpu.parse().stage == "peak"
+    assert "--config=shapes" in listed["shapes"]
+
+
+def test_versions_and_hardware_without_git_and_without_a_driver(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = machine.described("gpu")
+    assert found["gpu"] == "" and found["jax"]
 
 
 @pytest.mark.parametrize("stage", ["peak", "attention"])

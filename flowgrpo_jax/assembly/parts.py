@@ -22,7 +22,7 @@ from flowgrpo_jax.advantages import diversity
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.assembly.batch_plan import Plan, derived_micro_batch
 from flowgrpo_jax.assembly.rollout_settings import branches, window
-from flowgrpo_jax.models import Family, Model, attention, products, quantised
+from flowgrpo_jax.models import Family, Model, attention, decoding, products, quantised
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.prompts import tasks
 from flowgrpo_jax.regularisation import kl_control, training_data
@@ -110,6 +110,15 @@ def check_size(config: ConfigDict, model: Model) -> None:
         model.latent_shape(config.model.height, config.model.width)
     except ValueError as error:
         raise ValueError(f"model.height and model.width: {error}") from error
+
+
+def make_decode(config: ConfigDict, model: Model, mesh: Mesh) -> decoding.Decode:
+    """Return `model.decode` of as many pictures at once as the recipe has, or as the memory has
+    room for."""
+    c = config.model
+    return decoding.in_parts(
+        model.decode, mesh, c.decode_batch or decoding.automatic(c.height, c.width)
+    )
 
 
 def drop_frozen(model: Model, algorithm: Algorithm) -> Model:

@@ -19,7 +19,7 @@ from flowgrpo_jax.assembly import monitor_settings, parts
 from flowgrpo_jax.assembly.batch_plan import Plan, make_plan
 from flowgrpo_jax.assembly.rollout_settings import make_advantage, make_window, window
 from flowgrpo_jax.assembly.settings import check, guidance, require
-from flowgrpo_jax.models import Model, decoding
+from flowgrpo_jax.models import Model
 from flowgrpo_jax.regularisation.kl_control import Control
 from flowgrpo_jax.regularisation.training_data import Data
 from flowgrpo_jax.sampling import excess_noise, sampler, solvers, windows
@@ -206,10 +206,7 @@ def make_programs(
     scale = guidance(s.guidance_scale, "sample.guidance_scale", model.guidance)
     eval_scale = guidance(config.eval.guidance_scale, "eval.guidance_scale", model.guidance)
     guided = sampler.guided(model.velocity, scale, model.guidance)
-    pictures = config.model.decode_batch or decoding.automatic(
-        config.model.height, config.model.width
-    )
-    decode = decoding.in_parts(model.decode, mesh, pictures)
+    decode = parts.make_decode(config, model, mesh)
     require(
         model.heads % tensor == 0,
         f"mesh.tensor={tensor} does not divide the transformer's {model.heads} heads: choose a"
