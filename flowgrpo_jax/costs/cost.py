@@ -99,8 +99,7 @@ RING = {
     "all-to-all": lambda n: (n - 1) / n,
     "collective-permute": lambda n: 1.0,
 }
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8}
-BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "f64": 8, "f32": 4, "s32": 4, "u32": 4}
+BITS = re.compile(r"[a-z]+(\d+)")  # in the name of a type: s4, bf16, f8e4m3fn
 
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 RESULT = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
@@ -108,6 +107,7 @@ CALLED = re.compile(
     r"(calls|to_apply|body|condition|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 CHANNEL = re.compile(r"channel_id=(\d+)")
 OPERATION = re.compile(rf"%?(\S+) = (.*?) ({'|'.join(RING)})(-start)?\(")
@@ -167,7 +167,8 @@ def times_run(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
         times[name] += n
         for line in bodies.get(name, []):
             loop = CONDITION.search(line)
-            trips = _trips(bodies.get(loop[1], [])) if loop else 1
+            known = KNOWN_TRIPS.search(line)
+            trips = int(known[1]) if known else _trips(bodies.get(loop[1], [])) if loop else 1
             for kind, several, one in CALLED.findall(line):
                 for called in (several or one).split(", "):
                     run(called.lstrip("%"), n * trips if kind == "body" else n)
@@ -183,7 +184,13 @@ def _trips(condition: list[str]) -> int:
 
 
 def _bytes(kind: str, shape: str) -> int:
-    return BYTES.get(kind, 0) * math.prod(int(n) for n in shape.split(",") if n)
+    return int(bytes_of(kind) * math.prod(int(n) for n in shape.split(",") if n))
+
+
+def bytes_of(kind: str) -> float:
+    """Return the bytes of an element, by the bits in its type's name; 0 of what is no number."""
+    bits = BITS.match(kind)
+    return int(bits[1]) / 8 if bits else float(kind == "pred")
 
 
 def _group(line: str) -> int:

@@ -6,7 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
-from flowgrpo_jax.costs.cost import BYTES
+from flowgrpo_jax.costs.cost import bytes_of
 
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](?:\{([0-9,]*)(?::([^{}]*))?\})?")
@@ -67,7 +67,7 @@ def _arguments(text: str) -> str:
 
 def _array(kind: str, sizes: str, order: str, tiles: str) -> Array:
     shape = tuple(int(n) for n in sizes.split(",") if n)
-    size = float(BYTES.get(kind, 0) * math.prod(_laid_out(shape, order, tiles)))
+    size = float(bytes_of(kind) * math.prod(_laid_out(shape, order, tiles)))
     return Array(shape, size, not re.search(r"S\([1-9]\)", tiles))
 
 

@@ -35,6 +35,8 @@ ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 FREE |= {"call", "after-all", "partition-id", "replica-id", "optimization-barrier", "domain"}
 SLICES = {"dynamic-slice", "slice", "gather"}
+COPIES = {"copy-start", "slice-start", "dynamic-slice-start"}
+ALLOCATION = 'custom_call_target="AllocateBuffer"'  # a place for results, which is not written
 
 
 class Work(NamedTuple):
@@ -91,7 +93,7 @@ def work(text: str, kernels: Mapping[str, float] | None = None) -> list[Work]:
         called[1]
         for computation in program.values()
         for each in computation.values()
-        if each.opcode not in ("call", "async-start") and (called := CALLS.search(each.line))
+        if each.opcode != "call" and (called := CALLS.search(each.line))
     }
     counts = _Counts(program, kernels or {})
     return [
@@ -107,7 +109,9 @@ def work(text: str, kernels: Mapping[str, float] | None = None) -> list[Work]:
         for name, computation in program.items()
         if times[name] and name not in fused
         for each in computation.values()
-        if each.opcode not in FREE and not each.opcode.endswith(("-done", "-update"))
+        if each.opcode not in FREE
+        and not each.opcode.endswith(("-done", "-update"))
+        and ALLOCATION not in each.line
     ]
 
 
@@ -179,24 +183,35 @@ class _Counts:
         return read
 
     def _written(self, each: Instruction, computation: Computation) -> float:
-        size, inner = _size(each.result), self.called(each) if each.opcode == "fusion" else None
-        last = each if inner is None else list(inner.values())[-1]
-        while inner is not None and last.opcode == "bitcast" and last.operands[0] in inner:
-            last = inner[last.operands[0]]
-        if last.opcode == "dynamic-update-slice" and size:
-            where = computation if inner is None else inner
-            return min(_padded(where[last.operands[1]].result), size)
-        return size
+        inner = self.called(each) if each.opcode == "fusion" else None
+        if inner is None:
+            return _kept(each, computation, _size(each.result))
+        last = list(inner.values())[-1]
+        if last.opcode == "tuple" and len(last.operands) == len(each.result):
+            parts = zip(last.operands, each.result)
+            return sum(_kept(inner[name], inner, array.bytes) for name, array in parts)
+        return _kept(last, inner, _size(each.result))
 
     def _started(self, each: Instruction, computation: Computation) -> float:
         """A transfer that begins here: (operand, result, context), or of several operands."""
         arrays = [a for a in each.result if math.prod(a.shape) > 1]
-        if each.opcode in ("copy-start", "slice-start", "async-start") and len(arrays) >= 2:
+        if each.opcode == "async-start" and (inner := self.called(each)):
+            return sum(self.moved(i, inner) for i in inner.values() if i.opcode not in FREE)
+        if each.opcode in COPIES and len(arrays) >= 2:
             source, target = arrays[0], arrays[1]
             logical = min(source.size, target.size)
             return logical * (bool(source.bytes) + bool(target.bytes))
         read = sum(_size(computation[n].result) for n in each.operands if n in computation)
         return read + max(_size(each.result) - read, 0.0)
+
+
+def _kept(last: Instruction, computation: Computation, size: float) -> float:
+    """Return what is written of a result of so many bytes: the update, if it is one in place."""
+    while last.opcode == "bitcast" and last.operands[0] in computation:
+        last = computation[last.operands[0]]
+    if last.opcode == "dynamic-update-slice":
+        return min(_padded(computation[last.operands[1]].result), size)
+    return size
 
 
 def _size(arrays: tuple[Array, ...]) -> float:
