@@ -144,18 +144,20 @@ def improve(
     terms = algorithm.terms(run.setup, sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY))
     chunks = jnp.split(terms, len(terms)) if run.config.train.step_each_term else [terms]
     credits = credit.cut(assigned, plan.updates * plan.micro_batches)
-    first_step, by_step = state.step, []
+    first_step = state.step
+    each_step: list[dict[str, Any]] = []
     for number, chunk in itertools.product(range(plan.updates), chunks):
         summed, sums = gradient.of_update(
             run, state, cond, rollouts, credits, chunk, reward_inputs, number, stop.check
         )
+        # Only before the first step is the policy the one that drew the images.
+        if not each_step and (problem := algorithm.warning(update.scalars(sums))):
+            log.warning("epoch %d: %s", epoch, problem)
         summed, on_data = data_loss.add(run, data, number, state, epoch, summed)
         state, step_figures = run.programs.apply(state, summed)
         state = run.put(state)  # as each micro-batch's gradient, in gradient.py
-        by_step.append(sums | step_figures | on_data)
-    figures = update.epoch_figures(algorithm, by_step)
-    if problem := algorithm.warning(figures):
-        log.warning("epoch %d: %s", epoch, problem)
+        each_step.append(sums | step_figures | on_data)
+    figures = update.epoch_figures(algorithm, each_step)
     state, data_figures = data_loss.step(run, data, state, epoch)
     return run.programs.end_epoch(state, first_step), figures | data_figures
 

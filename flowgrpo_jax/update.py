@@ -157,16 +157,16 @@ def empty(algorithm: Algorithm, setup: Setup, policy: Params) -> Carry:
     return jax.tree.map(jnp.zeros_like, policy), figures | by_step
 
 
-def epoch_figures(algorithm: Algorithm, by_step: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def epoch_figures(algorithm: Algorithm, each_step: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return an epoch's figures from those of its optimiser steps: their means.
 
     Of `algorithm.worst` the first step alone counts, because only before it is the policy the one
     that drew the images.
     """
-    first = {name: by_step[0][name] for name in algorithm.worst}
+    first = {name: each_step[0][name] for name in algorithm.worst}
     means = {
-        name: sum(np.asarray(figures[name], float) / len(by_step) for figures in by_step)
-        for name in by_step[0]
+        name: sum(np.asarray(figures[name], float) / len(each_step) for figures in each_step)
+        for name in each_step[0]
         if name not in first
     }
     return scalars(first | means)

@@ -75,7 +75,7 @@ class Algorithm:
         "kl" is without this weight.
       worst: figures of which the largest value counts, and not the mean.
       by_step: figures that a run also reports for each step of the rollout.
-      warning: (figures of an epoch) -> a sentence, or "" when all is well.
+      warning: (figures of an epoch's first optimiser step) -> a sentence, or "" when all is well.
       summary: one line about the options, for the first lines that a run prints.
     """
 
