@@ -18,6 +18,8 @@ theirs has 4.5 beside a policy without.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -67,36 +69,6 @@ def make(
             f"algorithm.options.first_steps={first_steps}: must be at least levels={levels}"
         )
 
-    def loss(
-        setup: Setup,
-        v: Velocities,
-        rollout: Rollout,
-        term: jax.Array,
-        credit: Credit,
-    ) -> tuple[jax.Array, Figures]:
-        size, a = setup.group_size, credit.advantage
-        sigma = jnp.asarray(setup.process.sigmas, jnp.float32)[term]
-        level = jnp.broadcast_to(sigma, rollout.prompt.shape)
-        noised = renoise(share_keys(rollout, size), level, term)
-        velocity, reference = (v[name](noised.x, noised.sigma) for name in ("policy", "reference"))
-        error = velocity_error(velocity, noised)
-        gain = a * (error - velocity_error(reference, noised))
-        weight = jax.lax.stop_gradient(jax.nn.sigmoid(beta * group_sum(gain, size) / size))
-        outside = jnp.zeros_like(error, bool)
-        if clip_range:
-            average = velocity_error(v["average"](noised.x, noised.sigma), noised)
-            ratio = trust_regions.exp(average - error)
-            outside = jnp.where(a > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
-        value = weight * a * jnp.where(outside, jax.lax.stop_gradient(error), error)
-        to_reference = mean(jnp.square(velocity - reference))
-        figures = {
-            "policy_loss": value,
-            "kl": to_reference,
-            "clip_fraction": outside.astype(jnp.float32),
-            "group_weight": weight,
-        }
-        return value + kl_beta * credit.weigh(to_reference), figures
-
     def terms(setup: Setup, key: jax.Array) -> jax.Array:
         if first_steps > setup.process.steps:
             raise ValueError(
@@ -111,7 +83,7 @@ def make(
         **({"average": average} if clip_range else {}),
     }
     return Algorithm(
-        loss,
+        partial(_loss, beta=beta, clip_range=clip_range, kl_beta=kl_beta),
         terms,
         figures=("policy_loss", "kl", "clip_fraction", "group_weight"),
         draws="drawer",
@@ -121,3 +93,39 @@ def make(
         weighs_kl=kl_beta > 0,
         summary=f"DGPO, {levels} noise levels, beta {beta:g}, KL {kl_beta:g}",
     )
+
+
+def _loss(
+    setup: Setup,
+    v: Velocities,
+    rollout: Rollout,
+    term: jax.Array,
+    credit: Credit,
+    *,
+    beta: float,
+    clip_range: float,
+    kl_beta: float,
+) -> tuple[jax.Array, Figures]:
+    """Return the loss [M] of whole groups at the noise level of step `term`, and its figures."""
+    size, a = setup.group_size, credit.advantage
+    sigma = jnp.asarray(setup.process.sigmas, jnp.float32)[term]
+    level = jnp.broadcast_to(sigma, rollout.prompt.shape)
+    noised = renoise(share_keys(rollout, size), level, term)
+    velocity, reference = (v[name](noised.x, noised.sigma) for name in ("policy", "reference"))
+    error = velocity_error(velocity, noised)
+    gain = a * (error - velocity_error(reference, noised))
+    weight = jax.lax.stop_gradient(jax.nn.sigmoid(beta * group_sum(gain, size) / size))
+    outside = jnp.zeros_like(error, bool)
+    if clip_range:
+        average = velocity_error(v["average"](noised.x, noised.sigma), noised)
+        ratio = trust_regions.exp(average - error)
+        outside = jnp.where(a > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
+    value = weight * a * jnp.where(outside, jax.lax.stop_gradient(error), error)
+    to_reference = mean(jnp.square(velocity - reference))
+    figures = {
+        "policy_loss": value,
+        "kl": to_reference,
+        "clip_fraction": outside.astype(jnp.float32),
+        "group_weight": weight,
+    }
+    return value + kl_beta * credit.weigh(to_reference), figures
