@@ -27,6 +27,7 @@ reference has the guidance of the rollout, and 4.5 there; errors are f32 in plac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -85,36 +86,14 @@ def make(
     options.one_of(("update", "group"), center=center)
     options.one_of(WEIGHTS, center_weights=center_weights)
 
-    def loss(
-        setup: Setup,
-        v: Velocities,
-        rollout: Rollout,
-        term: jax.Array,
-        credit: Credit,
-    ) -> tuple[jax.Array, Figures]:
-        sigma = jnp.asarray(setup.process.sigmas, jnp.float32)[term % setup.process.steps]
-        noised = renoise(rollout, jnp.broadcast_to(sigma, rollout.prompt.shape), term)
-        velocity, old = (v[name](noised.x, noised.sigma) for name in ("policy", "old"))
-        implicit = normalised_velocity_error(old, noised)
-        implicit -= normalised_velocity_error(velocity, noised)
-        a = credit.advantage
-        reward = jnp.clip(a / (2 * advantage_clip) + 0.5, 0, 1)
-        size = setup.group_size if center == "group" else len(reward)
-        rows = reward.reshape(-1, size), a.reshape(-1, size)
-        directions = WEIGHTS[center_weights](*rows, temperature)
-        value = squared_gap(implicit, reward, directions, beta) * advantage_clip / beta
-        to_reference = distance(v, "reference", kl_beta, velocity, noised)
-        figures = {
-            "policy_loss": value,
-            "kl": to_reference,
-            "old_distance": mean(jnp.square(velocity - old)),
-        }
-        least = min(LEAST_KL, kl_beta)  # kl_beta x m
-        held = (least + reward * (kl_beta - least)) * credit.weigh(to_reference)
-        return value + held, figures
-
     return Algorithm(
-        loss,
+        partial(
+            _loss,
+            beta=beta,
+            advantage_clip=advantage_clip,
+            weigh=partial(_weigh, center, center_weights, temperature),
+            kl_beta=kl_beta,
+        ),
         terms=lambda setup, key: jnp.arange(levels),
         figures=("policy_loss", "kl", "old_distance"),
         draws="drawer",
@@ -128,6 +107,52 @@ def make(
         summary=f"CRD, {levels} noise levels an image, centred over the {center}"
         f" ({center_weights}), KL {kl_beta:g}",
     )
+
+
+def _loss(
+    setup: Setup,
+    v: Velocities,
+    rollout: Rollout,
+    term: jax.Array,
+    credit: Credit,
+    *,
+    beta: float,
+    advantage_clip: float,
+    weigh: Callable[[jax.Array, jax.Array, int], Sequence[jax.Array]],
+    kl_beta: float,
+) -> tuple[jax.Array, Figures]:
+    """Return the loss [M] of images that are noised for the `term`-th time, and its figures."""
+    sigma = jnp.asarray(setup.process.sigmas, jnp.float32)[term % setup.process.steps]
+    noised = renoise(rollout, jnp.broadcast_to(sigma, rollout.prompt.shape), term)
+    velocity, old = (v[name](noised.x, noised.sigma) for name in ("policy", "old"))
+    implicit = normalised_velocity_error(old, noised) - normalised_velocity_error(velocity, noised)
+    reward = jnp.clip(credit.advantage / (2 * advantage_clip) + 0.5, 0, 1)
+    directions = weigh(reward, credit.advantage, setup.group_size)
+    value = squared_gap(implicit, reward, directions, beta) * advantage_clip / beta
+    to_reference = distance(v, "reference", kl_beta, velocity, noised)
+    figures = {
+        "policy_loss": value,
+        "kl": to_reference,
+        "old_distance": mean(jnp.square(velocity - old)),
+    }
+    least = min(LEAST_KL, kl_beta)  # kl_beta x m
+    held = (least + reward * (kl_beta - least)) * credit.weigh(to_reference)
+    return value + held, figures
+
+
+def _weigh(
+    center: str,
+    center_weights: str,
+    temperature: float,
+    reward: jax.Array,
+    advantage: jax.Array,
+    group_size: int,
+) -> tuple[jax.Array, ...]:
+    """Return the weights of M images in the means, [M / N, N] for each direction: a row for every
+    N images that have a mean in common."""
+    size = group_size if center == "group" else len(reward)
+    rows = reward.reshape(-1, size), advantage.reshape(-1, size)
+    return WEIGHTS[center_weights](*rows, temperature)
 
 
 def squared_gap(
