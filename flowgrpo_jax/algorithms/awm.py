@@ -19,6 +19,8 @@ drawn for each image, and not for a micro-batch; errors are f32 in place of f64.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -72,36 +74,20 @@ def make(
     options.at_least(0, kl_beta=kl_beta, anchor_beta=anchor_beta, anchor_rate=anchor_rate)
     options.below_one(anchor_most=anchor_most)
 
-    def loss(
-        setup: Setup,
-        v: Velocities,
-        rollout: Rollout,
-        term: jax.Array,
-        credit: Credit,
-    ) -> tuple[jax.Array, Figures]:
-        noised = renoise_stratum(setup, rollout, term, levels, first=first, share=share)
-        velocity = v["policy"](noised.x, noised.sigma)
-        new = log_prob(velocity, noised, power)
-        old = jax.lax.stop_gradient(new)
-        if clip_range:
-            old = log_prob(v["old"](noised.x, noised.sigma), noised, power)
-        weight = advantage_scale * credit.advantage
-        value, ratio = clipped(new - old, weight, clip_range or jnp.inf)
-        to_anchor = distance(v, "anchor", anchor_beta, velocity, noised)
-        to_reference = distance(v, "reference", kl_beta, velocity, noised)
-        figures = {
-            "policy_loss": value,
-            "kl": to_reference,
-            "anchor_distance": to_anchor,
-            "ratio_gap": jnp.abs(ratio - 1),
-        }
-        held = kl_beta * credit.weigh(to_reference)
-        return value + held + anchor_beta * to_anchor, figures
-
     reads = used(old=clip_range, anchor=anchor_beta, reference=kl_beta)
     decays = {"old": copies.fresh, "anchor": copies.rising(anchor_rate, anchor_most)}
     return Algorithm(
-        loss,
+        partial(
+            _loss,
+            levels=levels,
+            first=first,
+            share=share,
+            power=power,
+            advantage_scale=advantage_scale,
+            clip_range=clip_range,
+            kl_beta=kl_beta,
+            anchor_beta=anchor_beta,
+        ),
         terms=stratified(levels, first=first, share=share),
         figures=("policy_loss", "kl", "anchor_distance", "ratio_gap"),
         reads=reads,
@@ -110,6 +96,43 @@ def make(
         worst=("ratio_gap",),
         summary=f"AWM, {levels} noise levels an image, KL {kl_beta:g}, anchor {anchor_beta:g}",
     )
+
+
+def _loss(
+    setup: Setup,
+    v: Velocities,
+    rollout: Rollout,
+    term: jax.Array,
+    credit: Credit,
+    *,
+    levels: int,
+    first: int,
+    share: float,
+    power: float,
+    advantage_scale: float,
+    clip_range: float,
+    kl_beta: float,
+    anchor_beta: float,
+) -> tuple[jax.Array, Figures]:
+    """Return the loss [M] of images at levels from part `term` of the steps, and its figures."""
+    noised = renoise_stratum(setup, rollout, term, levels, first=first, share=share)
+    velocity = v["policy"](noised.x, noised.sigma)
+    new = log_prob(velocity, noised, power)
+    old = jax.lax.stop_gradient(new)
+    if clip_range:
+        old = log_prob(v["old"](noised.x, noised.sigma), noised, power)
+    weight = advantage_scale * credit.advantage
+    value, ratio = clipped(new - old, weight, clip_range or jnp.inf)
+    to_anchor = distance(v, "anchor", anchor_beta, velocity, noised)
+    to_reference = distance(v, "reference", kl_beta, velocity, noised)
+    figures = {
+        "policy_loss": value,
+        "kl": to_reference,
+        "anchor_distance": to_anchor,
+        "ratio_gap": jnp.abs(ratio - 1),
+    }
+    held = kl_beta * credit.weigh(to_reference)
+    return value + held + anchor_beta * to_anchor, figures
 
 
 def log_prob(velocity: jax.Array, noised: Renoised, power: float) -> jax.Array:
