@@ -87,20 +87,17 @@ def make(
     options.one_of(trust_regions.TABLE, trust_region=trust_region)
     _check_together(kl_beta, reset_every, trust_region, centering)
     limit = kl_threshold if trust_region == "dppo" else clip_range
-    loss = partial(
-        _loss,
-        bound=trust_regions.TABLE[trust_region],
-        limit=limit,
-        weigh=step_weights.TABLE[step_weight],
-        kl_beta=kl_beta,
-        kl_weighting=kl_weighting,
-        centering=centering,
-    )
-    redraws = "centering" if centering else "" if trust_region == "clip" else trust_region
-    weights = "" if step_weight == "none" else f", {step_weight} weights"
     return Algorithm(
-        loss,
-        terms=partial(_terms, steps, step_choice, redraws),
+        partial(
+            _loss,
+            bound=trust_regions.TABLE[trust_region],
+            limit=limit,
+            weigh=step_weights.TABLE[step_weight],
+            kl_beta=kl_beta,
+            kl_weighting=kl_weighting,
+            centering=centering,
+        ),
+        terms=partial(_terms, steps, step_choice, trust_region, centering),
         figures=FIGURES,
         records="window",
         reads=used(reference=kl_beta),
@@ -109,8 +106,7 @@ def make(
         worst=("ratio_gap",),
         by_step=("log_prob_change",),
         warning=partial(_warning, jnp.inf if trust_region == "dppo" else clip_range),
-        summary=f"{steps or 'all'} steps of the window{weights}, {trust_region} {limit:g},"
-        f" KL {kl_beta:g}",
+        summary=_summary(steps, step_weight, trust_region, limit, kl_beta),
     )
 
 
@@ -170,27 +166,33 @@ def _kl(
     return sde.kl(new.mean, ref.mean, new.std, dt, **forms)
 
 
-def _terms(steps: int, step_choice: str, redraws: str, setup: Setup, key: jax.Array) -> jax.Array:
-    """Return the transitions that an epoch trains, as places in the window.
-
-    Args:
-      redraws: the option by which the noise of transitions is drawn anew; "" for none.
-    """
+def _terms(
+    steps: int,
+    step_choice: str,
+    trust_region: str,
+    centering: bool,
+    setup: Setup,
+    key: jax.Array,
+) -> jax.Array:
+    """Return the transitions that an epoch trains, as places in the window."""
     size = setup.process.window
     if steps > size:
         raise ValueError(
             f"algorithm.options.steps={steps}: the window has {size} steps to train; choose 1"
             f" to {size}, or 0 for all of them"
         )
-    if redraws:
-        _check_noise(redraws, setup.process.branches)
+    _check_noise(trust_region, centering, setup.process.branches)
     if steps in (0, size) or step_choice == "first":
         return jnp.arange(steps or size)
     return jnp.sort(jax.random.permutation(key, size)[:steps])
 
 
-def _check_noise(redraws: str, branches: Branches) -> None:
-    """Raise ValueError where the noise of an image's own key is not what its transitions drew."""
+def _check_noise(trust_region: str, centering: bool, branches: Branches) -> None:
+    """Raise ValueError where noise is drawn anew, from each image's own key, and is not what the
+    image's transitions drew."""
+    if trust_region == "clip" and not centering:
+        return  # nothing is drawn anew
+    redraws = "centering" if centering else trust_region
     instead = "set algorithm.options.trust_region to 'clip' and centering to False"
     if branches.splits:
         raise ValueError(
@@ -214,6 +216,12 @@ def _warning(clip_range: float, figures: Mapping[str, float]) -> str:
         " about the log-probs, and the clip cuts noise; use model.dtype='float32', or a larger"
         " clip_range"
     )
+
+
+def _summary(steps: int, step_weight: str, trust_region: str, limit: float, kl_beta: float) -> str:
+    count = steps or "all"
+    weights = "" if step_weight == "none" else f", {step_weight} weights"
+    return f"{count} steps of the window{weights}, {trust_region} {limit:g}, KL {kl_beta:g}"
 
 
 def _check_together(kl_beta: float, reset_every: int, trust_region: str, centering: bool) -> None:
