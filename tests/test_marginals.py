@@ -59,3 +59,18 @@ def test_cps_converges_to_the_marginals_with_order_one():
 def test_flow_sde_from_pure_noise_falls_to_the_marginals():
     errors = [final_error("flow_sde", n, 0.7, first=1.0) for n in (10, 40, 160)]
     assert errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1] and errors[2] < 0.01
+
+
+@pytest.mark.parametrize("i", [1, 4, 8])
+def test_the_exact_step_at_the_root_of_two_is_ddim_with_eta_1(i):
+    """DDPO's sampler, of a model that keeps the variance, at the same signal-to-noise ratios."""
+    sigma, after = (float(s) for s in sde.sigma_schedule(10)[i : i + 2])
+    scale, scale_after = (np.hypot(1 - s, s) for s in (sigma, after))
+    alpha, alpha_after = ((1 - sigma) / scale) ** 2, ((1 - after) / scale_after) ** 2  # cumulated
+    x, v = np.random.default_rng(i).normal(size=(2, 5))
+    image, noise = x - sigma * v, x + (1 - sigma) * v
+    std = np.sqrt((1 - alpha_after) / (1 - alpha) * (1 - alpha / alpha_after))
+    mean = np.sqrt(alpha_after) * image + np.sqrt(1 - alpha_after - std**2) * noise
+    found = sde.PRECISE.gaussian(x, v, sigma, after, noise_level=np.sqrt(2), sigma_max=None)
+    np.testing.assert_allclose(found.mean, scale_after * mean, atol=1e-6)
+    np.testing.assert_allclose(found.std, scale_after * std, rtol=1e-4)
