@@ -92,6 +92,7 @@ def apply(config: Any, variant: str) -> None:
 def table(results: list[dict[str, Any]]) -> str:
     """A line a claim, with what was measured and a verdict."""
     lines = ["| claim | measured | difference | verdict |", "|---|---|---|---|"]
+    between_seeds = _variance_between_seeds(results)
     for claim in CLAIMS:
         sides = [[r for r in results if r["row"] == row(v)] for v in (claim.better, claim.other)]
         if not all(sides):
@@ -99,23 +100,37 @@ def table(results: list[dict[str, Any]]) -> str:
             continue
         values = [[r["held_out"][STRICT] for r in side] for side in sides]
         means = [float(np.mean(v)) for v in values]
-        gap, error = means[0] - means[1], _error(sides)
+        gap, error = means[0] - means[1], _error(sides, between_seeds)
         verdict, measured = _verdict(claim, gap, error), f"{means[0]:.3f} against {means[1]:.3f}"
         lines.append(f"| {claim.text} | {measured} | {gap:+.3f} ± {error:.3f} | {verdict} |")
     return "\n".join(lines)
 
 
-def _error(sides: list[list[dict[str, Any]]]) -> float:
-    """The standard error of the difference of two means over seeds.
+def _variance_between_seeds(results: list[dict[str, Any]]) -> float:
+    """Return the variance of one run's accuracy, pooled over all rows with several seeds.
 
-    The larger of what the seeds of both sides say, and of what counting so many pictures leaves.
+    Two seeds of one row say hardly anything about it; those of many rows do.
     """
-    counted, seeds = 0.0, 0.0
-    for side in sides:
-        values = [r["held_out"][STRICT] for r in side]
-        counted += sum(p * (1 - p) / r["evaluated"] for p, r in zip(values, side)) / len(side) ** 2
-        seeds += float(np.var(values, ddof=1)) / len(side) if len(side) > 1 else 0.0
-    return math.sqrt(max(counted, seeds))
+    by_row: dict[str, list[float]] = {}
+    for r in results:
+        by_row.setdefault(r["row"], []).append(r["held_out"][STRICT])
+    several = [values for values in by_row.values() if len(values) > 1]
+    squares = sum(float(np.var(values)) * len(values) for values in several)
+    return squares / max(sum(len(values) - 1 for values in several), 1)
+
+
+def _error(sides: list[list[dict[str, Any]]], between_seeds: float) -> float:
+    """Return the standard error of the difference of two means over seeds.
+
+    It is the larger one of what seeds leave and of what counting so many pictures leaves.
+    """
+    counted = sum(
+        p * (1 - p) / r["evaluated"] / len(side) ** 2
+        for side in sides
+        for r in side
+        for p in [r["held_out"][STRICT]]
+    )
+    return math.sqrt(max(counted, sum(between_seeds / len(side) for side in sides)))
 
 
 def _verdict(claim: Claim, gap: float, error: float) -> str:

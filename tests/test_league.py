@@ -120,5 +120,9 @@ def test_verdicts_know_what_counting_leaves():
     assert verdict("batch", some)[-1] == "not run"
     spread = runs(steps_10=[0.3, 0.7], steps_5=[0.2, 0.4])  # two seeds that differ by much
     assert verdict("5 steps", spread)[-1] == "within the noise"
+    # Another row's seeds differ by 0.09: so does, on average, one run from another one
+    others = [result("nft", seed, x) | {"evaluated": 1152} for seed, x in enumerate((0.5, 0.59))]
+    assert verdict("5 steps", [*some, *others])[1:] == ["+0.200 ± 0.090", "yes"]
+    assert verdict("0.3 (Flow", [*some, *others])[1] == "+0.030 ± 0.090"
     same = [*runs(**{"steps_10": [0.5]}), result("grpo", 0, 0.52) | {"evaluated": 1152}]
     assert verdict("as good as 20", same)[-1] == "yes, within the noise"
