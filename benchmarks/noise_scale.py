@@ -36,8 +36,9 @@ from flowgrpo_jax.assembly.recipe import Recipe
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.train import draw
-from flowgrpo_jax.training import credit, gradient, lifecycle
+from flowgrpo_jax.training import credit, gradient
 from flowgrpo_jax.training.run_state import initial_state
+from flowgrpo_jax.training.stages import Stages
 
 LEAST_EPOCHS = 3
 
@@ -50,7 +51,7 @@ def gradients(run: Recipe, epochs: int) -> np.ndarray:
         for epoch in range(epochs):
             batch = parts.draw_prompts(run.config, run.train_prompts, epoch)
             cond = run.encode(batch.prompts)
-            stages = lifecycle.Stages()
+            stages = Stages()
             rollouts, scores, pixels = draw(run, state, cond, batch, epoch, stop, stages)
             state, assigned = credit.assign(run, state, scores, batch.ids, rollouts, pixels)
             key = sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY)

@@ -36,11 +36,12 @@ from flowgrpo_jax.report import page
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores, reward_figures
-from flowgrpo_jax.training import credit, data_loss, gradient, lifecycle, run_output
+from flowgrpo_jax.training import credit, data_loss, gradient, lifecycle, progress, run_output
 from flowgrpo_jax.training.alarms import raise_kl
 from flowgrpo_jax.training.data_loss import EpochData
 from flowgrpo_jax.training.run_evaluation import evaluate_into, show_training
 from flowgrpo_jax.training.run_state import initial_state
+from flowgrpo_jax.training.stages import Stages, traced
 from flowgrpo_jax.types import Conditioning, Credit, PromptBatch, Rollout, TrainState
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def one_epoch(
     Args:
       page_dir: the work directory, if some of the epoch's images are to be left for its page.
     """
-    stages = lifecycle.Stages()
+    stages = Stages()
 
     # Prompts, encoded once each.
     with stages("encode"):
@@ -95,7 +96,7 @@ def draw(
     batch: PromptBatch,
     epoch: int,
     stop: cli.Stop,
-    stages: lifecycle.Stages,
+    stages: Stages,
 ) -> tuple[list[Rollout], Scores, np.ndarray]:
     """Draw and score the epoch's images. Returns each micro-batch's rollout, the scores, and the
     pixels where the recipe looks at them."""
@@ -184,7 +185,7 @@ def train(
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))
     output, state, epoch = run_output.begin(run, workdir, state, resume=resume)
     checkpoints = output.checkpoints
-    bar = lifecycle.progress_bar(config.name, epoch, config.epochs, active=first_process)
+    bar = progress.progress_bar(config.name, epoch, config.epochs, active=first_process)
     every = config.eval.every if run.test_prompts else 0  # epochs between evaluations
     first, signal_number = epoch, 0
     last: dict[str, float] = {}  # the last evaluation's figures
@@ -199,7 +200,7 @@ def train(
                 if report or epoch == first:  # a resumed run has raised it before
                     run = raise_kl(run, output.metrics, epoch, report)
                 page_dir = workdir if report else None
-                with lifecycle.traced(workdir / "profile", epoch == profile):
+                with traced(workdir / "profile", epoch == profile):
                     trained, figures = one_epoch(run, state, epoch, stop, page_dir)
                 checkpoints.lost = lifecycle.count_lost(
                     checkpoints.lost, figures["skipped"], config.train.max_skipped
@@ -207,7 +208,7 @@ def train(
                 state, epoch = trained, epoch + 1
                 figures |= run_costs.speed(run, flop, epoch - 1, figures["seconds"])
                 output.write(epoch - 1, figures, report)
-                lifecycle.show_epoch(bar, figures, report, first=epoch == first + 1)
+                progress.show_epoch(bar, figures, report, first=epoch == first + 1)
                 if epoch % config.checkpoint.every == 0:
                     checkpoints.save(epoch, state)
             checkpoints.finish(epoch, state)
@@ -222,7 +223,7 @@ def train(
             lifecycle.save_at_error(error, checkpoints, epoch, state, began=first)
             output.metrics.close(failed=True)
             raise
-        lifecycle.show_end(bar, epoch, last)
+        progress.show_end(bar, epoch, last)
         output.close()
         if signal_number:  # still within `stop`, where the signal's echo does not interrupt
             raise SystemExit(cli.RESTART if signal_number == signal.SIGTERM else 0)

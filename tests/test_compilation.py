@@ -15,7 +15,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from flowgrpo_jax.compilation import compilation_cache, compilation_report
-from flowgrpo_jax.training import lifecycle
+from flowgrpo_jax.training import progress
 
 OPTIONS = (
     "jax_compilation_cache_dir",
@@ -225,19 +225,19 @@ def test_jax_tells_the_report_what_it_compiles(fresh, monkeypatch):
 def test_the_rate_and_the_time_left_do_not_count_the_first_epoch(monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
-    bar = lifecycle.progress_bar("run", 3, 13, active=True)
+    bar = progress.progress_bar("run", 3, 13, active=True)
     bar._time = time.time
     bar.start_t = bar.last_print_t = now[0]
     figures = {"reward": 0.5, "images_per_second": 7.0}
     now[0] += 60.0
-    lifecycle.show_epoch(bar, figures, {}, first=True)
+    progress.show_epoch(bar, figures, {}, first=True)
     assert bar.n == 4 and bar.format_dict["rate"] is None and "?epoch/s" in str(bar)
     assert "img/s" not in str(bar)
     now[0] += 10.0
-    lifecycle.show_epoch(bar, figures, {}, first=False)
+    progress.show_epoch(bar, figures, {}, first=False)
     assert "01:20" in str(bar) and "10.0" in str(bar)  # 8 epochs of 10 s are left
     assert "01:10<" in str(bar)  # what has passed counts all
     now[0] += 20.0
-    lifecycle.show_epoch(bar, figures, {}, first=False)
+    progress.show_epoch(bar, figures, {}, first=False)
     bar.close()
     assert "15.00s/epoch" in capsys.readouterr().err.split("\r")[-1]  # the mean of 10 and 20 s

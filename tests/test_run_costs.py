@@ -9,7 +9,7 @@ from short_runs import load, rows
 from flowgrpo_jax.assembly import recipe
 from flowgrpo_jax.costs import hardware, run_costs
 from flowgrpo_jax.train import train
-from flowgrpo_jax.training import lifecycle
+from flowgrpo_jax.training.stages import Stages
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_stages_of_an_epoch_add_up(monkeypatch):
     """Sampling in two parts of 3 and 4 seconds, and waiting from second 20 on."""
     now = iter([0, 0, 3, 10, 14, 20, 22, 23, 24, 25, 26])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    stages = lifecycle.Stages()
+    stages = Stages()
     for stage in ("sample", "sample", "wait"):
         with stages(stage):
             pass

@@ -23,7 +23,10 @@ Scores = tuple[np.ndarray, np.ndarray]
 
 
 def wins(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
-    """The share of the other images of the prompt that an image beats, 0 to 1; a tie is a half."""
+    """Return the share of the other images of its prompt that each image beats, from 0 to 1.
+
+    A tie counts as a half.
+    """
     score, valid = graded(images, prompts, metadata)
     beats = np.where(score[:, None] == score, 0.5, score[:, None] > score)
     np.fill_diagonal(beats, 0.0)
@@ -31,41 +34,44 @@ def wins(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata
 
 
 def balance(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
-    """How evenly the colours of the world are used: minus the sum over colours of the squared
-    distance of each one's share from 1 / colours, the same for all images; 0 is the best.
+    """Return how evenly the colours of the world are used, the same score for all images.
 
-    An image counts with the colour of its first clear object. No image is valid where none has one.
+    It is minus the sum over colours of the squared distance of each one's share from 1 / colours,
+    so that 0 is the best. An image counts with the colour of its first clear object. No image is
+    valid where none has one.
     """
-    used = _colours(images)
-    if not any(found := used >= 0):
+    counts = _count(_colours(images))
+    if not counts.any():
         return np.zeros(len(images), np.float32), np.zeros(len(images), bool)
-    counts = np.bincount(used[found], minlength=len(COLORS))
     return np.full(len(images), _balance(counts), np.float32), np.ones(len(images), bool)
 
 
 def fairness(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Scores:
-    """What each image adds to the balance of all images of the epoch: the balance with it minus
-    that without it, times the number of images that count.
+    """Return what each image adds to the balance of all images of the epoch.
 
+    It is the balance with the image minus that without it, times the number of images that count.
     An image of a rare colour scores above 0 and one of a common colour below. An image without a
     clear object adds nothing.
     """
     used = _colours(images)
-    counts = np.bincount(used[used >= 0], minlength=len(COLORS))
+    counts = _count(used)
     total, score = counts.sum(), np.zeros(len(images), np.float32)
     if total > 1:
-        without = [_balance(counts - one) if count else 0.0 for count, one in zip(counts, _EACH)]
-        score = total * (_balance(counts) - np.array([*without, _balance(counts)])[used])
-    return score.astype(np.float32), np.ones(len(images), bool)
-
-
-_EACH = np.eye(len(COLORS), dtype=int)  # one image of each colour
+        for color in np.flatnonzero(counts):
+            without = counts - (np.arange(len(COLORS)) == color)
+            score[used == color] = total * (_balance(counts) - _balance(without))
+    return score, np.ones(len(images), bool)
 
 
 def _colours(images: np.ndarray) -> np.ndarray:
     """Return the place in COLORS of each image's first clear object, i64 [B]; -1 where none is."""
     found = [next((d.color for d in verify.detect(image) if d.color), None) for image in images]
     return np.array([COLORS.index(color) if color else -1 for color in found])
+
+
+def _count(used: np.ndarray) -> np.ndarray:
+    """Return how many images have each colour, i64 [colours]."""
+    return np.bincount(used[used >= 0], minlength=len(COLORS))
 
 
 def _balance(counts: np.ndarray) -> float:
