@@ -31,7 +31,8 @@ run() { # a command; sets $status
 
 for ((attempt = 0; attempt <= RESTARTS; attempt++)); do
   run "$@" --resume
-  if [[ $stopping ]]; then exit $((status <= 2 ? status : again)); fi
+  # bash says -1 where a second signal comes as the command ends: how it ended is then unknown
+  if [[ $stopping ]]; then exit $((0 <= status && status <= 2 ? status : again)); fi
   case $status in
     0) exit 0 ;;
     1 | 2) echo "launch/run.sh: failed with $status, which a restart does not mend" >&2; exit "$status" ;;

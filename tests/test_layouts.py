@@ -41,7 +41,7 @@ def same(ours, theirs, within=2e-3):
         assert measured == {name for name, value in mine.items() if value is not None}
         # Losses are sums of advantages near 0: what is left of them is rounding.
         for name in measured:
-            assert mine[name] == pytest.approx(other[name], rel=2e-3, abs=5e-5), name
+            assert mine[name] == pytest.approx(other[name], rel=within, abs=5e-5), name
     for path, x in theirs[1].items():
         size = np.abs(x).max()
         np.testing.assert_allclose(ours[1][path], x, atol=within * size + 1e-9, err_msg=path)
