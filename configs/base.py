@@ -227,6 +227,9 @@ def get_config() -> ConfigDict:
     # Take an optimiser step after each term that an algorithm trains (GRPO: each step of the
     # window), and not after all of them.
     c.train.step_each_term = False
+    # Keep the forward passes of the window for its gradient, which takes a third of the update's
+    # work and all activations' memory; for one update an epoch (flowgrpo_jax/sampling/taped.py).
+    c.train.tape = False
     # Learning rate of AdamW.
     c.train.learning_rate = 3e-4
     # Optimiser steps of linear warm-up.

@@ -189,6 +189,11 @@ def inspect_timed(program: Program, stays: Any, chip: Chip, chips: int) -> Repor
 def main(_: list[str]) -> None:
     config = cli.config()
     settings.check(config)
+    settings.require(
+        not config.train.tape,
+        "train.tape=True: what a rollout keeps for its gradient is known once it is compiled, and"
+        " is not counted here; set it to False",
+    )
     if flags.FLAGS.out:
         outputs.check_file(flags.FLAGS.out, "--out")
     chip, devices = topology(flags.FLAGS.topology)

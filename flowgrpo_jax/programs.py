@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from flowgrpo_jax import sharding, update
 from flowgrpo_jax.algorithms import Algorithm, Setup
 from flowgrpo_jax.models.decoding import Decode
-from flowgrpo_jax.sampling import branching, sampler, solvers
+from flowgrpo_jax.sampling import branching, sampler, solvers, taped
 from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.scoring.differentiable import Judge
 from flowgrpo_jax.types import NamedScores, Params, Pictures, Rollout, TrainState
@@ -38,8 +38,13 @@ def sample(
     latent: tuple[int, int, int],
     neighbor_noise: float = 0.0,
     score: HostScore | None,
+    tape: bool = False,
 ) -> Callable[..., tuple[Rollout, Pictures, NamedScores]]:
-    """Rollout, decoding and, with `score`, the host rewards of a micro-batch."""
+    """Rollout, decoding and, with `score`, the host rewards of a micro-batch.
+
+    Args:
+      tape: whether rollouts keep the forward passes of their window.
+    """
 
     @jax.jit
     def draw_rollouts(policy, weights, cond, empty, key, epoch, start, ids, prompt, image, tail=0):
@@ -48,7 +53,7 @@ def sample(
         ids, prompt, image: i32 [M], the prompt's id, its row in `cond`, the place in the group.
         """
 
-        def v(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        def v(policy: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
             rows = rows_of(prompt, x)
             return guided(policy, weights["transformer"], x, sigma, cond, empty, rows)
 
@@ -61,7 +66,11 @@ def sample(
         if neighbor_noise:
             first = keys_of(jnp.zeros_like(image))
         x = first_noise(mesh, latent, first, keys, neighbor_noise)
-        rollout = sampler.rollout(v, process, x, keys, start, prompt, tail, nodes)
+        if tape:
+            rollout = taped.rollout(v, policy, process, x, keys, start, prompt, tail)
+        else:
+            velocity = partial(v, policy)
+            rollout = sampler.rollout(velocity, process, x, keys, start, prompt, tail, nodes)
         pixels, finite = decode(weights["vae"], rollout.latents)
         pictures = Pictures(sharding.constrain_rows(mesh, pixels), finite)
         return rollout, pictures, score(pictures.pixels, ids) if score else {}

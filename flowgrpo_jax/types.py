@@ -54,6 +54,19 @@ class Pictures(NamedTuple):
 
 
 @flax.struct.dataclass
+class Tape:
+    """The forward passes of a rollout's window, kept for their gradient.
+
+    Attributes:
+      velocity: f32 [W, M, H, W, C], the policy's at the window's latents.
+      pullback: from the gradient by `velocity` to (the gradient by the policy,).
+    """
+
+    velocity: jax.Array
+    pullback: Callable[[jax.Array], tuple[Params]]
+
+
+@flax.struct.dataclass
 class Rollout:
     """M sampled images, and the transitions of the window exactly as the sampler carried them.
 
@@ -67,6 +80,7 @@ class Rollout:
     start: jax.Array  # i32, the window's first step
     x: jax.Array  # f32 [W + 1, M, H, W, C]: the latents between which the window's steps lie
     log_prob: jax.Array  # f32 [W, M], of each of the window's transitions
+    tape: Tape | None = None  # of a run that keeps the window's forward passes (sampling/taped.py)
 
 
 @flax.struct.dataclass

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup
+from flowgrpo_jax.algorithms import Algorithm, Figures, Score, Setup, Velocity
 from flowgrpo_jax.types import Credit, Params, Rollout, TrainState
 
 Carry = tuple[Params, Figures]  # the gradient and the figures of an update, so far
@@ -44,17 +44,22 @@ def accumulate(
       score: the differentiable rewards, for an algorithm with `reward_gradient`.
 
     An image whose latents are not finite adds nothing (`without_broken`): one of them would make
-    the whole gradient NaN, though its advantage is 0.
+    the whole gradient NaN, though its advantage is 0. A rollout with a tape must have none
+    (`taped.usable`).
 
     Raises ValueError when the loss returns other figures than the algorithm names.
     """
     scale = 1.0 / (images * terms.shape[0])
     rollout, sound = without_broken(algorithm, setup, rollout)
     fixed = {name: partial(velocity, jax.lax.stop_gradient(p)) for name, p in others.items()}
-    scores = (score,) if score else ()
+    scores, tape = (score,) if score else (), rollout.tape
+    trained = policy if tape is None else tape.velocity  # what the loss is differentiated by
 
-    def total(policy: Params, term: jax.Array) -> tuple[jax.Array, Figures]:
-        views = {**fixed, "policy": partial(velocity, policy)}
+    def own(trained: Any, term: jax.Array) -> Velocity:
+        return partial(velocity, trained) if tape is None else lambda x, sigma: trained[term]
+
+    def total(trained: Any, term: jax.Array) -> tuple[jax.Array, Figures]:
+        views = {**fixed, "policy": own(trained, term)}
         loss, figures = algorithm.loss(setup, views, rollout, term, credit.of_term(term), *scores)
         if set(figures) != set(algorithm.figures):
             raise ValueError(
@@ -64,14 +69,19 @@ def accumulate(
         loss, figures = jax.tree.map(lambda x: jnp.where(sound, x, 0.0), (loss, figures))
         return loss.sum(), figures
 
-    def add(carry: Carry, term: jax.Array) -> tuple[Carry, None]:
+    def add(carry: tuple[Any, Figures], term: jax.Array) -> tuple[tuple[Any, Figures], None]:
         gradient, sums = carry
-        (_, figures), grads = jax.value_and_grad(total, has_aux=True)(policy, term)
+        (_, figures), grads = jax.value_and_grad(total, has_aux=True)(trained, term)
         gradient = jax.tree.map(lambda a, g: a + scale * g, gradient, grads)
         step = rollout.start + term
         return (gradient, _added(algorithm, sums, figures, scale, sound, step)), None
 
-    return jax.lax.scan(add, carry, terms)[0]
+    if tape is None:
+        return jax.lax.scan(add, carry, terms)[0]
+    gradient, sums = carry
+    (by_velocity, sums), _ = jax.lax.scan(add, (jnp.zeros_like(trained), sums), terms)
+    (grads,) = tape.pullback(by_velocity)
+    return jax.tree.map(jnp.add, gradient, grads), sums
 
 
 def _added(

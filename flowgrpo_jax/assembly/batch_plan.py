@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import algorithms
-from flowgrpo_jax.assembly.rollout_settings import branches, make_window, window
+from flowgrpo_jax.assembly.rollout_settings import branches, check_tape, make_window, window
 from flowgrpo_jax.assembly.settings import require
 from flowgrpo_jax.regularisation import training_data
 from flowgrpo_jax.sampling import branching, tails
@@ -97,6 +97,7 @@ def _check_parts(config: ConfigDict) -> None:
     tails.check(s.strides, s.tail)
     size, low, high = window(config, algorithm)
     branching.check(branches(config), s.group_size, low, high, size)
+    check_tape(config, algorithm)
     if algorithm.records == "window":
         make_window(config, algorithm)(jax.random.key(0), 0, s.windows - 1, s.windows)
         return

@@ -222,6 +222,7 @@ def make_programs(
             latent=latent,
             neighbor_noise=s.neighbor_noise,
             score=score,
+            tape=t.tape,
         ),
         accumulate=programs.accumulate(
             guided, algorithm, setup, images=plan.images // plan.updates, judge=judge

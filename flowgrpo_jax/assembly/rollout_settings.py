@@ -12,6 +12,8 @@ from flowgrpo_jax.algorithms import Algorithm
 from flowgrpo_jax.sampling import windows
 from flowgrpo_jax.sampling.branching import Branches
 
+MOVED = "after the first optimiser step the policy is not the one that drew the images"
+SHARED = "the forward passes that images share are not kept"
 ZERO = "an advantage of 0 means that an image is not trained on, and the transform makes it -1"
 
 
@@ -28,6 +30,24 @@ def branches(config: ConfigDict) -> Branches:
     """Return which images of a group share a part of their path."""
     s = config.sample
     return Branches(s.branches or s.group_size, tuple(s.splits), s.split_noise)
+
+
+def check_tape(config: ConfigDict, algorithm: Algorithm) -> None:
+    """Raise ValueError where the forward passes of the rollout are not those of the update."""
+    if not config.train.tape:
+        return
+    t, name = config.train, config.algorithm.name
+    for knob, value, refused, reason in (
+        ("algorithm.name", name, algorithm.records != "window", "it records no transitions"),
+        ("algorithm.name", name, algorithm.draws != "policy", "another policy draws its images"),
+        ("train.updates_per_epoch", t.updates_per_epoch, t.updates_per_epoch > 1, MOVED),
+        ("train.step_each_term", True, t.step_each_term, MOVED),
+        ("sample.branches", config.sample.branches, branches(config).leaves > 1, SHARED),
+    ):
+        if refused:
+            raise ValueError(
+                f"train.tape=True with {knob}={value!r}: {reason}; set train.tape to False"
+            )
 
 
 def make_advantage(config: ConfigDict, algorithm: Algorithm) -> Advantage:

@@ -52,6 +52,8 @@ def passes(run: Recipe, epoch: int) -> Passes:
         trained.append(states * algorithm.passes(run.setup))
     gradients = float(np.mean(trained))
     forward = float(np.mean(drawn)) + len(algorithm.reads) * gradients
+    if run.config.train.tape:  # the forward passes of the gradients are among those of the rollout
+        forward -= gradients
     data = data_passes(run, epoch, len(terms))
     return Passes(forward + data.forward, gradients + data.gradient)
 

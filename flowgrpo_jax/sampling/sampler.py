@@ -32,6 +32,8 @@ DATA_KEY = 2**30 + 4
 # An epoch's key: for the window's place, and for the terms that are trained.
 WINDOW_KEY, TERMS_KEY = 2**31 - 1, 2**31 - 2
 
+Carry = tuple[jax.Array, solvers.Memory]  # latents f32 [M, H, W, C], and what the solver remembers
+
 
 @dataclass(frozen=True)
 class Process:
@@ -182,19 +184,13 @@ def rollout(
         scale = jnp.where(after > level, branches.noise, 1.0)
         return v, scale * normal(nodes.keys[after], SDE_KEY + t, x.shape[1:])
 
-    def step(carry: tuple[jax.Array, solvers.Memory], t: jax.Array):
-        x, memory = carry
-        v, noise = velocity_and_noise(x, t)
-        drawn = process.transition(x, v, t, noise=noise)
-        inside = (t >= start) & (t < start + process.window)
-        x_next, memory = process.solver.step(memory, x, v, sigmas[t], sigmas[t + 1])
-        x_next = jnp.where(inside, drawn.x_next, x_next)
-        return (x_next, memory), (x_next, drawn.log_prob)
+    def step(carry: Carry, t: jax.Array):
+        return take_step(process, sigmas, start, carry, t, *velocity_and_noise(carry[0], t))
 
-    def done(carry: tuple[jax.Array, solvers.Memory], t: jax.Array):
+    def done(carry: Carry, t: jax.Array):
         return carry, (carry[0], jnp.zeros(x.shape[0]))
 
-    def step_or_done(carry: tuple[jax.Array, solvers.Memory], t: jax.Array):
+    def step_or_done(carry: Carry, t: jax.Array):
         return jax.lax.cond(sigmas[t] > 0, step, done, carry, t)
 
     (last, _), (xs, log_probs) = jax.lax.scan(
@@ -211,6 +207,27 @@ def rollout(
         x=jax.lax.dynamic_slice_in_dim(xs, start, process.window + 1),
         log_prob=jax.lax.dynamic_slice_in_dim(log_probs, start, process.window),
     )
+
+
+def take_step(
+    process: Process,
+    sigmas: jax.Array,
+    start: jax.Array,
+    carry: Carry,
+    t: jax.Array,
+    v: jax.Array,
+    noise: jax.Array,
+) -> tuple[Carry, tuple[jax.Array, jax.Array]]:
+    """Go from the latents before step t to those after it, f32 [M, H, W, C], by a velocity.
+
+    Returns the new carry, and with it these latents and the transition's log-prob f32 [M].
+    """
+    x, memory = carry
+    drawn = process.transition(x, v, t, noise=noise)
+    inside = (t >= start) & (t < start + process.window)
+    x_next, memory = process.solver.step(memory, x, v, sigmas[t], sigmas[t + 1])
+    x_next = jnp.where(inside, drawn.x_next, x_next)
+    return (x_next, memory), (x_next, drawn.log_prob)
 
 
 def ode(

@@ -9,6 +9,7 @@ import jax
 
 from flowgrpo_jax import sharding, update
 from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.sampling import taped
 from flowgrpo_jax.types import Conditioning, Credit, Rollout, TrainState
 
 
@@ -47,7 +48,7 @@ def of_update(
             run.model.base,
             cond,
             run.empty,
-            rollouts[m],
+            taped.usable(rollouts[m]),
             sharding.split_rows(run.mesh, credits[m], axis=-1),
             terms,
             reward_inputs,
