@@ -79,7 +79,7 @@ def accumulate(
     if tape is None:
         return jax.lax.scan(add, carry, terms)[0]
     gradient, sums = carry
-    (by_velocity, sums), _ = jax.lax.scan(add, (jnp.zeros_like(trained), sums), terms)
+    (by_velocity, sums), _ = jax.lax.scan(add, (jnp.zeros_like(tape.velocity), sums), terms)
     (grads,) = tape.pullback(by_velocity)
     return jax.tree.map(jnp.add, gradient, grads), sums
 
