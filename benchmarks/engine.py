@@ -22,6 +22,7 @@ ENGINES = {
     "jax": "benchmarks.engine_jax",
     "torch": "benchmarks.engine_torch",
     "torch-compile": "benchmarks.engine_torch",
+    "jax-tape": "benchmarks.engine_jax",  # with train.tape
 }
 HUGEPAGES = "glibc.malloc.hugetlb=1"
 

@@ -22,10 +22,11 @@ class JaxEngine:
     """See `engine.Engine`."""
 
     def __init__(self, name: str, config: dict[str, Any], inputs: Arrays):
-        del name
         self.inputs = inputs
-        settings.split_cpu(ConfigDict(config))
-        self.run = run = recipe.build(ConfigDict(config), training=False)
+        changed = ConfigDict(config)
+        changed.train.tape = name == "jax-tape"
+        settings.split_cpu(changed)
+        self.run = run = recipe.build(changed, training=False)
         factors = {k[5:]: v for k, v in inputs.items() if k.startswith("lora.")}
         adapter = lora_files.from_torch(factors, run.model.trained_shapes)
         key = jax.random.key(config["seed"])

@@ -163,7 +163,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=0.0,
                         help="seconds for each answer of a starting engine; 0: any")  # fmt: skip
     parser.add_argument("--models", type=Path, help="folder in which a random model is kept")
-    parser.add_argument("--engines", default=",".join(ENGINES), help="the first is the reference")
+    parser.add_argument("--engines", default="jax,torch,torch-compile",
+                        help="first the reference; jax-tape: JAX with train.tape")  # fmt: skip
     parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=False,
                         help="JAX recomputes activations in the backward pass")  # fmt: skip
     parser.add_argument("--hugepages", action=argparse.BooleanOptionalAction, default=True,

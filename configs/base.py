@@ -227,8 +227,9 @@ def get_config() -> ConfigDict:
     # Take an optimiser step after each term that an algorithm trains (GRPO: each step of the
     # window), and not after all of them.
     c.train.step_each_term = False
-    # Keep the forward passes of the window for its gradient, which takes a third of the update's
-    # work and all activations' memory; for one update an epoch (flowgrpo_jax/sampling/taped.py).
+    # Keep the forward passes of the window for its gradient: the update then takes two thirds of
+    # its time and the memory of the window's activations. For an epoch with one update
+    # (flowgrpo_jax/sampling/taped.py).
     c.train.tape = False
     # Learning rate of AdamW.
     c.train.learning_rate = 3e-4

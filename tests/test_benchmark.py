@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_a_small_epoch(tmp_path):
     """The command itself refuses engines whose velocity, gradient or images differ."""
-    engines = ["jax"] + ["torch"] * bool(importlib.util.find_spec("peft"))
+    engines = ["jax", "jax-tape"] + ["torch"] * bool(importlib.util.find_spec("peft"))
     sizes = ["--groups=2", "--group_size=2", "--micro_batch=4", "--steps=4", "--window=2"]
     out = tmp_path / "out.json"
     done = subprocess.run(
