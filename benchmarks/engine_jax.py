@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from benchmarks.engine import Arrays, serve
 from flowgrpo_jax import sharding, update
-from flowgrpo_jax.assembly import parts, recipe, settings
+from flowgrpo_jax.assembly import parts, settings
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.models import lora_files
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.types import Credit, PromptBatch, Rollout
@@ -26,7 +27,7 @@ class JaxEngine:
         changed = ConfigDict(config)
         changed.train.tape = name == "jax-tape"
         settings.split_cpu(changed)
-        self.run = run = recipe.build(changed, training=False)
+        self.run = run = build_run(changed, training=False)
         factors = {k[5:]: v for k, v in inputs.items() if k.startswith("lora.")}
         adapter = lora_files.from_torch(factors, run.model.trained_shapes)
         key = jax.random.key(config["seed"])

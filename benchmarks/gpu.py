@@ -110,7 +110,8 @@ def ratio(args: argparse.Namespace, kernel: str) -> dict[str, Any]:
     import numpy as np
 
     from flowgrpo_jax import train
-    from flowgrpo_jax.assembly import recipe, settings
+    from flowgrpo_jax.assembly import settings
+    from flowgrpo_jax.assembly.run import build_run
     from flowgrpo_jax.command_line import cli
     from flowgrpo_jax.configs import shapes
 
@@ -119,7 +120,7 @@ def ratio(args: argparse.Namespace, kernel: str) -> dict[str, Any]:
     config.sample.groups, config.sample.micro_batch = 2, 24
     config.prompts.test = ""
     settings.split_cpu(config)
-    run = recipe.build(config.copy_and_resolve_references())
+    run = build_run(config.copy_and_resolve_references())
     _, figures = train.one_epoch(run, train.initial_state(run), 0, cli.Stop())
     names = ("ratio_gap", "grad_norm", "reward")
     return {name: float(np.asarray(figures[name])) for name in names}

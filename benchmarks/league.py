@@ -28,8 +28,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import claims, machine, standings
 from flowgrpo_jax import evaluate
-from flowgrpo_jax.assembly import recipe
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly.run import Run, build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.command_line import recipe_files
 from flowgrpo_jax.costs import run_costs
@@ -107,7 +106,7 @@ def run(
 
 def forwards(config: ConfigDict) -> float:
     """The transformer's forward passes an image of training, averaged over the first 100 epochs."""
-    run = recipe.build(config.copy_and_resolve_references())
+    run = build_run(config.copy_and_resolve_references())
     return float(
         np.mean([run_costs.passes(run, i).forwards for i in range(min(config.epochs, 100))])
     )
@@ -117,12 +116,12 @@ def measure(config: ConfigDict, evaluated: int, workdir: Path | str) -> dict[str
     """The figures of a run's EMA weights, or of the base model's where `workdir` is `BASE`."""
     config = config.copy_and_resolve_references()
     config.eval.images = evaluated
-    held_out = recipe.build(config, training=False)
+    held_out = build_run(config, training=False)
     policy = policies.load(workdir, held_out.model, held_out.mesh)
     policy = held_out.put(policy)
     result, pictures, batch = evaluate.evaluate(held_out, policy)
     config.prompts.test, config.eval.seed = config.prompts.train, config.eval.seed + 1
-    seen, _, _ = evaluate.evaluate(recipe.build(config, training=False), policy)
+    seen, _, _ = evaluate.evaluate(build_run(config, training=False), policy)
     return {
         "evaluated": evaluated,
         "held_out": result["metrics"],
@@ -150,7 +149,7 @@ def colour_entropy(pictures: np.ndarray) -> float:
     return float(-(shares * np.log2(np.maximum(shares, 1e-12))).sum(1).mean())
 
 
-def true_loss(run: Recipe, policy: Params) -> float:
+def true_loss(run: Run, policy: Params) -> float:
     """The loss of flow matching on true pictures of the world: mean |v - (noise - x_0)|^2."""
     rng = np.random.default_rng(7)
     records = rng.choice(np.array(grammar.prompts("all"), object), TRUE_PICTURES)

@@ -14,8 +14,7 @@ from typing import Any
 
 from benchmarks import machine
 from flowgrpo_jax import evaluate
-from flowgrpo_jax.assembly import recipe
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly.run import Run, build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.configs import shapes
@@ -25,7 +24,7 @@ from flowgrpo_jax.training import run_evaluation
 TRUE_PICTURES = "flowgrpo_jax.worlds.shapes.world:true_pictures"
 
 
-def figures(run: Recipe, checkpoint: str) -> dict[str, float]:
+def figures(run: Run, checkpoint: str) -> dict[str, float]:
     """The evaluation and the monitors of a policy, as a run has them in its metrics."""
     policy = run.put(policies.load(checkpoint, run.model, run.mesh))
     state: Any = SimpleNamespace(policy=policy, copies={"ema": policy})
@@ -43,7 +42,7 @@ def main() -> None:
     config = shapes.get_config()
     config.model.product_dtype, config.monitor.pictures = "", TRUE_PICTURES
     config.eval.images = args.images
-    run = recipe.build(config, training=False)
+    run = build_run(config, training=False)
     rows = [
         {"epoch": epoch, **figures(run, checkpoint)}
         for epoch, checkpoint in enumerate(("base", args.checkpoint))

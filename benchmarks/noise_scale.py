@@ -31,8 +31,8 @@ import jax
 import numpy as np
 
 from benchmarks import league, machine, markdown
-from flowgrpo_jax.assembly import parts, recipe
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly import parts
+from flowgrpo_jax.assembly.run import Run, build_run
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.train import draw
@@ -43,7 +43,7 @@ from flowgrpo_jax.training.stages import Stages
 LEAST_EPOCHS = 3
 
 
-def gradients(run: Recipe, epochs: int) -> np.ndarray:
+def gradients(run: Run, epochs: int) -> np.ndarray:
     """Return the gradient of each epoch at the first policy, f64 [epochs, D]: the mean over the
     epoch's updates."""
     state, found = initial_state(run), []
@@ -113,7 +113,7 @@ def measure(row: str, seed: int, images: int, first: np.ndarray | None) -> tuple
             f"--images={images}: {config.epochs} epochs of {row}, and the errors need at least"
             f" {LEAST_EPOCHS}; draw more images"
         )
-    run = recipe.build(config)
+    run = build_run(config)
     drawn = run.plan.groups * run.plan.group_size
     found = gradients(run, config.epochs)
     share, uncertain = cosine(found), error(cosine, found)

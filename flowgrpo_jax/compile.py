@@ -33,8 +33,9 @@ from ml_collections import ConfigDict
 
 from flowgrpo_jax import rewards, sharding
 from flowgrpo_jax.algorithms import Algorithm
-from flowgrpo_jax.assembly import batch_plan, parts, recipe, rollout_settings, settings
+from flowgrpo_jax.assembly import batch_plan, parts, rollout_settings, settings
 from flowgrpo_jax.assembly.batch_plan import Plan
+from flowgrpo_jax.assembly.run import make_programs
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.costs.hardware import Chip
 from flowgrpo_jax.costs.program_costs import (
@@ -86,7 +87,7 @@ def programs(config: ConfigDict, model: Model, mesh: Mesh, plan: Plan) -> tuple[
     scoring, judging = score(config, mesh, (plan.groups, *pictures[0]), (micro, *pictures[1]))
     judge, judged = differentiated(config, model, algorithm, plan.groups, weights["vae"], scoring)
     given = (config, model, mesh, plan, setup, algorithm, optimiser)
-    built = recipe.make_programs(*given, judge=judge)
+    built = make_programs(*given, judge=judge)
     towers = {id(x): x for program in (*scoring, *judging) for x in jax.tree.leaves(program[1][0])}
 
     evaluating = (state.policy, weights, tested, empty, array(rows, micro), keys)

@@ -28,8 +28,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from flowgrpo_jax import prompts, sharding
-from flowgrpo_jax.assembly import recipe, settings
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly import settings
+from flowgrpo_jax.assembly.run import Run, build_run
 from flowgrpo_jax.checkpoints import policies, run_checkpoints
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.models import TEXTS
@@ -41,7 +41,7 @@ from flowgrpo_jax.types import Params, PromptBatch
 
 
 def evaluate(
-    run: Recipe, policy: Params, stop: cli.Stop | None = None, *, progress: bool = False
+    run: Run, policy: Params, stop: cli.Stop | None = None, *, progress: bool = False
 ) -> tuple[dict[str, Any], np.ndarray, PromptBatch]:
     """Return the means of every reward, overall and per tag, the images uint8 [n, ...] and their
     prompts.
@@ -56,7 +56,7 @@ def evaluate(
 
 
 def draw_balanced(
-    run: Recipe, policy: Params, stop: cli.Stop | None = None, *, progress: bool = False
+    run: Run, policy: Params, stop: cli.Stop | None = None, *, progress: bool = False
 ) -> tuple[PromptBatch, np.ndarray, Scores]:
     """Return the evaluation's prompts, its images uint8 [n, ...] and their scores.
 
@@ -85,7 +85,7 @@ def summarise(batch: PromptBatch, scores: Scores) -> dict[str, Any]:
 
 
 def draw(
-    run: Recipe,
+    run: Run,
     policy: Params,
     batch: PromptBatch,
     repeats: np.ndarray,
@@ -124,7 +124,7 @@ def draw(
         return pending.pictures.pixels, scores
 
 
-def encode_many(run: Recipe, texts: list[str]) -> Any:
+def encode_many(run: Run, texts: list[str]) -> Any:
     """The conditioning of an evaluation's prompts in the memory of each process: that of
     PickScore's 2,048 takes 3.4 GB, which no device needs to hold."""
     size, whole = min(len(texts), TEXTS), None
@@ -200,7 +200,7 @@ def main(_: list[str]) -> None:
     check_out(out)
     policies.check(flags.FLAGS.checkpoint)
     with cli.compiling():
-        run = recipe.build(config, training=False)
+        run = build_run(config, training=False)
         policy = policies.load(flags.FLAGS.checkpoint, run.model, run.mesh)
         policy = run.put(policy)
         result, images, batch = evaluate(run, policy, progress=True)

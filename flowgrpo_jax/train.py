@@ -28,8 +28,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import update
-from flowgrpo_jax.assembly import parts, recipe, settings
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly import parts, settings
+from flowgrpo_jax.assembly.run import Run, build_run, run_summary
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.costs import run_costs
 from flowgrpo_jax.report import page
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def one_epoch(
-    run: Recipe,
+    run: Run,
     state: TrainState,
     epoch: int,
     stop: cli.Stop,
@@ -90,7 +90,7 @@ def one_epoch(
 
 
 def draw(
-    run: Recipe,
+    run: Run,
     state: TrainState,
     cond: Conditioning,
     batch: PromptBatch,
@@ -125,7 +125,7 @@ def draw(
 
 
 def improve(
-    run: Recipe,
+    run: Run,
     state: TrainState,
     cond: Conditioning,
     rollouts: list[Rollout],
@@ -176,10 +176,10 @@ def train(
     """
     workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
     cli.prepare(workdir, resume)
-    run = recipe.build(config)
+    run = build_run(config)
     flop = run_costs.flop_of_pass(run)
     if first_process := jax.process_index() == 0:
-        print(recipe.summary(run), run_costs.line(run, flop), sep="\n")
+        print(run_summary(run), run_costs.line(run, flop), sep="\n")
         print(page.announced(workdir, config.eval.every))
     state = initial_state(run)
     run = dataclasses.replace(run, model=parts.drop_frozen(run.model, run.algorithm))

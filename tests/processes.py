@@ -18,7 +18,8 @@ from etils import epath
 from short_runs import timeless
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax import train as training
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.command_line import cli
@@ -123,7 +124,7 @@ def run(folder, name, mesh, host_call="overlap", epochs=2):
     if host_call == "overlap":  # each with a cache of its own, as on machines without shared disks
         config.model.text_cache = f"{folder}/texts-{jax.process_index()}"
     if os.environ.get("LOADS_LONG"):
-        recipe.build = lambda *_, **__: print("loading", flush=True) or time.sleep(300)
+        training.build_run = lambda *_, **__: print("loading", flush=True) or time.sleep(300)
     config.epochs = epochs
     with cli.ending(), cli.exit_for_restart():
         train(config, place(folder, name), resume=True)
@@ -205,7 +206,7 @@ def wait_for(children):
 @functools.cache
 def on_one_device(folder, full):
     """The parts of these runs, in this process, with which it reads what they have written."""
-    return recipe.build(adapted(load(folder, {"data": 1}, "overlap"), "full" if full else ""))
+    return build_run(adapted(load(folder, {"data": 1}, "overlap"), "full" if full else ""))
 
 
 def final_state(folder, name):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flowgrpo_jax import rewards
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.configs import shapes as shapes_recipe
 from flowgrpo_jax.configs import signs as signs_recipe
@@ -69,7 +69,7 @@ def test_shapes_are_drawn_cleanly_and_follow_their_prompts_imperfectly():
     learned, and composition is left for RL."""
     config = shapes_recipe.get_config()
     config.eval.images, config.eval.steps, config.eval.micro_batch = 144, 20, 72
-    run = recipe.build(config, training=False)
+    run = build_run(config, training=False)
     base = policies.load(policies.BASE, run.model)
     metrics = evaluate(run, base)[0]["metrics"]
     assert 0.38 <= metrics["shapes_strict"] <= 0.65  # three standard errors are 0.12

@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from flowgrpo_jax import rewards, sharding
-from flowgrpo_jax.assembly import batch_plan, parts, recipe, settings
+from flowgrpo_jax.assembly import batch_plan, parts, settings
+from flowgrpo_jax.assembly.run import build_run, make_programs
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
 
@@ -59,7 +60,7 @@ def built(changes):
     algorithm, plan = parts.make_algorithm(config), batch_plan.make_plan(config, 1)
     setup = parts.make_setup(config, model, algorithm)
     optimiser = parts.make_optimiser(config)
-    return recipe.make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
+    return make_programs(config, model, mesh, plan, setup, algorithm, optimiser)
 
 
 def test_training_and_evaluation_take_a_guidance_of_zero_for_none():
@@ -94,7 +95,7 @@ def test_a_layout_that_makes_no_sense(changes, message, monkeypatch):
     setup = parts.make_setup(config, model, algorithm)
     with pytest.raises(ValueError, match=message):
         score = scorer.inside_program() if config.reward.host_call == "callback" else None
-        recipe.make_programs(config, model, mesh, plan, setup, algorithm, None, score)
+        make_programs(config, model, mesh, plan, setup, algorithm, None, score)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_size_that_the_model_cannot_draw(name, changes, message, monkeypatch):
     for part in ("load_model", "scorers"):
         monkeypatch.setattr(parts, part, lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises(ValueError, match=f"model.height and model.width: image size {message}"):
-        recipe.build(load(name, changes))
+        build_run(load(name, changes))
 
 
 @pytest.mark.parametrize(
@@ -138,20 +139,20 @@ def test_pictures_and_features_that_are_not_there(changes, message, monkeypatch)
     for part in ("load_model", "scorers"):
         monkeypatch.setattr(parts, part, lambda *args, **kwargs: pytest.fail("too late"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        recipe.build(load("shapes", {"data.images": 96, **changes}))
+        build_run(load("shapes", {"data.images": 96, **changes}))
 
 
 @pytest.mark.parametrize("path", ["/nowhere/sd3", "./sd3", "sd3"])
 def test_a_model_that_is_not_there(path):
     with pytest.raises(FileNotFoundError, match=rf"{path}.*config\.model\.path.*hub id"):
-        recipe.build(load("shapes", {"model.path": path}))
+        build_run(load("shapes", {"model.path": path}))
 
 
 def test_an_unknown_reward():
     config = load("shapes")
     config.reward.weights = ConfigDict({"beauty": 1.0})
     with pytest.raises(ValueError, match=r"'beauty' is unknown: choose from .*shapes"):
-        recipe.build(config)
+        build_run(config)
 
 
 def test_a_misspelt_knob_in_a_recipe():

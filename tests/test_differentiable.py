@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from short_runs import load, rows
 
 from flowgrpo_jax import compile, rewards, sharding
-from flowgrpo_jax.assembly import parts, recipe, settings
+from flowgrpo_jax.assembly import parts, settings
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.configs import pickscore
 from flowgrpo_jax.costs import program_shapes
 from flowgrpo_jax.scoring import differentiable
@@ -188,7 +189,7 @@ def test_rewards_without_a_gradient_are_refused(runs):
         match=r"reward.weights.jpeg_incompressibility: draft differentiates the rewards, and this"
         r" one is computed on the host. Choose from pickscore, .* with weight 0",
     ):
-        recipe.build(config)
+        build_run(config)
 
 
 @pytest.mark.parametrize("knob, value", [("diversity", "latents"), ("transform", "exp")])
@@ -196,7 +197,7 @@ def test_what_changes_advantages_is_refused(runs, knob, value):
     config = draft(runs)
     config.advantage[knob] = value
     with pytest.raises(ValueError, match=rf"advantage\.{knob}='{value}': draft .* no advantage"):
-        recipe.build(config)
+        build_run(config)
 
 
 def test_a_reward_in_the_graph_may_have_no_gradient():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from short_runs import call, load
 
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.export import export
@@ -27,7 +27,7 @@ def test_an_exported_lora_draws_what_the_checkpoint_draws(runs, whole):
     (runs / "one.jsonl").write_text(json.dumps(record))
     changes = {"prompts__test": str(runs / "one.jsonl"), "eval__seed": 5}
     config = load(runs, eval__images=1, eval__micro_batch=1, eval__steps=3, **changes)
-    run = recipe.build(config, training=False)
+    run = build_run(config, training=False)
     ema = policies.load(whole.workdir, run.model)
     jax.tree.map(np.testing.assert_array_equal, ema, whole.state.copies["ema"])
     _, expected, _ = evaluate(run, ema)

@@ -13,7 +13,8 @@ from short_runs import load, rows, timeless
 
 from flowgrpo_jax import advantages, algorithms, update
 from flowgrpo_jax.algorithms import Setup
-from flowgrpo_jax.assembly import batch_plan, parts, recipe, rollout_settings
+from flowgrpo_jax.assembly import batch_plan, parts, rollout_settings
+from flowgrpo_jax.assembly.run import Run
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.configs.algorithms import branch_grpo, flash_grpo, g2rpo, tempflow
 from flowgrpo_jax.sampling import branching, sampler, sde, tails, windows
@@ -195,7 +196,7 @@ def test_each_part_has_its_window_and_tail():
         setup=Setup(STRIDED, 4),
         window_start=windows.load("each", {}, windows.Window(1, 2, 5)),
     )
-    places = recipe.Recipe.places(run, KEY, 1)
+    places = Run.places(run, KEY, 1)
     assert [(int(start), tail) for start, tail in places] == [
         (start, tail) for start in (4, 2) for tail in range(3)
     ]

@@ -10,7 +10,7 @@ from PIL import Image
 from short_runs import call, load, rows
 
 from flowgrpo_jax import sharding
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies, run_checkpoints
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.command_line import cli
@@ -72,14 +72,14 @@ def test_the_best_evaluation_is_kept(runs, whole):
     best = Checkpoints(whole.workdir / "best")
     assert best.steps() == [epoch]
     assert best.record(epoch)["eval/jpeg_incompressibility"] == scores[epoch]
-    run = recipe.build(load(runs), training=False)
+    run = build_run(load(runs), training=False)
     result, *_ = evaluate(run, policies.load(whole.workdir / "best", run.model))
     assert result["metrics"]["jpeg_incompressibility"] == pytest.approx(scores[epoch], rel=1e-6)
 
 
 def test_the_best_may_be_older_than_one_of_before(runs, tmp_path):
     """A run that goes on from an earlier checkpoint with another reward begins anew."""
-    state = initial_state(recipe.build(load(runs)))
+    state = initial_state(build_run(load(runs)))
     run_checkpoints.Best(tmp_path, "shapes", {}, BaseModel()).offer(4, state, {"eval/shapes": 0.75})
     strict = run_checkpoints.Best(tmp_path, "shapes_strict", {}, BaseModel())
     strict.offer(2, state, {"eval/shapes_strict": 0.25})
@@ -92,7 +92,7 @@ def test_the_best_may_be_older_than_one_of_before(runs, tmp_path):
 
 @pytest.mark.parametrize("reward, weights", [("shapes_unknown", {}), ("shapes", {"shapes": -1.0})])
 def test_the_best_of_a_reward_that_should_fall_is_the_lowest(runs, tmp_path, reward, weights):
-    state = initial_state(recipe.build(load(runs)))
+    state = initial_state(build_run(load(runs)))
     arguments = tmp_path, reward, {"reward": {"weights": weights}}, BaseModel()
     best = run_checkpoints.Best(*arguments)
     for epoch, value in enumerate((0.5, 0.75, 0.25)):
@@ -119,7 +119,7 @@ def test_evaluating_a_checkpoint_repeats_what_training_logged(runs, whole):
 
 
 def test_the_base_is_the_policy_before_training(runs, whole):
-    run = recipe.build(load(runs), training=False)
+    run = build_run(load(runs), training=False)
     base = policies.load("base", run.model)
     result, images, batch = evaluate(run, base)
     assert images.shape == (12, 32, 32, 3) and len(batch.prompts) == 12

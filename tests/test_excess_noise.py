@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flowgrpo_jax.assembly import parts, recipe, settings
+from flowgrpo_jax.assembly import parts, settings
+from flowgrpo_jax.assembly.run import run_summary
 from flowgrpo_jax.command_line import recipe_files
 from flowgrpo_jax.sampling import excess_noise, sde
 from flowgrpo_jax.sampling.sampler import Process
@@ -144,7 +145,7 @@ def test_the_warning_is_among_the_first_lines_of_a_run():
     run = SimpleNamespace(
         config=config, setup=setup, model=model, mesh=mesh, plan="", algorithm=algorithm
     )
-    *_, last = recipe.summary(run).splitlines()
+    *_, last = run_summary(run).splitlines()
     assert last.startswith("warning     sample.kernel='flow_sde'")
     config.sample.window = 7
-    assert "warning" not in recipe.summary(run)
+    assert "warning" not in run_summary(run)

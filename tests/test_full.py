@@ -11,7 +11,7 @@ import short_runs
 from short_runs import rows
 
 from flowgrpo_jax import export
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models import convert, sd3
@@ -65,8 +65,8 @@ def test_what_is_trained_is_float32_whatever_computes(rank):
 
 
 def test_before_training_it_is_the_base(runs):
-    trained = recipe.build(load(runs), training=False)
-    adapted = recipe.build(load(runs, lora__rank=2), training=False)
+    trained = build_run(load(runs), training=False)
+    adapted = build_run(load(runs, lora__rank=2), training=False)
     everything = trained.model.init_trained(jax.random.key(0))
     ours, *_ = evaluate(trained, everything)
     theirs, *_ = evaluate(adapted, policies.load("base", adapted.model))
@@ -96,7 +96,7 @@ def test_the_export_is_the_trained_transformer(runs, run, tmp_path):
             pooled_projections=torch.from_numpy(pooled),
             timestep=torch.from_numpy(1000 * sigma),
         ).sample.numpy()
-    model = recipe.build(load(runs), training=False).model
+    model = build_run(load(runs), training=False).model
     ours = model.velocity(
         state.copies["ema"], model.base, x, sigma, {"tokens": tokens, "pooled": pooled}
     )
@@ -129,8 +129,8 @@ def test_frozen_weights_are_kept_for_the_kl_alone(runs, tmp_path, monkeypatch, k
         first.append(weakref.ref(state.policy["proj_out/kernel"]))
         return one_epoch(run, state, number, *rest)
 
-    real = recipe.build
-    monkeypatch.setattr("flowgrpo_jax.assembly.recipe.build", build)
+    real = build_run
+    monkeypatch.setattr("flowgrpo_jax.train.build_run", build)
     monkeypatch.setattr("flowgrpo_jax.train.one_epoch", epoch)
     train(
         load(runs, epochs=2, eval__every=0, algorithm__options__kl_beta=kl_beta), tmp_path / "run"

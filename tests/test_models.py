@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from short_runs import rows, same
 
 from flowgrpo_jax import evaluate, export, generate, models
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.train import train
@@ -68,7 +68,7 @@ def test_the_adapter_of_another_architecture_is_exported_and_drawn_with(config, 
 
 def test_prompts_are_cached_whatever_their_conditioning_is(config, tmp_path):
     config.model.text_cache = str(tmp_path / "texts")
-    one, two = (recipe.build(config, training=False) for _ in range(2))
+    one, two = (build_run(config, training=False) for _ in range(2))
     first, again = one.encode(["a", "b"]), two.encode(["a", "b"])
     assert set(first) == {"words"} and len(list((tmp_path / "texts").iterdir())) == 2
     same(first, again)
@@ -79,7 +79,7 @@ def test_prompts_are_cached_whatever_their_conditioning_is(config, tmp_path):
 
 def test_the_evaluation_uses_the_schedule_of_the_models_own(config):
     config.model.height = 32
-    run = recipe.build(config, training=False)
+    run = build_run(config, training=False)
     assert run.setup.process.sigmas == (1.0, 0.5625, 0.25, 0.0625, 0.0)
     policy = policies.load("base", run.model)
     result, images, _ = evaluate.evaluate(run, policy)
@@ -113,7 +113,7 @@ def test_options_are_the_models_own(config):
     with pytest.raises(
         ValueError, match=r"config\.model\.options: t5 is unknown; .*takes width=32"
     ):
-        recipe.build(config)
+        build_run(config)
 
 
 @pytest.mark.parametrize(

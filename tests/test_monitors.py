@@ -10,7 +10,7 @@ from PIL import Image
 from short_runs import load, rows
 
 from flowgrpo_jax import sharding
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.monitors import embedding, move, picture_figures, true_loss
@@ -121,7 +121,7 @@ def test_the_move_is_the_relative_distance_of_the_velocities():
 
 def test_the_move_is_from_the_base_also_after_a_reset_of_the_reference(runs):
     changes = {"algorithm__options__kl_beta": 0.04, "kl__name": "constant", "kl__reset_every": 1}
-    run = recipe.build(load(runs, **changes))
+    run = build_run(load(runs, **changes))
     state = initial_state(run)
     policy = jax.tree.map(lambda x: x + 0.1, state.policy)
     state = state.replace(policy=policy, copies={name: policy for name in state.copies})
@@ -189,7 +189,7 @@ def test_an_alarm_stops_the_run_and_the_last_good_state_is_kept(runs, tmp_path, 
     assert last["monitor/true_loss"] != rows(tmp_path)[0]["monitor/true_loss"] > 0
     assert 0 < last["monitor/move_high"] < 1 and rows(tmp_path)[0]["monitor/move_high"] == 0
     assert '"level": "alarm"' in (tmp_path / "report.html").read_text()
-    built = recipe.build(load(runs), training=False)
+    built = build_run(load(runs), training=False)
     assert policies.load(tmp_path / "good", built.model).keys() == built.model.trained_shapes.keys()
     train(load(runs, **settings), tmp_path, resume=True)
     assert [row["epoch"] for row in rows(tmp_path)] == [0, 1, 2, 3]
@@ -217,4 +217,4 @@ def test_an_alarm_raises_the_kl_also_after_a_restart(runs, tmp_path, monkeypatch
 def test_only_what_has_a_kl_can_raise_it(runs):
     config = load(runs, monitor__on_alarm="raise_kl", lora__rank=0)
     with pytest.raises(ValueError, match=r"raise_kl.*lora.rank=0: choose 'stop'"):
-        recipe.build(config)
+        build_run(config)

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from short_runs import load
 
 from benchmarks import noise_scale
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 
 SIZE, IMAGES = 20_000, 10
 
@@ -76,10 +76,10 @@ def constant(images, prompts, metadata):
 def test_images_have_a_gradient_unless_all_have_the_same_reward(runs):
     """The reward of the recipe is the size of their files, which differs."""
     config = load(runs, prompts__test="")
-    assert np.linalg.norm(noise_scale.gradients(recipe.build(config), epochs=2), axis=1).min() > 0
+    assert np.linalg.norm(noise_scale.gradients(build_run(config), epochs=2), axis=1).min() > 0
     config.reward.weights = ConfigDict({"test_noise_scale:constant": 1.0})
     config.eval.rewards, config.checkpoint.best = (), ""
-    assert not noise_scale.gradients(recipe.build(config), epochs=2).any()
+    assert not noise_scale.gradients(build_run(config), epochs=2).any()
 
 
 def test_too_few_images_are_refused():

@@ -49,7 +49,7 @@ def unloaded(monkeypatch):
     """No command reads weights, loads a reward or compiles."""
     for owner, name in (
         (convert, "load"),
-        (evaluate.recipe, "build"),
+        (evaluate, "build_run"),
         (encode.parts, "load_model"),
         (policies, "load"),
         (compile, "topology"),

@@ -8,7 +8,7 @@ from short_runs import load
 
 from flowgrpo_jax import algorithms, update
 from flowgrpo_jax.algorithms import Setup
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.costs import cost, run_costs
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import Process
@@ -80,10 +80,10 @@ def test_the_passes_of_a_loss(name):
 def test_data_cost_passes_too(runs):
     """Half as many samples of the base as images, drawn in the rollout's steps, at as many levels
     as steps are trained, in every second epoch."""
-    plain = recipe.build(load(runs))
+    plain = build_run(load(runs))
     images = plain.plan.images // plain.plan.updates // 2
     data = {"data__source": "base", "data__weight": 0.1, "data__images": images, "data__every": 2}
-    run = recipe.build(load(runs, **data))
+    run = build_run(load(runs, **data))
     key = sampler.epoch_key(jax.random.key(run.config.seed), 0, sampler.TERMS_KEY)
     levels = len(run.algorithm.terms(run.setup, key))
     more = [run_costs.passes(run, i).forwards - run_costs.passes(plain, i).forwards for i in (0, 1)]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from flowgrpo_jax import sharding
-from flowgrpo_jax.assembly import recipe, settings
+from flowgrpo_jax.assembly import settings
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.models import products
 from flowgrpo_jax.sampling import sampler
@@ -76,7 +77,7 @@ def test_the_velocity_of_the_model_in_the_box_hardly_changes():
 
     def velocities(product_dtype):
         config.model.product_dtype = product_dtype
-        run = recipe.build(config, training=False)
+        run = build_run(config, training=False)
         cond = run.encode(["a red circle", "two stars", "a blue square", "a green ring"])
         empty, rows = run.empty, jnp.arange(4)
         guided = sampler.guided(run.model.velocity, 1.0, run.model.guidance)

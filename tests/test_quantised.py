@@ -15,7 +15,8 @@ import short_runs
 from PIL import Image
 
 from flowgrpo_jax import generate, sharding
-from flowgrpo_jax.assembly import parts, recipe
+from flowgrpo_jax.assembly import parts
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.export import export
 from flowgrpo_jax.models import quantised, sd3
@@ -162,7 +163,7 @@ def test_a_run_and_its_export(runs):
 )
 def test_what_cannot_be(runs, changes, message):
     with pytest.raises(ValueError, match=message):
-        recipe.build(short_runs.load(runs, **changes), training=False)
+        build_run(short_runs.load(runs, **changes), training=False)
 
 
 def test_generate_draws_with_it(tmp_path, monkeypatch):

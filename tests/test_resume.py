@@ -10,7 +10,7 @@ import pytest
 from short_runs import load, rows, same, timeless
 
 from flowgrpo_jax import update
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.checkpoints.run_record import changed_settings
@@ -147,7 +147,7 @@ def test_the_best_is_of_this_run(runs, whole, tmp_path):
 def test_weights_are_not_scaled_otherwise_than_they_were_trained(runs, whole, source):
     """Alpha is not in the weights: at another one they would load, and act too much or little."""
     alpha = load(runs).lora.alpha
-    run = recipe.build(load(runs, lora__alpha=2 * alpha), training=False)
+    run = build_run(load(runs, lora__alpha=2 * alpha), training=False)
     wrong = rf"trained with lora\.alpha={alpha}, and the config has lora\.alpha={2 * alpha}: set"
     with pytest.raises(ValueError, match=wrong):
         policies.load(whole.workdir / source, run.model)

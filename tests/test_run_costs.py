@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from short_runs import load, rows
 
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.costs import hardware, run_costs
 from flowgrpo_jax.train import train
 from flowgrpo_jax.training.stages import Stages
@@ -37,8 +37,8 @@ def test_the_peak_of_a_device_by_its_name(kind, peak):
 
 
 def test_guidance_doubles_the_work_of_a_pass(runs):
-    plain = recipe.build(load(runs, sample__guidance_scale=1.0))
-    guided = recipe.build(load(runs, sample__guidance_scale=3.0))
+    plain = build_run(load(runs, sample__guidance_scale=1.0))
+    guided = build_run(load(runs, sample__guidance_scale=3.0))
     work, gradient = run_costs.flop_of_pass(plain)
     assert run_costs.flop_of_pass(guided) == (2 * work, 2 * gradient)
     # Each of a linear's weights takes part in one multiplication and addition for each token, and
@@ -53,14 +53,14 @@ def test_guidance_doubles_the_work_of_a_pass(runs):
 def test_a_gradient_needs_the_weights_gradient_only_where_they_are_trained(runs, remat):
     """Of a product y = x w: x, w and y's gradients make three products of one size. With an adapter
     that of w is left out; attention has no weights. What remat computes again is not counted."""
-    adapter = run_costs.flop_of_pass(recipe.build(load(runs, model__remat=remat)))
-    whole = run_costs.flop_of_pass(recipe.build(load(runs, model__remat=remat, lora__rank=0)))
+    adapter = run_costs.flop_of_pass(build_run(load(runs, model__remat=remat)))
+    whole = run_costs.flop_of_pass(build_run(load(runs, model__remat=remat, lora__rank=0)))
     assert whole.gradient == pytest.approx(3 * whole.forward, rel=0.03)
     assert 1.9 * adapter.forward < adapter.gradient < 2.7 * adapter.forward
 
 
 def test_the_share_of_the_peak_is_that_of_all_devices(runs, monkeypatch):
-    run = recipe.build(load(runs))
+    run = build_run(load(runs))
     passes = run_costs.passes(run, 0)
     flop = run_costs.Flop(500.0, 1200.0)
     monkeypatch.setattr(hardware, "peak", lambda device: 1e6)

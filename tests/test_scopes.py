@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from short_runs import load, rows
 
 from flowgrpo_jax import prompts, rewards, sharding
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.evaluate import evaluate
@@ -239,7 +239,7 @@ def test_an_evaluation_gives_a_reward_the_images_of_a_prompt(runs, monkeypatch):
     config = load(runs)
     config.reward.weights, config.checkpoint.best = ConfigDict({"rank": 1.0}), "rank"
     config.eval.rewards, config.eval.micro_batch = (), 5
-    run = recipe.build(config, training=False)
+    run = build_run(config, training=False)
     del run.test_prompts[3:]
     for record in run.test_prompts:
         record["tag"] = "one"

@@ -12,7 +12,7 @@ from short_runs import load, rows, timeless
 
 from flowgrpo_jax import algorithms, train, update
 from flowgrpo_jax.algorithms import Setup
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.costs import cost, run_costs
 from flowgrpo_jax.sampling import sampler, sde, solvers, tails, taped
 from flowgrpo_jax.sampling.sampler import ODE_KEY, Process
@@ -136,8 +136,7 @@ def test_a_run_with_it_is_the_same_run(runs, tmp_path):
 def test_its_passes_are_counted(runs):
     """Of 4 steps 2 are trained: their forward passes are those of their gradients."""
     counted = [
-        run_costs.passes(recipe.build(settings(runs, train__tape=tape)), 0)
-        for tape in (False, True)
+        run_costs.passes(build_run(settings(runs, train__tape=tape)), 0) for tape in (False, True)
     ]
     assert counted == [(4, 2), (2, 2)]
 
@@ -153,7 +152,7 @@ def test_its_passes_are_counted(runs):
 def test_it_is_refused_where_the_passes_are_others(runs, changes, message):
     changes = {"train__updates_per_epoch": 1, "train__tape": True, **changes}
     with pytest.raises(ValueError, match=message):
-        recipe.build(load(runs, **changes))
+        build_run(load(runs, **changes))
 
 
 def test_it_is_refused_without_transitions(runs):
@@ -162,4 +161,4 @@ def test_it_is_refused_without_transitions(runs):
     with config.algorithm.unlocked():
         config.algorithm.options = {}
     with pytest.raises(ValueError, match="it records no transitions"):
-        recipe.build(config)
+        build_run(config)

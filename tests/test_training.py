@@ -12,7 +12,8 @@ from PIL import Image
 from short_runs import ROOT, call, load, rows, timeless
 
 from flowgrpo_jax import algorithms, rewards, sharding
-from flowgrpo_jax.assembly import parts, recipe
+from flowgrpo_jax.assembly import parts
+from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
 from flowgrpo_jax.models import sd3
 from flowgrpo_jax.train import train
@@ -130,7 +131,7 @@ def test_callback_and_overlap_train_alike(runs, whole):
 def test_the_warning_comes_before_the_update(runs, monkeypatch):
     """Of the first update alone; in a recipe with two."""
     config = load(runs, epochs=1, eval__every=0)
-    order, build = [], recipe.build
+    order, build = [], build_run
 
     def watched(config):
         run = build(config)
@@ -148,7 +149,7 @@ def test_the_warning_comes_before_the_update(runs, monkeypatch):
             ),
         )
 
-    monkeypatch.setattr(recipe, "build", watched)
+    monkeypatch.setattr("flowgrpo_jax.train.build_run", watched)
     train(config, runs / "warned")
     assert order == ["warning", "update", "update"]
 

@@ -77,10 +77,10 @@ BUILD = """
 import sys
 import mine
 import flowgrpo_jax
-from flowgrpo_jax.assembly import recipe
+from flowgrpo_jax.assembly.run import build_run
 
 assert flowgrpo_jax.__file__.startswith(sys.argv[1]), flowgrpo_jax.__file__
-run = recipe.build(mine.get_config(), training=False)
+run = build_run(mine.get_config(), training=False)
 print(run.plan.groups)
 """
 

@@ -1,6 +1,6 @@
 """The parts of a run, each made from its section of a config.
 
-Only this file, recipe.py, batch_plan.py and settings.py see a config below the entry points: all
+Only this file, run.py, batch_plan.py and settings.py see a config below the entry points: all
 else that they call takes plain arguments.
 """
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from flowgrpo_jax import sharding
 from flowgrpo_jax.assembly import parts
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly.run import Run
 from flowgrpo_jax.costs import cost, hardware
 from flowgrpo_jax.sampling import branching, sampler
 
@@ -37,7 +37,7 @@ class Flop(NamedTuple):
         return passes.forward * self.forward + passes.gradient * self.gradient
 
 
-def passes(run: Recipe, epoch: int) -> Passes:
+def passes(run: Run, epoch: int) -> Passes:
     """Return the passes of an epoch."""
     process, algorithm, key = run.setup.process, run.algorithm, jax.random.key(run.config.seed)
     together = run.plan.micro_batch // sharding.row_shards(run.mesh)
@@ -58,7 +58,7 @@ def passes(run: Recipe, epoch: int) -> Passes:
     return Passes(forward + data.forward, gradients + data.gradient)
 
 
-def data_passes(run: Recipe, epoch: int, levels: int) -> Passes:
+def data_passes(run: Run, epoch: int, levels: int) -> Passes:
     """Return the passes of an epoch's loss on data, for each image of the rollouts: a gradient at
     each noise level, in every optimiser step, and the passes that draw a sample of the base. None
     has guidance, so that they count by half where the rollout has two branches."""
@@ -71,13 +71,13 @@ def data_passes(run: Recipe, epoch: int, levels: int) -> Passes:
     return Passes(images * drawing, images * levels * times)
 
 
-def branches_of_guidance(run: Recipe) -> int:
+def branches_of_guidance(run: Run) -> int:
     """Return in how many batches of text a velocity of the rollout is computed, 1 or 2."""
     guided = run.config.sample.guidance_scale > 1
     return 2 if run.model.guidance == "branch" and guided else 1
 
 
-def flop_of_pass(run: Recipe) -> Flop:
+def flop_of_pass(run: Run) -> Flop:
     """Count the arithmetic of a pass, from the traced program."""
     config = run.config.copy_and_resolve_references()
     config.model.remat, config.model.attention = False, "xla"
@@ -96,7 +96,7 @@ def flop_of_pass(run: Recipe) -> Flop:
     return Flop(*(branches_of_guidance(run) * flop for flop in counted))
 
 
-def line(run: Recipe, flop: Flop) -> str:
+def line(run: Run, flop: Flop) -> str:
     """Return the line about the costs that a run prints before it begins."""
     first = passes(run, 0)
     frozen = jax.tree.leaves((run.model.base, run.model.params["vae"]))
@@ -108,7 +108,7 @@ def line(run: Recipe, flop: Flop) -> str:
     )
 
 
-def speed(run: Recipe, flop: Flop, epoch: int, seconds: float) -> dict[str, float]:
+def speed(run: Run, flop: Flop, epoch: int, seconds: float) -> dict[str, float]:
     """Return the figures of an epoch's speed: images and forward passes a second, the share of the
     devices' peak where it is known, and the most GB of a device's memory so far."""
     done, rate = passes(run, epoch), run.plan.images / seconds

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from flowgrpo_jax import sharding
-from flowgrpo_jax.assembly import parts, recipe
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly import parts
+from flowgrpo_jax.assembly.run import Run, make_programs
 from flowgrpo_jax.monitors import verdicts
 from flowgrpo_jax.report import page
 from flowgrpo_jax.storage import logs
@@ -22,7 +22,7 @@ ALARMS = "monitor/alarms"  # the figure that counts an evaluation's alarms
 
 
 def act_on_alarms(
-    output: RunOutput, run: Recipe, state: TrainState, epoch: int, report: dict[str, float]
+    output: RunOutput, run: Run, state: TrainState, epoch: int, report: dict[str, float]
 ) -> None:
     """Warn of what the monitors find alarming, and do what `monitor.on_alarm` asks for.
 
@@ -54,7 +54,7 @@ def act_on_alarms(
     )
 
 
-def raise_kl(run: Recipe, metrics: logs.Metrics, epoch: int, report: Mapping[str, float]) -> Recipe:
+def raise_kl(run: Run, metrics: logs.Metrics, epoch: int, report: Mapping[str, float]) -> Run:
     """Return the run with the KL weight that its alarms so far ask for, where `monitor.on_alarm` is
     "raise_kl": twice as much for every evaluation with an alarm, from `monitor.kl_beta` on where
     there was none. It depends on the metrics alone, so that a resumed run has the same.
@@ -91,7 +91,7 @@ def judged(
     return verdicts.verdicts([*before, now], weights, options).get(epoch, [])
 
 
-def with_options(run: Recipe, options: dict[str, Any]) -> Recipe:
+def with_options(run: Run, options: dict[str, Any]) -> Run:
     """Return the run with other options of its algorithm, which keeps the same copies and draws the
     same images. `config` stays as it was."""
     config = run.config.copy_and_resolve_references()
@@ -99,6 +99,6 @@ def with_options(run: Recipe, options: dict[str, Any]) -> Recipe:
     algorithm = parts.make_algorithm(config)
     judge = parts.make_judge(run.model, algorithm, run.scorer.trained)
     same = run.model, run.mesh, run.plan, run.setup
-    made = recipe.make_programs(config, *same, algorithm, run.optimiser, judge=judge)
+    made = make_programs(config, *same, algorithm, run.optimiser, judge=judge)
     changed = replace(run.programs, accumulate=made.accumulate, end_epoch=made.end_epoch)
     return replace(run, algorithm=algorithm, programs=changed)

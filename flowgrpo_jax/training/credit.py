@@ -12,7 +12,7 @@ import numpy as np
 
 from flowgrpo_jax import advantages, sharding
 from flowgrpo_jax.advantages import diversity
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly.run import Run
 from flowgrpo_jax.regularisation import kl_control
 from flowgrpo_jax.scoring.scores import Scores
 from flowgrpo_jax.types import Credit, Rollout, TrainState
@@ -20,7 +20,7 @@ from flowgrpo_jax.types import Credit, Rollout, TrainState
 KL = "kl"  # the part of the memory that belongs to the control of the KL
 
 
-def initial(run: Recipe) -> dict[str, Any]:
+def initial(run: Run) -> dict[str, Any]:
     """Return the memory before the first epoch."""
     memory = run.advantage.initial(len(run.train_prompts))
     return {**memory, KL: _arrays(run.control.initial())} if run.control else memory
@@ -33,7 +33,7 @@ def rewards(scores: Scores) -> np.ndarray:
 
 
 def assign(
-    run: Recipe,
+    run: Run,
     state: TrainState,
     scores: Scores,
     ids: np.ndarray,
@@ -71,7 +71,7 @@ def cut(credit: Credit, parts: int) -> list[Credit]:
 
 
 def settle(
-    run: Recipe, state: TrainState, figures: Mapping[str, float]
+    run: Run, state: TrainState, figures: Mapping[str, float]
 ) -> tuple[TrainState, dict[str, float]]:
     """Update the KL's control with the KL that the epoch measured, and reset the reference where
     the control says so. Returns the state and further figures."""

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowgrpo_jax import sharding
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly.run import Run
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.types import Conditioning, Params, PromptBatch, Rollout, TrainState
 
@@ -47,7 +47,7 @@ class EpochData:
 
 
 def of_epoch(
-    run: Recipe,
+    run: Run,
     state: TrainState,
     cond: Conditioning,
     batch: PromptBatch,
@@ -90,7 +90,7 @@ def of_epoch(
     return EpochData(parts, cond, levels, data.own_step)
 
 
-def _levels(run: Recipe, state: TrainState, epoch: int, start: int) -> np.ndarray:
+def _levels(run: Run, state: TrainState, epoch: int, start: int) -> np.ndarray:
     """Return the noise levels of an epoch, f32 [K]."""
     process = run.setup.process
     key = sampler.epoch_key(state.key, epoch, sampler.TERMS_KEY)
@@ -102,7 +102,7 @@ def _levels(run: Recipe, state: TrainState, epoch: int, start: int) -> np.ndarra
 
 
 def add(
-    run: Recipe, data: EpochData, update: int, state: TrainState, epoch: int, gradient: Params
+    run: Run, data: EpochData, update: int, state: TrainState, epoch: int, gradient: Params
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Add an update's data to its gradient, which is given up. Returns it, and the figure."""
     if not data.parts or data.own_step:
@@ -111,7 +111,7 @@ def add(
 
 
 def step(
-    run: Recipe, data: EpochData, state: TrainState, epoch: int
+    run: Run, data: EpochData, state: TrainState, epoch: int
 ) -> tuple[TrainState, dict[str, float]]:
     """Take the optimiser step of the data alone, where it has one, after the updates. Returns the
     state and the figures, with whether the step was skipped because its gradient was not finite."""
@@ -125,7 +125,7 @@ def step(
 
 
 def _add(
-    run: Recipe, data: EpochData, parts: list[Any], state: TrainState, epoch: int, gradient: Params
+    run: Run, data: EpochData, parts: list[Any], state: TrainState, epoch: int, gradient: Params
 ) -> tuple[Params, dict[str, jax.Array]]:
     total = run.put(jnp.zeros(()))
     fixed = (run.model.base, data.cond, run.empty, state.key, epoch, data.levels)

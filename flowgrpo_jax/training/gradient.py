@@ -8,13 +8,13 @@ from typing import Any
 import jax
 
 from flowgrpo_jax import sharding, update
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly.run import Run
 from flowgrpo_jax.sampling import taped
 from flowgrpo_jax.types import Conditioning, Credit, Rollout, TrainState
 
 
 def of_update(
-    run: Recipe,
+    run: Run,
     state: TrainState,
     cond: Conditioning,
     rollouts: Sequence[Rollout],

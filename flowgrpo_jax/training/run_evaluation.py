@@ -15,7 +15,7 @@ from etils import epath
 
 from flowgrpo_jax import sharding
 from flowgrpo_jax.assembly import parts, settings
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly.run import Run
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.evaluate import draw, draw_balanced, figures_of, save_grid, summarise
 from flowgrpo_jax.monitors import embedding, move, picture_figures, true_loss
@@ -35,7 +35,7 @@ SHEET = "samples"  # the name of an evaluation's pictures in TensorBoard and Wei
 
 
 def evaluate_into(
-    output: RunOutput, run: Recipe, state: TrainState, epoch: int, stop: cli.Stop
+    output: RunOutput, run: Run, state: TrainState, epoch: int, stop: cli.Stop
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave pictures of the same prompts and seeds as always, and keep
     the state where it is the best so far. Returns the figures.
@@ -80,7 +80,7 @@ def show(
 
 
 def monitored(
-    run: Recipe, state: TrainState, batch: PromptBatch, pixels: np.ndarray, stop: cli.Stop
+    run: Run, state: TrainState, batch: PromptBatch, pixels: np.ndarray, stop: cli.Stop
 ) -> dict[str, float]:
     """Return the monitors' figures of an evaluation with its pictures, uint8 [n, H, W, 3]."""
     found: dict[str, float] = {}
@@ -105,12 +105,12 @@ def monitored(
     return {f"monitor/{name}": value for name, value in found.items()}
 
 
-def has_reference(run: Recipe) -> bool:
+def has_reference(run: Run) -> bool:
     """Whether the base model is still there: full fine-tuning without a KL gives its weights up."""
     return bool(run.model.lora_spec.rank) or set(run.model.trained_shapes) <= set(run.model.base)
 
 
-def at_once(run: Recipe) -> int:
+def at_once(run: Run) -> int:
     """Return how many pictures the monitors' programs handle at once: few, and a share each for the
     devices."""
     micro = run.config.eval.micro_batch or run.plan.micro_batch
@@ -118,7 +118,7 @@ def at_once(run: Recipe) -> int:
     return min(-(-move.IMAGES // shards) * shards, micro)
 
 
-def moved(run: Recipe, state: TrainState, batch: PromptBatch) -> dict[str, float]:
+def moved(run: Run, state: TrainState, batch: PromptBatch) -> dict[str, float]:
     """Return how far the EMA weights have moved from the base model, by noise level."""
     config, model = run.config, run.model
     rows = np.arange(at_once(run), dtype=np.int32)
@@ -139,7 +139,7 @@ def moved(run: Recipe, state: TrainState, batch: PromptBatch) -> dict[str, float
     return move.figures(sharding.to_host(found), sigmas)
 
 
-def true_pictures_loss(run: Recipe, state: TrainState) -> float:
+def true_pictures_loss(run: Run, state: TrainState) -> float:
     """Return the flow-matching loss of the EMA weights on `monitor.pictures`."""
     config, model, size = run.config, run.model, at_once(run)
     if model.to_latents is None:
@@ -160,7 +160,7 @@ def true_pictures_loss(run: Recipe, state: TrainState) -> float:
     return float(np.concatenate(losses).mean())
 
 
-def keys_of(run: Recipe, ids: np.ndarray, images: np.ndarray) -> jax.Array:
+def keys_of(run: Run, ids: np.ndarray, images: np.ndarray) -> jax.Array:
     """Image keys of the evaluation's seed; ids, images: i32 [M]."""
     key = jax.random.key(run.config.eval.seed)
     return sampler.image_keys(key, 0, jnp.asarray(ids), jnp.asarray(images))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly.run import Run
 from flowgrpo_jax.checkpoints.run_checkpoints import RunCheckpoints
 from flowgrpo_jax.command_line import cli
 from flowgrpo_jax.models import base_model
@@ -43,7 +43,7 @@ class RunOutput(NamedTuple):
 
 
 def begin(
-    run: Recipe, workdir: epath.Path, state: TrainState, *, resume: bool
+    run: Run, workdir: epath.Path, state: TrainState, *, resume: bool
 ) -> tuple[RunOutput, TrainState, int]:
     """Open the work directory and return its output, the state to begin with and its epoch: with
     `resume` those of the last checkpoint, if there is one.

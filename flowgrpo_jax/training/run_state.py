@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 
 from flowgrpo_jax import update
-from flowgrpo_jax.assembly.recipe import Recipe
+from flowgrpo_jax.assembly.run import Run
 from flowgrpo_jax.training import credit
 from flowgrpo_jax.types import TrainState
 
 
-def initial_state(run: Recipe) -> TrainState:
+def initial_state(run: Run) -> TrainState:
     """The state before the first update, on the devices."""
     key = jax.random.key(run.config.seed)
     memory = credit.initial(run)

@@ -58,7 +58,7 @@ class Programs:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Run:
     """This record holds all parts of a run, made from its config, for `train` and `evaluate`.
 
     Attributes:
@@ -144,7 +144,7 @@ class Recipe:
         return state.copies[name]
 
 
-def build(config: ConfigDict, *, training: bool = True) -> Recipe:
+def build_run(config: ConfigDict, *, training: bool = True) -> Run:
     """Check the config and build all that a run needs; nothing random happens here.
 
     Raises ValueError or FileNotFoundError that names the value, the constraint and the fix.
@@ -169,7 +169,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Recipe:
     built = make_programs(config, model, mesh, plan, setup, algorithm, optimiser, score, judge)
     if data:
         built = with_data(built, config, model, mesh, setup, data)
-    return Recipe(
+    return Run(
         config,
         model,
         mesh,
@@ -263,27 +263,27 @@ def with_data(
     )
 
 
-def summary(recipe: Recipe) -> str:
+def run_summary(run: Run) -> str:
     """Return the first lines that a run prints: the numbers derived from its config."""
-    model, config = recipe.model, recipe.config
+    model, config = run.model, run.config
     parts = (model.params | model.text_shapes).values()
     frozen = sum(x.size for part in parts for x in part.values())
     trained = sum(np.prod(x.shape) for x in model.trained_shapes.values())
     frozen -= 0 if model.lora_spec.rank else trained  # in full fine-tuning they are among them
-    layout = " x ".join(f"{axis} {n}" for axis, n in recipe.mesh.shape.items())
+    layout = " x ".join(f"{axis} {n}" for axis, n in run.mesh.shape.items())
     after = config.train.decay_steps
     decay = f", falling after {after} optimiser steps" if after else ""
-    chosen = window(config, recipe.algorithm)
-    problem = excess_noise.warning(config.sample.kernel, recipe.setup.process, chosen)
+    chosen = window(config, run.algorithm)
+    problem = excess_noise.warning(config.sample.kernel, run.setup.process, chosen)
     return "\n".join(
         [
             f"model       {config.model.path}, {frozen / 1e6:.1f} M frozen, {trained / 1e3:.0f} k"
             f" trained, {config.model.height} x {config.model.width} px, {config.model.dtype}",
-            f"batch       {recipe.plan} on {recipe.mesh.size} {jax.default_backend()} device(s)"
+            f"batch       {run.plan} on {run.mesh.size} {jax.default_backend()} device(s)"
             f" of {jax.process_count()} process(es), {layout}",
             f"rollout     {config.sample.steps} steps of {config.sample.solver},"
             f" {_noise(config, chosen)}, guidance {config.sample.guidance_scale}",
-            f"update      {config.algorithm.name}: {recipe.algorithm.summary},"
+            f"update      {config.algorithm.name}: {run.algorithm.summary},"
             f" learning rate {config.train.learning_rate:g}{decay}",
             *([f"warning     {problem}"] if problem else []),
         ]
