@@ -112,7 +112,7 @@ def ratio(args: argparse.Namespace, kernel: str) -> dict[str, Any]:
     from flowgrpo_jax import train
     from flowgrpo_jax.assembly import settings
     from flowgrpo_jax.assembly.run import build_run
-    from flowgrpo_jax.command_line import cli
+    from flowgrpo_jax.command_line.stop import Stop
     from flowgrpo_jax.configs import shapes
 
     config = shapes.get_config()
@@ -121,7 +121,7 @@ def ratio(args: argparse.Namespace, kernel: str) -> dict[str, Any]:
     config.prompts.test = ""
     settings.split_cpu(config)
     run = build_run(config.copy_and_resolve_references())
-    _, figures = train.one_epoch(run, train.initial_state(run), 0, cli.Stop())
+    _, figures = train.one_epoch(run, train.initial_state(run), 0, Stop())
     names = ("ratio_gap", "grad_norm", "reward")
     return {name: float(np.asarray(figures[name])) for name in names}
 

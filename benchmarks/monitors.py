@@ -16,7 +16,7 @@ from benchmarks import machine
 from flowgrpo_jax import evaluate
 from flowgrpo_jax.assembly.run import Run, build_run
 from flowgrpo_jax.checkpoints import policies
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line.stop import Stop
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.monitors import verdicts
 from flowgrpo_jax.training import run_evaluation
@@ -30,7 +30,7 @@ def figures(run: Run, checkpoint: str) -> dict[str, float]:
     state: Any = SimpleNamespace(policy=policy, copies={"ema": policy})
     batch, pixels, scores = evaluate.draw_balanced(run, policy)
     found = evaluate.figures_of(evaluate.summarise(batch, scores))
-    return found | run_evaluation.monitored(run, state, batch, pixels, cli.Stop())
+    return found | run_evaluation.monitored(run, state, batch, pixels, Stop())
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks import league, machine, markdown
 from flowgrpo_jax.assembly import parts
 from flowgrpo_jax.assembly.run import Run, build_run
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line.stop import Stop
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.train import draw
 from flowgrpo_jax.training import credit, gradient
@@ -47,7 +47,7 @@ def gradients(run: Run, epochs: int) -> np.ndarray:
     """Return the gradient of each epoch at the first policy, f64 [epochs, D]: the mean over the
     epoch's updates."""
     state, found = initial_state(run), []
-    with cli.Stop() as stop:
+    with Stop() as stop:
         for epoch in range(epochs):
             batch = parts.draw_prompts(run.config, run.train_prompts, epoch)
             cond = run.encode(batch.prompts)

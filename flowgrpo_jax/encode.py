@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from flowgrpo_jax import prompts, sharding
 from flowgrpo_jax.assembly import batch_plan, parts, settings
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import cli, connection
 from flowgrpo_jax.models import TEXTS
 from flowgrpo_jax.monitors import true_loss
 from flowgrpo_jax.storage import outputs
@@ -56,7 +56,7 @@ def _watched(config: ConfigDict) -> list[str]:
 
 
 def main(_: list[str]) -> None:
-    cli.connect()
+    connection.connect()
     config = cli.config()
     settings.check(config)
     if not config.model.text_cache:

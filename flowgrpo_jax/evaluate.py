@@ -31,17 +31,18 @@ from flowgrpo_jax import prompts, sharding
 from flowgrpo_jax.assembly import settings
 from flowgrpo_jax.assembly.run import Run, build_run
 from flowgrpo_jax.checkpoints import policies, run_checkpoints
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import cli, connection
+from flowgrpo_jax.command_line.stop import Stop
 from flowgrpo_jax.models import TEXTS
 from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.scores import Scores
-from flowgrpo_jax.storage import logs, outputs
+from flowgrpo_jax.storage import logs, outputs, picture_grid
 from flowgrpo_jax.types import Params, PromptBatch
 
 
 def evaluate(
-    run: Run, policy: Params, stop: cli.Stop | None = None, *, progress: bool = False
+    run: Run, policy: Params, stop: Stop | None = None, *, progress: bool = False
 ) -> tuple[dict[str, Any], np.ndarray, PromptBatch]:
     """Return the means of every reward, overall and per tag, the images uint8 [n, ...] and their
     prompts.
@@ -49,21 +50,21 @@ def evaluate(
     `errors` and `errors_per_tag` are the standard errors of these means. A failed reward counts in
     no mean; `failed` is the share of images with one, `failures` that of each reward, and `broken`
     the share of images with pixels that are not finite, for which every reward fails. Raises
-    cli.Stopped when `stop` is asked to stop.
+    Stopped when `stop` is asked to stop.
     """
     batch, pixels, scores = draw_balanced(run, policy, stop, progress=progress)
     return summarise(batch, scores), pixels, batch
 
 
 def draw_balanced(
-    run: Run, policy: Params, stop: cli.Stop | None = None, *, progress: bool = False
+    run: Run, policy: Params, stop: Stop | None = None, *, progress: bool = False
 ) -> tuple[PromptBatch, np.ndarray, Scores]:
     """Return the evaluation's prompts, its images uint8 [n, ...] and their scores.
 
-    Raises cli.Stopped when `stop` is asked to stop.
+    Raises Stopped when `stop` is asked to stop.
     """
     batch, repeats = prompts.balanced(run.test_prompts, run.config.eval.images)
-    pixels, scores = draw(run, policy, batch, repeats, stop or cli.Stop(), progress)
+    pixels, scores = draw(run, policy, batch, repeats, stop or Stop(), progress)
     return batch, pixels, scores
 
 
@@ -89,7 +90,7 @@ def draw(
     policy: Params,
     batch: PromptBatch,
     repeats: np.ndarray,
-    stop: cli.Stop,
+    stop: Stop,
     progress: bool,
 ) -> tuple[np.ndarray, Scores]:
     """Draw and score an image for each prompt of the batch. Returns the images, uint8 [n, ...], and
@@ -157,7 +158,7 @@ def save_grid(file: epath.Path, images: np.ndarray, batch: PromptBatch, n: int) 
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as out:
-        logs.grid(images[:n], batch.prompts[:n]).save(out, format="PNG")
+        picture_grid.grid(images[:n], batch.prompts[:n]).save(out, format="PNG")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -193,7 +194,7 @@ def check_out(out: epath.Path) -> None:
 
 
 def main(_: list[str]) -> None:
-    cli.connect()
+    connection.connect()
     config = cli.config()
     settings.split_cpu(config)
     out = epath.Path(flags.FLAGS.out)

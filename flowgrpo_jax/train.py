@@ -30,7 +30,8 @@ from ml_collections import ConfigDict
 from flowgrpo_jax import update
 from flowgrpo_jax.assembly import parts, settings
 from flowgrpo_jax.assembly.run import Run, build_run, run_summary
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import cli, connection, exit_status
+from flowgrpo_jax.command_line.stop import Stop, Stopped
 from flowgrpo_jax.costs import run_costs
 from flowgrpo_jax.report import page
 from flowgrpo_jax.sampling import sampler
@@ -51,10 +52,10 @@ def one_epoch(
     run: Run,
     state: TrainState,
     epoch: int,
-    stop: cli.Stop,
+    stop: Stop,
     page_dir: epath.Path | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Train for one epoch and return the new state and figures. A signal raises cli.Stopped.
+    """Train for one epoch and return the new state and figures. A signal raises Stopped.
 
     Args:
       page_dir: the work directory, if some of the epoch's images are to be left for its page.
@@ -95,7 +96,7 @@ def draw(
     cond: Conditioning,
     batch: PromptBatch,
     epoch: int,
-    stop: cli.Stop,
+    stop: Stop,
     stages: Stages,
 ) -> tuple[list[Rollout], Scores, np.ndarray]:
     """Draw and score the epoch's images. Returns each micro-batch's rollout, the scores, and the
@@ -133,7 +134,7 @@ def improve(
     reward_inputs: dict[str, Any],
     data: EpochData,
     epoch: int,
-    stop: cli.Stop,
+    stop: Stop,
 ) -> tuple[TrainState, dict[str, float]]:
     """Take the epoch's policy updates, each on its own groups.
 
@@ -172,7 +173,7 @@ def train(
       profile: an epoch of which a trace is written to `profile/` in the work directory.
 
     Raises SystemExit after Ctrl-C and SIGTERM, once the last whole epoch has been saved. Its code
-    is 0 after Ctrl-C, and after SIGTERM `cli.RESTART`, on which the launchers start again.
+    is 0 after Ctrl-C, and after SIGTERM `exit_status.RESTART`, on which the launchers start again.
     """
     workdir = epath.Path(workdir)  # a directory or, with gs:// and the like, a bucket
     cli.prepare(workdir, resume)
@@ -189,7 +190,7 @@ def train(
     every = config.eval.every if run.test_prompts else 0  # epochs between evaluations
     first, signal_number = epoch, 0
     last: dict[str, float] = {}  # the last evaluation's figures
-    with cli.Stop() as stop:
+    with Stop() as stop:
         try:
             while epoch < config.epochs:
                 stop.check()
@@ -215,7 +216,7 @@ def train(
             if every and epoch == config.epochs:
                 last = evaluate_into(output, run, state, epoch, stop)
                 output.write(epoch, {}, last)
-        except cli.Stopped as stopped:  # the epoch that it interrupts never happened
+        except Stopped as stopped:  # the epoch that it interrupts never happened
             signal_number = stopped.args[0]
             if epoch > first:
                 lifecycle.save_at_stop(checkpoints, epoch, state)
@@ -226,13 +227,13 @@ def train(
         progress.show_end(bar, epoch, last)
         output.close()
         if signal_number:  # still within `stop`, where the signal's echo does not interrupt
-            raise SystemExit(cli.RESTART if signal_number == signal.SIGTERM else 0)
+            raise SystemExit(exit_status.RESTART if signal_number == signal.SIGTERM else 0)
     return state
 
 
 def main(_: list[str]) -> None:
-    with cli.exit_for_restart():
-        cli.connect()
+    with exit_status.exit_for_restart():
+        connection.connect()
         config = cli.config()
         settings.split_cpu(config)
         workdir = flags.FLAGS.workdir or f"runs/{config.name}"

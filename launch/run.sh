@@ -14,7 +14,7 @@ child=""
 stopping=""
 again=75 # asks whoever started this for another start: after SIGTERM, not after Ctrl-C
 # The machine or the user wants an end: let the run save, and do not start it again. A signal to the
-# whole process group reaches the run twice, which counts once there (flowgrpo_jax.command_line.cli.Stop).
+# whole process group reaches the run twice, which counts once there (flowgrpo_jax.command_line.stop.Stop).
 trap 'stopping=TERM interrupted=1; kill -TERM "$child" 2>/dev/null || true' TERM
 trap 'stopping=INT again=130 interrupted=1; kill -INT "$child" 2>/dev/null || true' INT
 

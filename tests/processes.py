@@ -22,7 +22,7 @@ from flowgrpo_jax import train as training
 from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import connection, exit_status
 from flowgrpo_jax.storage import files
 from flowgrpo_jax.train import initial_state, train
 
@@ -113,7 +113,7 @@ def place(folder, name):
 def run(folder, name, mesh, host_call="overlap", epochs=2):
     """What each child process does, as launchers have it done."""
     compile_cache.keep_of_every_process()
-    cli.connect()
+    connection.connect()
     rewards.TABLE["brightness"] = "processes:brightness"
     calls.clear()
     ranked.clear()
@@ -126,7 +126,7 @@ def run(folder, name, mesh, host_call="overlap", epochs=2):
     if os.environ.get("LOADS_LONG"):
         training.build_run = lambda *_, **__: print("loading", flush=True) or time.sleep(300)
     config.epochs = epochs
-    with cli.ending(), cli.exit_for_restart():
+    with exit_status.ending(), exit_status.exit_for_restart():
         train(config, place(folder, name), resume=True)
     Path(folder, f"scored-{Path(name).name}-{jax.process_index()}").write_text(str(sum(calls)))
     Path(folder, f"ranked-{Path(name).name}-{jax.process_index()}").write_text(json.dumps(ranked))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import cli, connection, exit_status
+from flowgrpo_jax.command_line.stop import Stop, Stopped
 
 
 def test_a_run_that_failed_before_it_trained_can_be_begun_again(tmp_path):
@@ -35,8 +36,9 @@ def test_a_run_that_failed_before_it_trained_can_be_begun_again(tmp_path):
 def test_a_signal_and_its_echo_count_once(monkeypatch):
     """Ctrl-C reaches the process group and is forwarded by the launcher; a later one interrupts."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock.now), raising=False)
-    with cli.Stop() as stop:
+    clocked = SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr("flowgrpo_jax.command_line.stop.time", clocked)
+    with Stop() as stop:
         signal.raise_signal(signal.SIGINT)
         clock.now += 1
         try:
@@ -62,7 +64,7 @@ def test_a_stop_of_another_process_ends_the_waiting(monkeypatch, done):
     pending = Future()
     if done:
         pending.set_result("scores")
-    with cli.Stop() as stop, pytest.raises(cli.Stopped) as stopped:
+    with Stop() as stop, pytest.raises(Stopped) as stopped:
         stop.wait([pending])
     assert stopped.value.args == (signal.SIGTERM,)
 
@@ -75,7 +77,7 @@ def test_scores_are_waited_for_in_all_processes(monkeypatch):
     )
     pending = Future()
     pending.set_result("scores")
-    with cli.Stop() as stop:
+    with Stop() as stop:
         assert stop.wait([pending]) == ["scores"]
     assert not list(answers)
 
@@ -87,15 +89,15 @@ def test_a_lost_peer_asks_for_a_restart(joined, problem, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: joined)
     lost = joined and "UNAVAILABLE" in problem
     outcome = SystemExit if lost else jax.errors.JaxRuntimeError
-    with pytest.raises(outcome) as left, cli.exit_for_restart():
+    with pytest.raises(outcome) as left, exit_status.exit_for_restart():
         raise jax.errors.JaxRuntimeError(problem)
-    assert not lost or left.value.code == cli.RESTART
+    assert not lost or left.value.code == exit_status.RESTART
 
 
 def test_a_stop_while_loading_asks_for_a_restart():
-    with pytest.raises(SystemExit) as left, cli.exit_for_restart():
+    with pytest.raises(SystemExit) as left, exit_status.exit_for_restart():
         signal.raise_signal(signal.SIGTERM)
-    assert left.value.code == cli.RESTART
+    assert left.value.code == exit_status.RESTART
 
 
 # What the launchers set, besides what is only JAX's concern.
@@ -142,7 +144,7 @@ def test_how_jax_is_told_to_join(monkeypatch, variables, expected):
         monkeypatch.setenv(name, value)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
-    cli.connect()
+    connection.connect()
     assert calls == ([expected] if expected else [])
 
 
@@ -156,7 +158,7 @@ def test_jax_understands_that_all_devices_are_meant():
     names = ("OMPI_", "FLOWGRPO_", "CUDA_", "JAX_LOCAL")
     outside = {k: v for k, v in os.environ.items() if not k.startswith(names)}
     script = (
-        "import jax; from flowgrpo_jax.command_line import cli; cli.connect();"
+        "import jax; from flowgrpo_jax.command_line import connection; connection.connect();"
         " print(jax.distributed.is_initialized(), jax.config.values['jax_cuda_visible_devices'])"
     )
     out = subprocess.run(

@@ -14,7 +14,8 @@ from scipy.stats import rankdata
 from flowgrpo_jax import advantages, algorithms, rewards, sharding
 from flowgrpo_jax.algorithms import Setup
 from flowgrpo_jax.assembly import settings
-from flowgrpo_jax.command_line import cli, knobs
+from flowgrpo_jax.command_line import knobs
+from flowgrpo_jax.command_line.stop import Stop
 from flowgrpo_jax.sampling import sampler, sde
 from flowgrpo_jax.sampling.sampler import Process
 from flowgrpo_jax.scoring.pending import PendingScores
@@ -92,7 +93,7 @@ def test_the_group_reward_of_the_page():
     shown = sharding.split_rows(mesh, (images, np.ones(10, bool)))
     with PendingScores(scorer, ids) as pending:
         pending.add(Pictures(*shown), {}, ids)
-        scores = pending.collect(cli.Stop().wait)
+        scores = pending.collect(Stop().wait)
     wanted = (rankdata(levels, axis=0) - 1) / 4
     np.testing.assert_allclose(scores.values[0].reshape(5, 2), wanted, rtol=1e-6)
 

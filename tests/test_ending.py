@@ -12,13 +12,13 @@ ROOT = Path(__file__).parent.parent
 AT_WORK = """
 import signal, sys, threading
 import jax, jax.numpy as jnp
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import exit_status
 
 @jax.jit
 def long(x):  # hours, if nobody ends it
     return jax.lax.fori_loop(0, 10**7, lambda i, y: jnp.tanh(y @ y), x)
 
-with cli.ending():
+with exit_status.ending():
     result = long(jnp.ones((300, 300)))
     waiting = threading.Event()
 
@@ -45,7 +45,7 @@ ECHO = """
     [
         ("raise SystemExit(0)", 0),
         ("raise SystemExit", 0),
-        ("raise SystemExit(cli.RESTART)", 75),
+        ("raise SystemExit(exit_status.RESTART)", 75),
         ("raise KeyboardInterrupt", -signal.SIGINT),
         (ECHO.format(number="signal.SIGINT"), 0),
         (ECHO.format(number="signal.SIGTERM"), 0),
@@ -66,8 +66,8 @@ def test_a_stop_has_its_status_though_a_program_is_running(end, status):
 
 
 def test_a_message_for_the_user_is_still_printed():
-    program = "with cli.ending():\n    raise SystemExit('no file')"
-    program = f"from flowgrpo_jax.command_line import cli\n{program}"
+    program = "with exit_status.ending():\n    raise SystemExit('no file')"
+    program = f"from flowgrpo_jax.command_line import exit_status\n{program}"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},

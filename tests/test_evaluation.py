@@ -13,7 +13,7 @@ from flowgrpo_jax import sharding
 from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies, run_checkpoints
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line.stop import Stop
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.models.base_model import BaseModel
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
@@ -57,7 +57,7 @@ def test_an_evaluation_whose_reward_failed_is_not_the_best(
     epochs: list[int] = []
     kept = SimpleNamespace(offer=lambda epoch, *_: epochs.append(epoch))
     output = RunOutput(tmp_path, kept, logs.Metrics(tmp_path))
-    evaluate_into(output, run, state, 7, cli.Stop())
+    evaluate_into(output, run, state, 7, Stop())
     assert epochs == offered
     assert ("jpeg_incompressibility failed on 90% and cannot be the best" in caplog.text) == (
         best == 0.9

@@ -10,7 +10,7 @@ import pytest
 from processes import HERE, PAIR, final_state, outcome, spawn, start
 
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import exit_status
 
 pytestmark = pytest.mark.usefixtures("nothing_goes_on")
 
@@ -68,7 +68,7 @@ def test_a_stop_while_loading_ends_both_at_once(folder):
     for child in children:
         assert any("loading" in line for line in child.stdout)
         child.send_signal(signal.SIGTERM)
-    assert [child.wait(300) for child in children] == [cli.RESTART] * 2
+    assert [child.wait(300) for child in children] == [exit_status.RESTART] * 2
 
 
 def test_one_process_is_told_to_stop_and_both_save(folder, undisturbed):
@@ -80,7 +80,7 @@ def test_one_process_is_told_to_stop_and_both_save(folder, undisturbed):
         time.sleep(0.1)
     children[1].send_signal(signal.SIGTERM)
     outputs = [child.communicate(timeout=600)[0] for child in children]
-    assert [child.returncode for child in children] == [cli.RESTART] * 2, outputs
+    assert [child.returncode for child in children] == [exit_status.RESTART] * 2, outputs
     done = len(log.read_text().splitlines())
     assert Checkpoints(folder / "stopped" / "checkpoints").steps()[-1] == done
     # The third row of the undisturbed run is its last evaluation; the stopped one went on instead.
@@ -93,7 +93,7 @@ def test_both_stop_though_a_reward_of_one_does_not_return(folder):
     assert any("it sleeps" in line for line in children[1].stdout)
     children[0].send_signal(signal.SIGTERM)
     outputs = [child.communicate(timeout=100)[0] for child in children]
-    assert [child.returncode for child in children] == [cli.RESTART] * 2, outputs
+    assert [child.returncode for child in children] == [exit_status.RESTART] * 2, outputs
     assert "leaving without it" in outputs[1]
     assert Checkpoints(folder / "sleeper" / "checkpoints").steps() == [1]
 

@@ -81,15 +81,17 @@ def test_sigterm_reaches_the_run_and_ends_the_launcher(tmp_path):
 STOPS = """
 import signal, sys, time
 from pathlib import Path
+from flowgrpo_jax.command_line import exit_status
+from flowgrpo_jax.command_line.stop import Stop
 from flowgrpo_jax.command_line import cli
 
-with cli.Stop() as stop:
+with Stop() as stop:
     Path("up").touch()
     while not stop.requested:
         time.sleep(0.01)
     time.sleep(0.5)
     Path("saved").touch()
-sys.exit(cli.RESTART if stop.requested == signal.SIGTERM else 0)
+sys.exit(exit_status.RESTART if stop.requested == signal.SIGTERM else 0)
 """
 
 

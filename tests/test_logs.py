@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgrpo_jax.storage import logs
+from flowgrpo_jax.storage import logs, picture_grid
 
 
 def test_a_prolonged_run_keeps_its_last_evaluation(tmp_path):
@@ -82,7 +82,7 @@ def test_a_row_that_a_full_disk_cuts_is_written_whole_later(tmp_path, monkeypatc
 @pytest.mark.parametrize("height, width", [(64, 128), (128, 64), (256, 256)])
 def test_a_grid_keeps_the_pictures_proportions(height, width):
     black = np.zeros((1, height, width, 3), np.uint8)
-    sheet = np.asarray(logs.grid(black, [""], columns=1))
+    sheet = np.asarray(picture_grid.grid(black, [""], columns=1))
     dark = np.argwhere((sheet < 9).all(-1))
     high, wide = np.ptp(dark, axis=0) + 1
     assert max(high, wide) == 128 and high * width == wide * height

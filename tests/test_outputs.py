@@ -8,7 +8,7 @@ from PIL import Image
 
 from flowgrpo_jax import compile, encode, evaluate, export, generate, serve
 from flowgrpo_jax.checkpoints import policies
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import cli, connection
 from flowgrpo_jax.configs import shapes
 from flowgrpo_jax.models import convert
 from flowgrpo_jax.storage import outputs
@@ -93,7 +93,7 @@ def test_evaluate_judges_before_it_draws(unloaded, tmp_path, monkeypatch, change
     monkeypatch.setattr(
         evaluate.flags, "FLAGS", SimpleNamespace(config=shapes.get_config(), **args)
     )
-    monkeypatch.setattr(cli, "connect", lambda: None)
+    monkeypatch.setattr(connection, "connect", lambda: None)
     monkeypatch.setattr(evaluate.settings, "split_cpu", lambda _: None)
     with pytest.raises((ValueError, OSError), match=message):
         evaluate.main([])
@@ -115,7 +115,7 @@ def test_encode_judges_before_it_loads(unloaded, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     config.model.text_cache = str(tmp_path / "file")
     monkeypatch.setattr(encode.flags, "FLAGS", SimpleNamespace(config=config, epochs=1))
-    monkeypatch.setattr(cli, "connect", lambda: None)
+    monkeypatch.setattr(connection, "connect", lambda: None)
     with pytest.raises(OSError, match=r"written to .*Give another --config\.model\.text_cache"):
         encode.main([])
 

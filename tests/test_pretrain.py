@@ -14,7 +14,7 @@ from scipy import integrate, stats
 from tiny_model import draw
 
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line.stop import Stopped
 from flowgrpo_jax.models import directories, layers, sd3
 from flowgrpo_jax.models.sd3 import architecture
 from flowgrpo_jax.models.text import CLIPConfig, T5Config
@@ -58,7 +58,7 @@ def test_a_run_that_is_told_to_stop_loses_nothing(tmp_path, number):
             os.kill(os.getpid(), number)
         return walk(state, x, key)
 
-    with pytest.raises(cli.Stopped):
+    with pytest.raises(Stopped):
         run(tmp_path / "stopped", is_told)
     assert Checkpoints(tmp_path / "stopped" / "toy-checkpoints").steps() == [5]
     assert run(tmp_path / "stopped")["total"] == run(tmp_path / "whole")["total"]

@@ -13,7 +13,7 @@ import pytest
 from noise_pictures import PICTURES
 
 from flowgrpo_jax import advantages, sharding
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line.stop import Stop
 from flowgrpo_jax.scoring import host
 from flowgrpo_jax.scoring.pending import PendingScores
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
@@ -157,7 +157,7 @@ def compare_calls(devices):
 
     with PendingScores(scorer, ids) as pending:
         pending.add(Pictures(255 - images, jnp.ones(16, bool)), {}, rows)
-        overlapped = pending.collect(cli.Stop().wait)
+        overlapped = pending.collect(Stop().wait)
     mean = 255 - PICTURES.reshape(16, -1).mean(1)
     expected = np.stack([np.where(ids != 5, 1000 * ids + mean, np.nan), mean])
     np.testing.assert_allclose(overlapped.values, expected, rtol=1e-6)
@@ -188,7 +188,7 @@ def test_waiting_for_a_picture_is_no_time_of_a_reward(monkeypatch):
     images, rows = sharding.split_rows(mesh, (PICTURES, ids))
     with PendingScores(scorer, ids) as pending:
         pending.add(Pictures(images, jnp.ones(16, bool)), {}, rows)
-        pending.collect(cli.Stop().wait)
+        pending.collect(Stop().wait)
     ((begun, end),) = pending.calls
     assert end - begun == 3
 

@@ -13,7 +13,7 @@ from short_runs import load, rows
 from flowgrpo_jax import prompts, rewards, sharding
 from flowgrpo_jax.assembly.run import build_run
 from flowgrpo_jax.checkpoints import policies
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line.stop import Stop
 from flowgrpo_jax.evaluate import evaluate
 from flowgrpo_jax.scoring.host import Limited
 from flowgrpo_jax.scoring.pending import PendingScores, calls_of
@@ -73,7 +73,7 @@ def collect(scorer, pictures, ids, micro, finite=None):
         for part in np.split(padded, len(padded) // micro):
             shown = sharding.split_rows(scorer.mesh, (pictures[part], finite[part]))
             pending.add(Pictures(*shown), {}, jnp.zeros(micro, int))
-        return pending.collect(cli.Stop().wait)
+        return pending.collect(Stop().wait)
 
 
 def make(loaded, weights=None, **options):

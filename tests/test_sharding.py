@@ -6,7 +6,7 @@ import tiny_model
 from flax import nnx
 
 from flowgrpo_jax import sharding
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import connection
 from flowgrpo_jax.models import layers, lora, sd3
 from flowgrpo_jax.models.lora import LoRASpec
 from flowgrpo_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
@@ -50,4 +50,4 @@ def test_an_incomplete_address_is_an_error(monkeypatch):
     monkeypatch.setenv("FLOWGRPO_COORDINATOR", "127.0.0.1:1")
     monkeypatch.setenv("FLOWGRPO_PROCESSES", "2")
     with pytest.raises(ValueError, match=r"also set FLOWGRPO_PROCESS$"):
-        cli.connect()
+        connection.connect()

@@ -11,7 +11,7 @@ import pytest
 from short_runs import ROOT, load, rows, start, timeless
 
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import exit_status
 from flowgrpo_jax.scoring import host
 from flowgrpo_jax.storage import logs
 from flowgrpo_jax.train import train
@@ -25,7 +25,7 @@ def test_sigterm_saves_and_stops(runs, whole):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
-    assert process.returncode == cli.RESTART == 75, err
+    assert process.returncode == exit_status.RESTART == 75, err
     done = len(rows(workdir))
     assert "SIGTERM: saving" in out and f"stopped after epoch {done}; go on with --resume" in out
     assert Checkpoints(workdir / "checkpoints").steps() == [done]
@@ -41,7 +41,7 @@ def test_sigterm_saves_and_stops(runs, whole):
 HANGING = """
 import threading, concurrent.futures as futures, pathlib, runpy, sys
 from flowgrpo_jax import rewards
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import exit_status
 from flowgrpo_jax.train import train
 
 pool = futures.ThreadPoolExecutor(1)  # whose thread Python joins before it ends
@@ -53,7 +53,7 @@ sys.modules["hanging"] = sys.modules["__main__"]
 rewards.TABLE["shapes"] = "hanging:hangs"
 config = runpy.run_path("tiny.py")["get_config"]()
 config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, 0.5, 1.0
-with cli.ending():
+with exit_status.ending():
     train(config, pathlib.Path("hung"))
 """
 
@@ -75,7 +75,7 @@ def test_a_process_ends_though_a_reward_hangs_in_its_own_threads(runs):
 SLEEPING = """
 import pathlib, runpy, sys, time
 from flowgrpo_jax import rewards
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import exit_status
 from flowgrpo_jax.train import train
 
 limit, seconds, calls = float(sys.argv[1]), float(sys.argv[2]), []
@@ -92,7 +92,7 @@ rewards.TABLE["shapes"] = "sleeping:sleeps"
 config = runpy.run_path("tiny.py")["get_config"]()
 config.eval.every, config.reward.timeout, config.reward.weights.shapes = 0, limit, 1.0
 config.checkpoint.every = 100
-with cli.ending(), cli.exit_for_restart():
+with exit_status.ending(), exit_status.exit_for_restart():
     train(config, pathlib.Path("slept"))
 """
 

@@ -105,8 +105,8 @@ class Limited:
 
     A thread cannot be stopped from outside. The call that took too long goes on in its own. The
     next call waits for it as long once more, so that a call that was merely slow costs its own
-    images alone; after that, calls raise at once until it returns. `cli.ending` ends the process
-    in spite of it.
+    images alone; after that, calls raise at once until it returns. `exit_status.ending` ends the
+    process in spite of it.
     """
 
     def __init__(self, reward: Reward, seconds: float | None):

@@ -90,7 +90,7 @@ class PendingScores:
         """Return the scores of all images.
 
         Args:
-          wait: returns the results of futures; all processes call it together (`cli.Stop.wait`).
+          wait: returns the results of futures; all processes call it together (`Stop.wait`).
         """
         self.pictures.fetch()
         self._score_complete()

@@ -1,22 +1,20 @@
-"""The logs of a run: metrics, TensorBoard events, captioned picture grids."""
+"""The metrics of a run, for its file, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from flowgrpo_jax.storage import files
+from flowgrpo_jax.storage.events import Events
 
 log = logging.getLogger(__name__)
 EVALUATED = ("eval/", "eval_error/", "eval_seconds", "monitor/")  # how its figures' names begin
@@ -110,72 +108,6 @@ class Metrics:
                 self.wandb.finish(exit_code=int(failed))
 
 
-class Events:
-    """TensorBoard's scalars of every epoch. tensorboardX's own `SummaryWriter` writes in a thread,
-    which ends without a word on a full disk; then its queue fills, and the run waits for ever.
-
-    The first write creates the file. It also imports tensorboardX, which takes seconds where torch
-    is installed: the first epoch need not wait for that.
-
-    Args:
-      first_epoch: what a run before this one wrote of this epoch and later is not shown any more.
-      evaluated: the figures of the state that the run goes on from, for `first_epoch`.
-    """
-
-    def __init__(self, folder: epath.Path, first_epoch: int, evaluated: Mapping[str, float]):
-        self._folder = folder
-        self._first_epoch = first_epoch
-        self._evaluated = evaluated
-        self._writer: Any = None
-
-    def write(self, epoch: int, values: Mapping[str, float]) -> None:
-        if self._writer is None:
-            self._open()
-        self._add(epoch, values)
-        self._writer.flush()
-
-    def show(self, epoch: int, name: str, picture: Image.Image) -> None:
-        if self._writer is None:
-            self._open()
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        encoded = io.BytesIO()
-        picture.save(encoded, format="PNG")
-        width, height = picture.size
-        shown = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue()
-        )
-        summary = Summary(value=[Summary.Value(tag=name, image=shown)])
-        self._writer.write_event(Event(wall_time=time.time(), step=epoch, summary=summary))
-        self._writer.flush()
-
-    def _open(self) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(self._folder / "events"))
-        start = SessionLog(status=SessionLog.START)
-        first = Event(wall_time=time.time(), step=self._first_epoch, session_log=start)
-        self._writer.write_event(first)
-        self._add(self._first_epoch, self._evaluated)
-
-    def _add(self, epoch: int, values: Mapping[str, float]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        for key, value in values.items():
-            if value is None or math.isnan(value):  # nothing was measured, such as a task's reward
-                continue
-            event = Event(wall_time=time.time(), step=epoch, summary=scalar(key, float(value)))
-            self._writer.write_event(event)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
 @contextmanager
 def warn_on_error(what: str) -> Iterator[None]:
     """Turn any error inside into a warning, because a log that is lost should not end a run.
@@ -234,30 +166,3 @@ def _start_wandb(workdir: epath.Path, config: Mapping[str, Any] | None) -> Any:
         dir=str(workdir),
         config=dict(config or {}),
     )
-
-
-def grid(
-    images: np.ndarray, captions: Sequence[str], columns: int = 6, side: int = 128
-) -> Image.Image:
-    """Pictures uint8 [B, H, W, 3] in rows, the longer side `side` px, with their captions below."""
-    line, rows = 14, math.ceil(len(images) / columns)
-    cell = (side + 6, side + 2 * line + 6)
-    sheet = Image.new("RGB", (cell[0] * columns, cell[1] * rows), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = i % columns * cell[0] + 3, i // columns * cell[1] + 3
-        picture = Image.fromarray(np.asarray(image))
-        longer = max(picture.size)
-        size = [round(side * length / longer) for length in picture.size]
-        filter_ = Image.Resampling.LANCZOS if longer > side else Image.Resampling.BICUBIC
-        sheet.paste(picture.resize(size, filter_), (x, y))
-        draw.multiline_text((x, y + side + 1), _wrap(caption, side // 6), fill="black", spacing=1)
-    return sheet
-
-
-def _wrap(text: str, width: int) -> str:
-    """Two lines of at most `width` letters."""
-    first, rest = "", text.split()
-    while rest and len(first) + len(rest[0]) < width:
-        first = f"{first} {rest.pop(0)}".strip()
-    return f"{first}\n{' '.join(rest)[:width]}"

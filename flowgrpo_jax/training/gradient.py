@@ -30,7 +30,7 @@ def of_update(
       rollouts, credits: of each micro-batch of the epoch, as `credit.cut` cuts it.
       terms: i32 [K], what the algorithm sums its loss over.
       reward_inputs: what an algorithm that differentiates the rewards takes them from.
-      check: called before each micro-batch; raises cli.Stopped where the run is to stop.
+      check: called before each micro-batch; raises Stopped where the run is to stop.
     """
     plan = run.plan
     others = {name: run.named_policy(state, name) for name in run.algorithm.reads}

@@ -7,7 +7,7 @@ import logging
 import jax
 
 from flowgrpo_jax.checkpoints.run_checkpoints import RunCheckpoints
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import exit_status
 from flowgrpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def save_at_stop(checkpoints: RunCheckpoints, epoch: int, state: TrainState) -> 
         if jax.process_count() == 1:
             raise
         log.error("to be started again after this error", exc_info=error)
-        raise SystemExit(cli.RESTART) from error
+        raise SystemExit(exit_status.RESTART) from error
 
 
 def save_at_error(
@@ -131,4 +131,4 @@ def save_at_error(
             error.add_note(str(unsaved))
     else:
         log.error("to be started again after this error", exc_info=error)
-        raise SystemExit(cli.RESTART) from error
+        raise SystemExit(exit_status.RESTART) from error

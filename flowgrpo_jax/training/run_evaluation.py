@@ -16,7 +16,7 @@ from etils import epath
 from flowgrpo_jax import sharding
 from flowgrpo_jax.assembly import parts, settings
 from flowgrpo_jax.assembly.run import Run
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line.stop import Stop
 from flowgrpo_jax.evaluate import draw, draw_balanced, figures_of, save_grid, summarise
 from flowgrpo_jax.monitors import embedding, move, picture_figures, true_loss
 from flowgrpo_jax.report import pictures
@@ -24,7 +24,7 @@ from flowgrpo_jax.sampling import sampler
 from flowgrpo_jax.scoring.reward_weights import RewardWeights
 from flowgrpo_jax.scoring.scorer import Scorer
 from flowgrpo_jax.scoring.scores import Scores
-from flowgrpo_jax.storage import logs
+from flowgrpo_jax.storage import logs, picture_grid
 from flowgrpo_jax.training.alarms import act_on_alarms
 from flowgrpo_jax.training.lifecycle import offer_best
 from flowgrpo_jax.training.run_output import RunOutput
@@ -35,7 +35,7 @@ SHEET = "samples"  # the name of an evaluation's pictures in TensorBoard and Wei
 
 
 def evaluate_into(
-    output: RunOutput, run: Run, state: TrainState, epoch: int, stop: cli.Stop
+    output: RunOutput, run: Run, state: TrainState, epoch: int, stop: Stop
 ) -> dict[str, float]:
     """Evaluate the EMA weights, leave pictures of the same prompts and seeds as always, and keep
     the state where it is the best so far. Returns the figures.
@@ -74,13 +74,13 @@ def show(
     """Leave the first `n` pictures of an evaluation where people look."""
     with logs.warn_on_error("a sample grid"):
         save_grid(output.workdir / "samples" / f"epoch-{epoch:05d}.png", pixels, batch, n)
-        output.metrics.show(epoch, SHEET, lambda: logs.grid(pixels[:n], batch.prompts[:n]))
+        output.metrics.show(epoch, SHEET, lambda: picture_grid.grid(pixels[:n], batch.prompts[:n]))
     with logs.warn_on_error("the pictures of the run's page"):
         pictures.save_evaluation(output.workdir, epoch, pixels, batch, scores, n)
 
 
 def monitored(
-    run: Run, state: TrainState, batch: PromptBatch, pixels: np.ndarray, stop: cli.Stop
+    run: Run, state: TrainState, batch: PromptBatch, pixels: np.ndarray, stop: Stop
 ) -> dict[str, float]:
     """Return the monitors' figures of an evaluation with its pictures, uint8 [n, H, W, 3]."""
     found: dict[str, float] = {}

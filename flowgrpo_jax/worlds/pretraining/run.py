@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from flowgrpo_jax import seeds
 from flowgrpo_jax.checkpoints.checkpoint import Checkpoints
-from flowgrpo_jax.command_line import cli
+from flowgrpo_jax.command_line import exit_status
+from flowgrpo_jax.command_line.stop import Stop, Stopped
 from flowgrpo_jax.models.layers import Params
 from flowgrpo_jax.models.sd3.tokenizers import Tokenizers
 from flowgrpo_jax.models.vae import VAEConfig
@@ -48,7 +49,7 @@ def loop(
 ) -> dict[str, Any]:
     """Train `state` for `steps` steps from where its last checkpoint stands.
 
-    Ctrl-C and SIGTERM save and raise cli.Stopped.
+    Ctrl-C and SIGTERM save and raise Stopped.
     """
     checkpoints = Checkpoints(workdir / f"{name}-checkpoints", keep=1)
     if checkpoints.steps():
@@ -58,7 +59,7 @@ def loop(
     start = int(state["step"])
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
     saved = time.monotonic()
-    with cli.Stop() as stop, closing(checkpoints):
+    with Stop() as stop, closing(checkpoints):
         for i in bar:
             rng = np.random.default_rng([seed, i])
             state, metrics = step(state, *batch(rng), key)
@@ -69,7 +70,7 @@ def loop(
                 checkpoints.write(i + 1, {"state": state}, {"step": i + 1})
                 saved = time.monotonic()
             if told:
-                raise cli.Stopped(told)
+                raise Stopped(told)
     return state
 
 
@@ -193,17 +194,17 @@ def begin(args: argparse.Namespace, world: World) -> None:
     files.replace(epath.Path(file), json.dumps(settings, indent=2) + "\n")
 
 
-@cli.ending()
+@exit_status.ending()
 def main(world: World) -> None:
     args = arguments(world)
     world = dataclasses.replace(world, garbled=args.garbled)
     begin(args, world)
     try:
         print(f"wrote {make(args, world)}")
-    except cli.Stopped as stopped:
+    except Stopped as stopped:
         print("stopped; the same command goes on")
         by_sigterm = stopped.args[0] == signal.SIGTERM
-        raise SystemExit(cli.RESTART if by_sigterm else 0) from stopped
+        raise SystemExit(exit_status.RESTART if by_sigterm else 0) from stopped
 
 
 def make(args: argparse.Namespace, world: World) -> Path:
